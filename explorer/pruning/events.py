@@ -1,0 +1,66 @@
+"""What a run tells the outside while it goes on.
+
+Events are plain values: the command line prints them, a notebook plots them, the widgets draw them, a test collects them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from explorer.pruning.result import RunResult
+
+Phase = Literal["stabilise", "prune", "fine-tune"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One optimiser step was made.
+
+    `step` counts finished steps, from 1 to `total_steps`. `loss` is that of the training batch, `sparsity` the fraction of zeros over
+    all layers that the distribution names, `seconds_left` an estimate that includes the evaluations to come.
+    """
+
+    step: int
+    total_steps: int
+    phase: Phase
+    loss: float
+    learning_rate: float
+    sparsity: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalEvent:
+    """The network was evaluated on validation data after `step` steps; step 0 is the network as it came."""
+
+    step: int
+    accuracy: float
+    loss: float
+    sparsity: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyEvent:
+    """The pruned network was timed after `step` steps, while no training step ran.
+
+    `latency_ms` is a median and `spread_ms` its interquartile half-range. `dense_ms` is the fastest dense network, measured once
+    before the run on the same threads and batch; `speedup` is `dense_ms / latency_ms`.
+    """
+
+    step: int
+    latency_ms: float
+    spread_ms: float
+    dense_ms: float
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class DoneEvent:
+    """The run has ended, by itself or because it was stopped."""
+
+    result: RunResult
+
+
+RunEvent = StepEvent | EvalEvent | LatencyEvent | DoneEvent
