@@ -1,0 +1,140 @@
+"""Which weights stay: the one place where a sparsity becomes an exact number of zeros and a mask.
+
+The sensitivity scan, the pruning run and the predictions must agree to the last weight, so all of them count and
+choose here. Invariants: never fewer zeros than asked, never a whole layer, and the same mask for the same scores on
+every machine, because ties are broken by position and not by the whim of a selection algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from explorer.errors import DistributionError, ModelError
+
+# A product such as 0.07 * 100 = 7.000000000000001 must not cost an eighth zero.
+_ROUNDING_SLACK = 1e-9
+
+
+def n_zeros(numel: int, sparsity: float) -> int:
+    """Count the zeros that a layer of `numel` weights has at `sparsity`.
+
+    The count is ``min(numel - 1, ceil(sparsity * numel - 1e-9))``: at least what was asked, but one weight always
+    stays, since a layer of zeros cuts the network in two.
+
+    Parameters
+    ----------
+    numel : int
+        Number of weights, at least 1.
+    sparsity : float
+        Fraction in [0, 1).
+
+    Returns
+    -------
+    int
+        Number of zeros, in [0, numel - 1].
+
+    Raises
+    ------
+    DistributionError
+        If `sparsity` is outside [0, 1) or `numel` is below 1.
+
+    Examples
+    --------
+    >>> n_zeros(100, 0.07), n_zeros(10, 0.81), n_zeros(10, 0.999), n_zeros(1, 0.5)
+    (7, 9, 9, 0)
+    """
+    if numel < 1:
+        raise DistributionError(f"A layer needs at least one weight to be pruned; got numel={numel}.")
+    if not 0.0 <= sparsity < 1.0:  # also refuses NaN
+        raise DistributionError(
+            f"Sparsity is the fraction of zeros, in [0, 1); got {sparsity!r}. Write 90 % as 0.9; 1 would remove the layer."
+        )
+    return min(numel - 1, max(0, math.ceil(sparsity * numel - _ROUNDING_SLACK)))
+
+
+def keep_mask(scores: Tensor, zeros: int) -> Tensor:
+    """Mark the weights to keep: all but the `zeros` lowest scores.
+
+    Many weights can share the score at the threshold (quantised weights, or the zeros of an earlier pruning).
+    Comparing with the threshold would then remove all or none of them and miss the count; of equal scores, those with
+    the lower flat index go first.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Any shape, any real dtype; a higher score is more worth keeping. No NaN.
+    zeros : int
+        How many to remove, in [0, scores.numel()].
+
+    Returns
+    -------
+    Tensor
+        Same shape, bool, True = kept; exactly `zeros` entries are False.
+
+    Raises
+    ------
+    ModelError
+        If a score is NaN: there is no order then.
+    DistributionError
+        If `zeros` is out of range.
+
+    Examples
+    --------
+    >>> keep_mask(torch.tensor([1.0, 1.0, 3.0, 1.0]), 2)
+    tensor([False, False,  True,  True])
+    """
+    if not 0 <= zeros <= scores.numel():
+        raise DistributionError(f"Cannot remove {zeros} of {scores.numel()} weights; the count must lie between the two.")
+    flat = scores.detach().reshape(-1)
+    if bool(torch.isnan(flat).any()):
+        raise ModelError(
+            f"Scores of shape {tuple(scores.shape)} hold NaN, so they cannot be ranked. "
+            "Load weights that are finite, or lower the learning rate if training produced them."
+        )
+    if zeros == 0:
+        return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if flat.dtype in (torch.float16, torch.bfloat16):
+        flat = flat.float()  # exact, and selection is not implemented for half precision everywhere
+    threshold = torch.kthvalue(flat, zeros).values
+    keep = flat > threshold
+    tied = torch.nonzero(flat == threshold).reshape(-1)
+    n_below = flat.numel() - int(keep.sum()) - tied.numel()
+    keep[tied[zeros - n_below :]] = True
+    return keep.reshape(scores.shape)
+
+
+def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
+    """Keep the largest magnitudes of one layer.
+
+    Weights that are zero already have the lowest score, so they count first: a layer that is sparser than asked loses
+    nothing.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Any shape, floating point.
+    sparsity : float
+        Fraction in [0, 1).
+
+    Returns
+    -------
+    Tensor
+        Same shape, bool, True = kept; exactly ``n_zeros(weight.numel(), sparsity)`` entries are False.
+
+    Raises
+    ------
+    DistributionError
+        If `sparsity` is outside [0, 1).
+    ModelError
+        If a weight is NaN.
+
+    Examples
+    --------
+    >>> magnitude_mask(torch.tensor([[0.1, -2.0], [0.0, 0.3]]), 0.5)
+    tensor([[False,  True],
+            [False,  True]])
+    """
+    return keep_mask(weight.detach().abs(), n_zeros(weight.numel(), sparsity))
