@@ -28,7 +28,9 @@ class BatchStream:
         Seed of order and augmentation, which have a generator each: another augmentation leaves the order alone.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, batch_size: int, augment: Augment | None, seed: int) -> None:
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, batch_size: int, augment: Augment | None, seed: int
+    ) -> None:
         self._inputs = inputs
         self._labels = labels
         self.batch_size = min(batch_size, len(inputs))
@@ -41,7 +43,9 @@ class BatchStream:
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next batch, inputs `(batch_size, ...) float32` and labels `(batch_size,) int64`."""
         while len(self._waiting) < self.batch_size:
-            self._waiting = torch.cat([self._waiting, torch.randperm(len(self._inputs), generator=self._order)])
+            self._waiting = torch.cat(
+                [self._waiting, torch.randperm(len(self._inputs), generator=self._order)]
+            )
         chosen, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
         inputs = self._inputs[chosen]
         if self._augment is not None:

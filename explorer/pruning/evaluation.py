@@ -40,7 +40,9 @@ def evaluate(module: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: i
         If there are no samples, or the output is not one row of class scores a sample.
     """
     if len(inputs) == 0:
-        raise RunError("There is nothing to evaluate on: the data set is empty. Pass at least one labelled sample.")
+        raise RunError(
+            "There is nothing to evaluate on: the data set is empty. Pass at least one labelled sample."
+        )
     modes = {part: part.training for part in module.modules()}
     module.eval()
     correct = 0

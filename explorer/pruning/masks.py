@@ -30,7 +30,9 @@ class HeldMasks:
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = dict(weights)
-        self._masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
+        self._masks = {
+            name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()
+        }
         self._zeros = dict.fromkeys(self._weights, 0)
         self._parameters: list[Tensor] = []
         self._factors: list[Tensor] = []
@@ -57,16 +59,22 @@ class HeldMasks:
         for name, mask in masks.items():
             weight = self._weights.get(name)
             if weight is None:
-                raise RunError(f"There is a mask for layer {name!r}, which is not among the pruned layers {list(self._weights)}.")
+                raise RunError(
+                    f"There is a mask for layer {name!r}, which is not among the pruned layers {list(self._weights)}."
+                )
             if mask.shape != weight.shape:
-                raise RunError(f"The mask of layer {name!r} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}.")
+                raise RunError(
+                    f"The mask of layer {name!r} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}."
+                )
             self._masks[name] = mask
             self._zeros[name] = mask.numel() - int(torch.count_nonzero(mask))
         # Layers without a zero cost nothing. The factors take dtype and memory layout of the weights: a multiplication of two
         # equal layouts runs straight through memory.
         pruned = [name for name in self._weights if self._zeros[name]]
         self._parameters = [self._weights[name].detach() for name in pruned]
-        self._factors = [torch.empty_like(self._weights[name]).detach().copy_(self._masks[name]) for name in pruned]
+        self._factors = [
+            torch.empty_like(self._weights[name]).detach().copy_(self._masks[name]) for name in pruned
+        ]
         self._names = pruned
 
     def apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:

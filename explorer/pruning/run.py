@@ -115,7 +115,9 @@ class PruningRun:
         dense_ms: float | None = None,
         **options: Any,
     ) -> None:
-        self.settings = _with_options(settings or RunSettings(), options)
+        chosen = _with_options(settings or RunSettings(), options)
+        # Sums in another order round differently: the recipe must say with how many threads these weights came about.
+        self.settings = dataclasses.replace(chosen, threads=chosen.threads or torch.get_num_threads())
         self._data = data
         inputs, labels = data.train_tensors()
         if len(inputs) == 0:
@@ -124,7 +126,9 @@ class PruningRun:
         self._dense = copy.deepcopy(loaded.module).eval()
         self._module = copy.deepcopy(self._dense)
         # oneDNN's convolutions prefer channels last; the images follow in `_laid_out`.
-        self._channels_last = inputs.ndim == 4 and any(isinstance(part, nn.Conv2d) for part in self._module.modules())
+        self._channels_last = inputs.ndim == 4 and any(
+            isinstance(part, nn.Conv2d) for part in self._module.modules()
+        )
         if self._channels_last:
             self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
@@ -264,7 +268,7 @@ class PruningRun:
                 if step % settings.update_every == 0:
                     self._good = self._snapshot()
                 self._optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 self._optimizer.step()
             finally:
                 # Also after an interrupt half way: no masked weight survives a step.
@@ -346,7 +350,9 @@ class PruningRun:
         """Copy what there is now; the accuracies are the last ones measured on validation data."""
         module = copy.deepcopy(self._dense)
         module.load_state_dict(self._module.state_dict())
-        masks = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self._held.masks.items()}
+        masks = {
+            name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self._held.masks.items()
+        }
         achieved = {}
         with torch.no_grad():
             for name, mask in masks.items():
@@ -438,7 +444,9 @@ def _with_options(settings: RunSettings, options: Mapping[str, Any]) -> RunSetti
     known = [field.name for field in dataclasses.fields(RunSettings)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise RunError(f"There is no option {', '.join(map(repr, unknown))} of a pruning run; the options are {', '.join(known)}.")
+        raise RunError(
+            f"There is no option {', '.join(map(repr, unknown))} of a pruning run; the options are {', '.join(known)}."
+        )
     return dataclasses.replace(settings, **options)
 
 
@@ -446,16 +454,22 @@ def _checked(distribution: Mapping[str, float], layers: tuple[str, ...]) -> dict
     asked = {name: float(sparsity) for name, sparsity in distribution.items()}
     for name, sparsity in asked.items():
         if name not in layers:
-            raise DistributionError(f"The distribution names layer {name!r}, which cannot be pruned; layers are {', '.join(layers)}.")
+            raise DistributionError(
+                f"The distribution names layer {name!r}, which cannot be pruned; layers are {', '.join(layers)}."
+            )
         if not 0.0 <= sparsity < 1.0:
-            raise DistributionError(f"Layer {name!r} has sparsity {sparsity}; give a fraction of at least 0 and below 1.")
+            raise DistributionError(
+                f"Layer {name!r} has sparsity {sparsity}; give a fraction of at least 0 and below 1."
+            )
     return asked
 
 
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
     weight = module.get_submodule(name).weight
     if not isinstance(weight, nn.Parameter):
-        raise RunError(f"The weight of layer {name!r} is computed from other parameters; remove its parametrisation before pruning.")
+        raise RunError(
+            f"The weight of layer {name!r} is computed from other parameters; remove its parametrisation before pruning."
+        )
     return weight
 
 

@@ -53,14 +53,18 @@ class CubicSchedule:
         for name in ("initial", "final"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0.0 <= value < 1.0):
-                raise RunError(f"{name} sparsity {value} is out of range; give a fraction of at least 0 and below 1.")
+                raise RunError(
+                    f"{name} sparsity {value} is out of range; give a fraction of at least 0 and below 1."
+                )
         if not 0 <= self.begin_step <= self.end_step:
             raise RunError(
                 f"A schedule from step {self.begin_step} to step {self.end_step} runs backwards; "
                 "give 0 <= begin_step <= end_step."
             )
         if self.update_every < 1:
-            raise RunError(f"update_every is {self.update_every}; give the number of steps between two mask updates, at least 1.")
+            raise RunError(
+                f"update_every is {self.update_every}; give the number of steps between two mask updates, at least 1."
+            )
 
     def sparsity_at(self, step: int) -> float:
         """Return the sparsity that is due at `step`, a fraction in [0, 1)."""

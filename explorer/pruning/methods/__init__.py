@@ -34,7 +34,9 @@ MethodFactory = Callable[[Mapping[str, float], Mapping[str, float], int, RunSett
 METHODS: dict[str, MethodFactory] = {"gmp": GradualMagnitudePruning}
 
 
-def make_method(initial: Mapping[str, float], final: Mapping[str, float], total_steps: int, settings: RunSettings) -> Method:
+def make_method(
+    initial: Mapping[str, float], final: Mapping[str, float], total_steps: int, settings: RunSettings
+) -> Method:
     """Return the method that `settings` names, for a run of `total_steps` steps.
 
     Parameters
@@ -52,5 +54,7 @@ def make_method(initial: Mapping[str, float], final: Mapping[str, float], total_
         If there is no method of that name.
     """
     if settings.method not in METHODS:
-        raise RunError(f"There is no pruning method {settings.method!r}; choose one of {', '.join(sorted(METHODS))}.")
+        raise RunError(
+            f"There is no pruning method {settings.method!r}; choose one of {', '.join(sorted(METHODS))}."
+        )
     return METHODS[settings.method](initial, final, total_steps, settings)

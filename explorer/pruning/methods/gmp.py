@@ -30,14 +30,19 @@ class GradualMagnitudePruning:
     """
 
     def __init__(
-        self, initial: Mapping[str, float], final: Mapping[str, float], total_steps: int, settings: RunSettings
+        self,
+        initial: Mapping[str, float],
+        final: Mapping[str, float],
+        total_steps: int,
+        settings: RunSettings,
     ) -> None:
         # At least one step follows the last mask: it trains what is left and brings batch norm statistics up to date.
         last = total_steps - 1
         self._begin = min(round(settings.stabilise * total_steps), last)
         self._end = min(round((settings.stabilise + settings.ramp) * total_steps), last)
         self.schedules = {
-            name: CubicSchedule(initial[name], final[name], self._begin, self._end, settings.update_every) for name in final
+            name: CubicSchedule(initial[name], final[name], self._begin, self._end, settings.update_every)
+            for name in final
         }
 
     def phase(self, step: int) -> Phase:
@@ -51,4 +56,6 @@ class GradualMagnitudePruning:
         due = {name: schedule for name, schedule in self.schedules.items() if schedule.is_update(step)}
         if not due:
             return None
-        return {name: magnitude_mask(weights[name], schedule.sparsity_at(step)) for name, schedule in due.items()}
+        return {
+            name: magnitude_mask(weights[name], schedule.sparsity_at(step)) for name, schedule in due.items()
+        }

@@ -1,0 +1,17 @@
+"""What leaves: recipes that can be run again, weights, and the figures of a run."""
+
+from __future__ import annotations
+
+from explorer.formats.recipe import Recipe
+from explorer.formats.result import FinalLatency, result_document, write_result
+from explorer.formats.weights import load_weights, read_weights, save_weights
+
+__all__ = [
+    "FinalLatency",
+    "Recipe",
+    "load_weights",
+    "read_weights",
+    "result_document",
+    "save_weights",
+    "write_result",
+]

@@ -1,0 +1,119 @@
+"""Weights as safetensors: plain tensors with names, nothing that could run when a file is opened.
+
+The layout is dense: pruned weights are stored as zeros, so that any tool that knows safetensors reads the file. Invariant: saving and
+loading gives the same state dict, bit for bit, and tied weights are stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from explorer.errors import FormatError
+from explorer.formats.atomic import write_atomically
+
+_ALIASES = "sparsity-explorer.tied"
+
+
+def save_weights(
+    module: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Save the state dict of `module` and return the size of the file in bytes.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its parameters and buffers are saved under their own names.
+    path : path
+        File to write; the folder must exist.
+    metadata : mapping of str to str, optional
+        Said in the file's header.
+
+    Raises
+    ------
+    FormatError
+        If the file cannot be written.
+    """
+    stored: dict[str, Tensor] = {}
+    first_name: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in module.state_dict().items():
+        place = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        # An empty tensor has no address of its own, and shares it with every other one.
+        if tensor.numel() and place in first_name:
+            aliases[name] = first_name[place]
+            continue
+        first_name.setdefault(place, name)
+        # A copy also for views into one storage, which safetensors refuses to write.
+        stored[name] = tensor.clone().contiguous()
+    header = dict(metadata or {})
+    if aliases:
+        header[_ALIASES] = json.dumps(aliases)
+    content = safetensors.torch.save(stored, metadata=header or None)
+    write_atomically(path, content)
+    return len(content)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict that `save_weights` or any other safetensors writer made.
+
+    Raises
+    ------
+    FormatError
+        If there is no such file, or it is not safetensors.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FormatError(f"There is no file {source}; pass a safetensors file.")
+    try:
+        with safetensors.safe_open(str(source), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(
+            f"{source} is not a safetensors file ({error}); it may be cut short. Save it again."
+        ) from error
+    try:
+        aliases = json.loads(header.get(_ALIASES, "{}"))
+        tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"The list of tied weights in {source} is damaged; save the file again.") from error
+    return tensors
+
+
+def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file into `module`, whose tensors must have the names and shapes in the file.
+
+    Raises
+    ------
+    FormatError
+        If the file cannot be read, or names or shapes differ; the module is then unchanged.
+    """
+    found = read_weights(path)
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    if missing or unexpected:
+        raise FormatError(
+            f"{path} does not belong to this {type(module).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}. "
+            "Load the file into the architecture that it was saved from."
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise FormatError(
+                f"{name!r} has shape {tuple(found[name].shape)} in {path} and {tuple(tensor.shape)} in this {type(module).__name__}; "
+                "load the file into the architecture that it was saved from."
+            )
+    module.load_state_dict(found)
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
