@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from explorer.errors import DataError
 
-__all__ = ["CLASSES", "MEAN", "STD", "find_folder", "read_idx", "read_split"]
+__all__ = ["CLASSES", "MEAN", "STD", "find_folder", "normalise", "read_idx", "read_split"]
 
 CLASSES = (
     "T-shirt/top",
@@ -54,7 +56,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-_IDX_DTYPES = {
+_IDX_DTYPES: dict[int, np.dtype[np.generic]] = {
     0x08: np.dtype("u1"),
     0x09: np.dtype("i1"),
     0x0B: np.dtype(">i2"),
@@ -105,7 +107,9 @@ def read_idx(path: str | Path) -> NDArray[np.generic]:
     shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(n_dims))
     expected = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if len(raw) != expected:
-        raise DataError(f"{path} has {len(raw)} bytes where its IDX header {shape} asks for {expected}; fetch the file again.")
+        raise DataError(
+            f"{path} has {len(raw)} bytes where its IDX header {shape} asks for {expected}; fetch the file again."
+        )
     values = np.frombuffer(raw, dtype, offset=start).reshape(shape)
     return values.astype(dtype.newbyteorder("="))
 
@@ -190,7 +194,9 @@ def _download(folder: Path) -> Path:
                 raise
             if found != SHA256[stem]:
                 partial.unlink(missing_ok=True)
-                raise DataError(f"{url} has other content than expected (SHA-256 {found}, expected {SHA256[stem]}); nothing was kept.")
+                raise DataError(
+                    f"{url} has other content than expected (SHA-256 {found}, expected {SHA256[stem]}); nothing was kept."
+                )
             partial.replace(target)
     return folder
 
@@ -223,9 +229,25 @@ def read_split(folder: str | Path, part: Part) -> tuple[NDArray[np.uint8], NDArr
         arrays.append(read_idx(path))
     images, labels = arrays
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise DataError(f"the images in {folder} are {images.dtype} {images.shape}; uint8 (N, 28, 28) is expected.")
+        raise DataError(
+            f"the images in {folder} are {images.dtype} {images.shape}; uint8 (N, 28, 28) is expected."
+        )
     if labels.shape != images.shape[:1] or (len(labels) and int(labels.max()) >= len(CLASSES)):
         raise DataError(
             f"the labels in {folder} are {labels.dtype} {labels.shape} for {len(images)} images; one of 0..9 an image is expected."
         )
     return images.astype(np.uint8), labels.astype(np.uint8)
+
+
+def normalise(images: NDArray[np.generic]) -> Tensor:
+    """Scale images to mean 0 and deviation 1 over the training images, as `demo:fashion-resnet` was trained on.
+
+    Parameters
+    ----------
+    images : ndarray, (N, 28, 28) uint8
+
+    Returns
+    -------
+    Tensor, (N, 1, 28, 28) float32
+    """
+    return (torch.from_numpy(images).float() / 255.0 - MEAN).div_(STD).unsqueeze(1)

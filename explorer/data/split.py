@@ -29,7 +29,9 @@ class DemoSplit:
     test: NDArray[np.int64]
 
 
-def demo_split(train_labels: NDArray[np.uint8], test_labels: NDArray[np.uint8], *, seed: int = SPLIT_SEED) -> DemoSplit:
+def demo_split(
+    train_labels: NDArray[np.uint8], test_labels: NDArray[np.uint8], *, seed: int = SPLIT_SEED
+) -> DemoSplit:
     """Draw the class-balanced parts of the demo.
 
     Parameters

@@ -111,10 +111,14 @@ def check_weights(module: nn.Module) -> None:
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise ModelError(f"{name!r} has no shape yet (a lazy module): run the model once on an example input before loading it.")
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ModelError(
+                f"{name!r} has no shape yet (a lazy module): run the model once on an example input before loading it."
+            )
         if tensor.device.type != "cpu":
-            raise ModelError(f"{name!r} is on device '{tensor.device}'; the model must be on the CPU: pass model.cpu().")
+            raise ModelError(
+                f"{name!r} is on device '{tensor.device}'; the model must be on the CPU: pass model.cpu()."
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
@@ -132,7 +136,9 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
     flags = [(child, child.training) for child in module.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder would run its layers without calling them
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # the fused encoder would run its layers without calling them
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
@@ -159,7 +165,9 @@ def _register(module: nn.Module) -> tuple[_Scan, dict[int, list[str]]]:
                 "not stay. Remove it first, e.g. with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
             )
         if weight.dtype != torch.float32:
-            raise ModelError(f"the weight of {_display(name)} is {weight.dtype}; float32 is needed: pass model.float().")
+            raise ModelError(
+                f"the weight of {_display(name)} is {weight.dtype}; float32 is needed: pass model.float()."
+            )
         # (out, in / groups, *kernel): what one output element costs is all but the first.
         entry = result.weights.setdefault(
             id(weight), _Weight([], kind, tuple(weight.shape), math.prod(weight.shape[1:]))
@@ -191,17 +199,23 @@ def scan(module: nn.Module, example_input: Tensor) -> tuple[tuple[PrunableLayer,
     if not isinstance(module, nn.Module):
         raise ModelError(f"a torch.nn.Module is needed, and {type(module).__name__} was passed.")
     if not isinstance(example_input, Tensor):
-        raise ModelError(f"example_input must be a tensor (batch, ...), and {type(example_input).__name__} was passed.")
+        raise ModelError(
+            f"example_input must be a tensor (batch, ...), and {type(example_input).__name__} was passed."
+        )
     if example_input.ndim == 0 or example_input.numel() == 0:
-        raise ModelError(f"example_input has shape {tuple(example_input.shape)}; at least one row (batch, ...) is needed.")
+        raise ModelError(
+            f"example_input has shape {tuple(example_input.shape)}; at least one row (batch, ...) is needed."
+        )
     if example_input.device.type != "cpu":
         raise ModelError(f"example_input is on device '{example_input.device}'; pass example_input.cpu().")
     check_weights(module)
     found, names_of = _register(module)
     if not found.weights:
-        compiled = " A TorchScript module hides its layers: pass the nn.Module that it was made from." if isinstance(
-            module, torch.jit.ScriptModule
-        ) else ""
+        compiled = (
+            " A TorchScript module hides its layers: pass the nn.Module that it was made from."
+            if isinstance(module, torch.jit.ScriptModule)
+            else ""
+        )
         raise ModelError(
             f"{type(module).__name__} has no layer that can be pruned; Conv1d, Conv2d, Conv3d and Linear are looked for.{compiled}"
         )
@@ -299,5 +313,7 @@ def warn_not_executed(names: tuple[str, ...], *, stacklevel: int) -> None:
     """Say once which layers are left out because the example input never reached them."""
     shown = ", ".join(_display(name) for name in names[:8]) + (" ..." if len(names) > 8 else "")
     warnings.warn(
-        f"{len(names)} layer(s) never ran on the example input and are left out: {shown}", UserWarning, stacklevel=stacklevel
+        f"{len(names)} layer(s) never ran on the example input and are left out: {shown}",
+        UserWarning,
+        stacklevel=stacklevel,
     )

@@ -104,7 +104,7 @@ def _from_name(source: str) -> tuple[nn.Module, Tensor, str]:
         known = sorted(DEMOS)
     else:
         demo, known = source, sorted(DEMOS) if not colon else []
-    close = difflib.get_close_matches(demo, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(demo, known, n=1, cutoff=0.7)
     hint = f" Did you mean 'demo:{close[0]}'?" if close else ""
     raise ModelError(
         f"cannot load a model from {source!r}; {_ACCEPTED}. For a file or a model of another library, build the module in Python and pass it.{hint}"

@@ -1,7 +1,7 @@
 """The demo network: a residual CNN small enough to prune in a minute, wide enough that its latency is arithmetic and not call overhead.
 
 It is a ResNet (He et al. 2016, "Deep Residual Learning for Image Recognition", arXiv:1512.03385, option B shortcuts) with one
-basic block per stage, for 28 x 28 grey images: about 0.8 million parameters and 23 million multiply-adds an image.
+basic block per stage, for 28 x 28 grey images: 0.7 million parameters and 23 million multiply-adds an image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class FashionStem(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = functional.relu(self.bn(self.conv(x)))
-        return out
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / 2, W / 2)``."""
+        return functional.relu(self.bn(self.conv(x)))
 
 
 class FashionBlock(nn.Module):
@@ -37,10 +37,13 @@ class FashionBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential()
-            self.shortcut.add_module("conv", nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
+            self.shortcut.add_module(
+                "conv", nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            )
             self.shortcut.add_module("bn", nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H / stride, W / stride)``."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return functional.relu(out + self.shortcut(x))
@@ -75,5 +78,4 @@ class FashionResNet(nn.Module):
         """Map images ``(N, in_channels, H, W) float32`` to logits ``(N, num_classes)``."""
         x = self.block3(self.block2(self.block1(self.stem(x))))
         x = self.pool(x).flatten(1)
-        logits: Tensor = self.fc(x)
-        return logits
+        return self.fc(x)

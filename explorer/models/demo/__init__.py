@@ -16,7 +16,9 @@ from explorer.models.architectures.fashion import FashionResNet
 __all__ = ["DEMOS", "load_demo"]
 
 # Name to architecture and shape of the example input.
-DEMOS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"fashion-resnet": (FashionResNet, (1, 1, 28, 28))}
+DEMOS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "fashion-resnet": (FashionResNet, (1, 1, 28, 28))
+}
 
 
 def load_demo(name: str) -> tuple[nn.Module, Tensor]:

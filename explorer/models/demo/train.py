@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from explorer.data.augment import flip_and_shift
-from explorer.data.fashion_mnist import MEAN, STD, find_folder, read_split
+from explorer.data.fashion_mnist import find_folder, normalise, read_split
 from explorer.data.split import SPLIT_SEED, demo_split
 from explorer.models.architectures.fashion import FashionResNet
 
@@ -44,16 +43,12 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup: float) ->
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _inputs(images: NDArray[object]) -> Tensor:
-    """``(N, 28, 28) uint8`` to normalised ``(N, 1, 28, 28) float32``."""
-    return ((torch.from_numpy(images).float() / 255.0 - MEAN) / STD).unsqueeze(1)
-
-
 @torch.inference_mode()
 def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     model.eval()
     right = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(inputs.split(500), labels.split(500), strict=True)
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(inputs.split(500), labels.split(500), strict=True)
     )
     return right / len(labels)
 
@@ -113,7 +108,7 @@ def train(
                 group["lr"] = learning_rate_at(step, total_steps, peak_learning_rate, warmup)
             loss = functional.cross_entropy(model(x), labels[chosen])
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             sum_loss += loss.item()
             step += 1
@@ -138,15 +133,24 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m explorer.models.demo.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to (default: the bundled demo)")
+    parser = argparse.ArgumentParser(
+        prog="python -m explorer.models.demo.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        help="folder to write to (default: the bundled demo)",
+    )
     parser.add_argument("--root", type=Path, default=None, help="folder of the Fashion-MNIST files")
     parser.add_argument("--download", action="store_true", help="download Fashion-MNIST when it is not found")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=0.2, help="peak, reached after the warm-up")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--warmup", type=float, default=0.15, help="share of the run in which the learning rate grows")
+    parser.add_argument(
+        "--warmup", type=float, default=0.15, help="share of the run in which the learning rate grows"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(argv)
@@ -161,16 +165,19 @@ def main(argv: list[str] | None = None) -> None:
     train_images, train_labels = read_split(folder, "train")
     test_images, test_labels = read_split(folder, "test")
     split = demo_split(train_labels, test_labels)
-    as_labels = lambda labels: torch.from_numpy(labels).long()  # noqa: E731
-    held_out = (_inputs(train_images[split.validation]), as_labels(train_labels[split.validation]))
+    held_out = (
+        normalise(train_images[split.validation]),
+        torch.from_numpy(train_labels[split.validation]).long(),
+    )
 
-    model = FashionResNet().to(memory_format=torch.channels_last)
+    model = FashionResNet()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     weights = args.out / f"{NAME}.safetensors"
     started = time.perf_counter()
     validation_accuracy = train(
         model,
-        _inputs(train_images[split.dense]),
-        as_labels(train_labels[split.dense]),
+        normalise(train_images[split.dense]),
+        torch.from_numpy(train_labels[split.dense]).long(),
         held_out,
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -181,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=weights,
     )
     seconds = time.perf_counter() - started
-    inputs, labels = _inputs(test_images), as_labels(test_labels)
+    inputs, labels = normalise(test_images), torch.from_numpy(test_labels).long()
     provenance = {
         "name": NAME,
         "architecture": "explorer.models.architectures.fashion.FashionResNet",
