@@ -23,6 +23,8 @@ class RunResult:
         Bool, shaped like the weights, true where a weight is kept.
     asked : mapping of str to float
         Final sparsity that was asked for, by layer.
+    locked : tuple of str
+        Layers whose sparsity a person had fixed.
     achieved : mapping of str to (int, int)
         Zeros and elements of each layer's weight, counted in the weight itself.
     dense_accuracy, accuracy : float
@@ -48,6 +50,7 @@ class RunResult:
     module: nn.Module
     masks: Mapping[str, Tensor]
     asked: Mapping[str, float]
+    locked: tuple[str, ...]
     achieved: Mapping[str, tuple[int, int]]
     dense_accuracy: float
     accuracy: float

@@ -132,6 +132,8 @@ class PruningRun:
         if self._channels_last:
             self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
+        # A plain mapping has no locks.
+        self.locked: tuple[str, ...] = tuple(sorted(getattr(distribution, "locked", ())))
         weights = {name: _weight(self._module, name) for name in self.asked}
         self._elements = {name: weight.numel() for name, weight in weights.items()}
         self._weights = weights
@@ -367,6 +369,7 @@ class PruningRun:
             module=module.eval(),
             masks=masks,
             asked=dict(self.asked),
+            locked=self.locked,
             achieved=achieved,
             dense_accuracy=dense.accuracy if dense else math.nan,
             accuracy=last.accuracy if last else math.nan,

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from explorer.errors import FormatError
+from explorer.formats import load_weights, read_weights, save_weights
+from explorer.formats.atomic import write_atomically
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.register_buffer("nothing", torch.empty(0))
+        self.register_buffer("neither", torch.empty(0))
+
+
+def test_loading_gives_back_every_bit(tmp_path: Path) -> None:
+    saved, loaded = network(0), network(1)
+    with torch.no_grad():
+        saved.get_parameter("0.weight")[0] = 0.0
+    size = save_weights(saved, tmp_path / "w.safetensors", {"model": "tiny"})
+    assert size == (tmp_path / "w.safetensors").stat().st_size
+    load_weights(loaded, tmp_path / "w.safetensors")
+    ours, theirs = saved.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+    )
+    # Any other reader of safetensors sees the same.
+    plain = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(plain[name], ours[name]) for name in ours)
+
+
+def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path: Path) -> None:
+    module = Tied()
+    save_weights(module, tmp_path / "w.safetensors")
+    assert "second.weight" not in safetensors.torch.load_file(tmp_path / "w.safetensors")
+    found = read_weights(tmp_path / "w.safetensors")
+    assert set(found) == set(module.state_dict())
+    assert torch.equal(found["second.weight"], module.first.weight)
+    other = Tied()
+    load_weights(other, tmp_path / "w.safetensors")
+    assert other.second.weight is other.first.weight
+    assert torch.equal(other.first.weight, module.first.weight)
+
+
+def test_weights_in_channels_last_are_saved_like_any_others(tmp_path: Path) -> None:
+    module = network()
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    save_weights(module.to(memory_format=torch.channels_last), tmp_path / "w.safetensors")  # type: ignore[call-overload]
+    assert all(
+        torch.equal(value, expected[name]) for name, value in read_weights(tmp_path / "w.safetensors").items()
+    )
+
+
+def test_a_file_of_another_network_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    save_weights(nn.Sequential(nn.Linear(3, 3)), tmp_path / "w.safetensors")
+    module = network()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(FormatError, match=r"missing 1\.weight.* and 2 more, unexpected nothing"):
+        load_weights(module, tmp_path / "w.safetensors")
+    with pytest.raises(
+        FormatError, match=r"'0\.weight' has shape \(3, 3\) .* and \(3, 4\) in this Sequential"
+    ):
+        load_weights(nn.Sequential(nn.Linear(4, 3)), tmp_path / "w.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "huge header"])
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(network(), path)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"cut": content[:-5], "text": b"hello", "empty": b"", "huge header": b"\xff" * 8 + content[8:]}[
+            damage
+        ]
+    )
+    with pytest.raises(FormatError, match="is not a safetensors file"):
+        read_weights(path)
+    with pytest.raises(FormatError, match="There is no file"):
+        read_weights(tmp_path / "none.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FormatError, match="No space left on device"):
+        write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(FormatError, match="folder exists"):
+        write_atomically(tmp_path / "no" / "file", b"new")
