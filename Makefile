@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   which Python makes the environment (3.11 or newer)
 #   TORCH_INDEX=URL     a package index that has CPU-only builds of torch, as PyTorch's installation page names it;
 #                       without it a Linux machine may download a CUDA build of several GB
-#   BROWSER=/path       the chromium or chrome that the browser tests drive
+#   EXPLORER_BROWSER=/path  the chromium or chrome that the browser tests drive
 #   ARGS='...'          passed on: make test ARGS='-k schedule', make app ARGS='--port 8900', make bench ARGS='--threads 2'
 
 PYTHON ?= python3

@@ -26,7 +26,12 @@ def main() -> int:
     for title, (program, *arguments) in CHECKS.items():
         start = time.monotonic()
         done = subprocess.run(  # noqa: S603 - the programs are those of this environment, named above
-            [str(BIN / program), *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            [str(BIN / program), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
         )
         verdict = "ok" if done.returncode == 0 else "FAILED"
         print(f"{title:<40} {verdict:<6} {time.monotonic() - start:5.1f} s", flush=True)

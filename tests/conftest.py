@@ -14,7 +14,7 @@ import torch
 CI = os.environ.get("CI", "").lower() in {"true", "1"}
 NO_BROWSER = (
     "no chromium or chrome on this machine. Install one (Debian, Ubuntu: apt-get install chromium) "
-    "or name one with BROWSER=/path/to/it"
+    "or name one with EXPLORER_BROWSER=/path/to/it"
 )
 _MAC_APPLICATIONS = [
     f"/Applications/{name}.app/Contents/MacOS/{name}" for name in ("Google Chrome", "Chromium")
@@ -24,7 +24,7 @@ _MAC_APPLICATIONS = [
 def find_browser() -> str | None:
     """Return the path of a chromium or chrome; `.ci/ensure-browser` looks for the same names."""
     names = [
-        os.environ.get("BROWSER"),
+        os.environ.get("EXPLORER_BROWSER"),
         "chromium",
         "chromium-browser",
         "google-chrome",
