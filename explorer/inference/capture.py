@@ -1,0 +1,306 @@
+"""A module in, our graph out: torch.export traces the forward pass, and each operator is read into an `Operation`.
+
+Operators that have a native kernel become operations of their own kind; every other one stays a torch call. In-place operators are made
+functional: after ``relu_(x)``, whoever reads x reads the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from explorer.errors import EngineError
+from explorer.inference.graph import Graph, Operation, Ref
+
+_INFINITY = float("inf")
+_VIEWS = {
+    "view", "reshape", "flatten", "transpose", "permute", "select", "slice", "squeeze", "unsqueeze", "expand", "chunk", "split",
+    "contiguous", "unflatten", "as_strided", "detach", "alias", "t", "unbind", "narrow", "split_with_sizes", "tensor_split",
+    "swapaxes", "movedim", "view_as", "expand_as", "dropout", "_unsafe_view", "diagonal", "unfold",
+}  # fmt: skip
+
+
+def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph:
+    """Trace `module` on `example_input`.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Captured in eval mode; its own mode is given back.
+    example_input : Tensor or tuple
+        The forward arguments. Their shapes are the largest the compiled network takes.
+
+    Raises
+    ------
+    EngineError
+        When torch.export cannot capture the module; the message carries torch's reason and the line.
+    """
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, args, strict=False)
+            if _writes_through_views(exported.graph):
+                exported = exported.run_decompositions({})
+    except Exception as error:  # torch.export raises many kinds; all of them mean the same to the user
+        raise EngineError(
+            f"torch.export could not capture {type(module).__name__}: {_reason(error)}\n"
+            "Control flow that depends on values, and calls into other libraries, cannot be captured. Replace that line, "
+            "or compile the largest submodule that does not contain it."
+        ) from error
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    return _read(exported)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
+    return " ".join(([lines[0]] if lines else [type(error).__name__]) + where[-1:])
+
+
+def _base(target: Any) -> str:
+    """ "relu_" of torch.ops.aten.relu_.default."""
+    return str(getattr(target, "_schema", target)).split("::")[-1].split("(")[0].split(".")[0]
+
+
+def _is_inplace(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return bool(schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write)
+
+
+def _writes_through_views(graph: torch.fx.Graph) -> bool:
+    """Whether an in-place operator writes to a tensor that shares memory with another value."""
+    for node in graph.nodes:
+        if node.op == "call_function" and _is_inplace(node.target):
+            written = node.args[0]
+            family = [written, *written.users] if isinstance(written, torch.fx.Node) else []
+            if any(n.op != "call_function" for n in family[:1]) or any(
+                n.op == "call_function" and _base(n.target) in _VIEWS for n in family
+            ):
+                return True
+    return False
+
+
+def _read(exported: Any) -> Graph:
+    signature = exported.graph_signature
+    state: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = dict(signature.inputs_to_lifted_tensor_constants)
+    tensors = {**exported.state_dict, **exported.constants}
+    graph = Graph([], [], [], {}, {}, {}, state, lambda values: values)
+    renamed: dict[str, str] = {}
+
+    def reference(item: Any) -> Any:
+        if isinstance(item, torch.fx.Node):
+            return Ref(renamed.get(item.name, item.name))
+        if isinstance(item, list | tuple):
+            return type(item)(reference(part) for part in item) if type(item) in (list, tuple) else [reference(p) for p in item]
+        if isinstance(item, dict):
+            return {k: reference(v) for k, v in item.items()}
+        return item
+
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            graph.shapes[node.name] = tuple(int(s) for s in value.shape)
+            graph.dtypes[node.name] = value.dtype
+        if node.op == "placeholder":
+            if node.name in state or node.name in lifted:
+                graph.constants[node.name] = tensors[state.get(node.name) or lifted[node.name]].detach()
+            elif node.name in signature.user_inputs:
+                graph.inputs.append(node.name)
+            else:
+                raise EngineError(f"The input {node.name!r} of the captured network is of a kind that the engine does not know.")
+        elif node.op == "call_function":
+            args, kwargs = reference(node.args), reference(node.kwargs)
+            operation = _operation(node, args, kwargs, graph)
+            graph.operations.append(operation)
+            if _is_inplace(node.target):
+                renamed[node.args[0].name] = node.name
+        elif node.op == "output":
+            flat = node.args[0]
+            wanted = [n for n in flat if not isinstance(n, torch.fx.Node) or n.name in signature.user_outputs]
+            graph.outputs = [reference(n) for n in wanted]
+        elif node.op == "get_attr":
+            raise EngineError("The module uses a higher-order operator (cond, while, map), which the engine cannot run.")
+    spec = exported.call_spec.out_spec
+    if spec is not None:
+        graph.unflatten = lambda values: torch.utils._pytree.tree_unflatten(values, spec)
+    return graph
+
+
+def _module_name(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Operation:
+    operation = Operation("torch", node.name, [], _module_name(node), node.target, tuple(args), dict(kwargs))
+    reader = _READERS.get(_base(node.target).rstrip("_"))
+    names = [a.name for a in args if isinstance(a, Ref)]
+    floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (node.name, *names))
+    if reader is not None and floats and node.name in graph.shapes:
+        reader(operation, _bound(node.target, args, kwargs), graph)
+    return operation
+
+
+def _bound(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    bound = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(args):
+            bound[argument.name] = args[i]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def _pair(value: Any, default: int = 0) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    if not values:
+        values = [default]
+    return (int(values[0]), int(values[-1]))
+
+
+def _constant(item: Any, graph: Graph) -> str | None:
+    return item.name if isinstance(item, Ref) and item.name in graph.constants else None
+
+
+def _layer_name(weight: str, graph: Graph, otherwise: str) -> str:
+    full = graph.parameter_names.get(weight)
+    return otherwise if full is None else full.removesuffix("weight").rstrip("._")
+
+
+def _conv(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    weight, bias = _constant(a["weight"], graph), _constant(a["bias"], graph)
+    shape = graph.shapes[a["input"].name]
+    if weight is None or (a["bias"] is not None and bias is None) or isinstance(a["padding"], str):
+        return
+    if len(shape) not in (3, 4) or len(graph.shapes[weight]) != len(shape):
+        return
+    flat = len(shape) == 3  # a line of pixels is an image of one row
+    operation.kind, operation.inputs = "conv", [a["input"].name]
+    operation.weight, operation.bias = weight, bias
+    operation.attributes = {
+        "stride": (1, _pair(a["stride"])[1]) if flat else _pair(a["stride"]),
+        "padding": (0, _pair(a["padding"])[1]) if flat else _pair(a["padding"]),
+        "dilation": (1, _pair(a["dilation"])[1]) if flat else _pair(a["dilation"]),
+        "groups": int(a["groups"]),
+    }
+    operation.name = _layer_name(weight, graph, operation.name)
+
+
+def _linear(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    weight, bias = _constant(a["weight"], graph), _constant(a["bias"], graph)
+    if weight is None or (a["bias"] is not None and bias is None) or len(graph.shapes[a["input"].name]) < 2:
+        return
+    operation.kind, operation.inputs = "linear", [a["input"].name]
+    operation.weight, operation.bias = weight, bias
+    operation.name = _layer_name(weight, graph, operation.name)
+
+
+def _batch_norm(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    if a.get("training"):
+        return
+    names = {k: _constant(a[k], graph) for k in ("weight", "bias", "running_mean", "running_var")}
+    if names["running_mean"] is None or names["running_var"] is None:
+        return
+    operation.kind, operation.inputs = "batch_norm", [a["input"].name]
+    operation.attributes = {**names, "eps": float(a["eps"])}
+
+
+def _clamp(low: float, high: float) -> Callable[[Operation, dict[str, Any], Graph], None]:
+    def read(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+        bounds = (a.get("min_val", low), a.get("max_val", high))
+        if not all(isinstance(b, int | float) for b in bounds) or not bounds[0] <= 0 <= bounds[1]:
+            return
+        operation.kind, operation.inputs = "clamp", [next(iter(a.values())).name]
+        operation.attributes = {"low": float(bounds[0]), "high": float(bounds[1])}
+
+    return read
+
+
+def _add(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    left, right = a["self"], a["other"]
+    if not (isinstance(left, Ref) and isinstance(right, Ref)) or a.get("alpha", 1) != 1:
+        return
+    if {left.name, right.name} & set(graph.constants) or graph.shapes.get(left.name) != graph.shapes.get(right.name):
+        return
+    operation.kind, operation.inputs = "add", [left.name, right.name]
+
+
+def _max_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    if len(graph.shapes[a["self"].name]) != 4:
+        return
+    size = _pair(a["kernel_size"])
+    operation.kind, operation.inputs = "max_pool", [a["self"].name]
+    operation.attributes = {
+        "size": size,
+        "stride": _pair(a["stride"]) if a["stride"] else size,
+        "padding": _pair(a["padding"]),
+        "dilation": _pair(a["dilation"], 1),
+    }
+
+
+def _average_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    if a.get("divisor_override") is not None or a.get("ceil_mode") or len(graph.shapes[a["self"].name]) != 4:
+        return
+    size = _pair(a["kernel_size"])
+    operation.kind, operation.inputs = "average_pool", [a["self"].name]
+    operation.attributes = {
+        "size": size,
+        "stride": _pair(a["stride"]) if a["stride"] else size,
+        "padding": _pair(a["padding"]),
+        "dilation": (1, 1),
+        "count_padding": bool(a["count_include_pad"]),
+    }
+
+
+def _adaptive_average(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    if list(a["output_size"]) == [1, 1] and len(graph.shapes[a["self"].name]) == 4:
+        operation.kind, operation.inputs = "plane_average", [a["self"].name]
+
+
+def _mean(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    shape = graph.shapes.get(a["self"].name, ())
+    dims = {d % len(shape) for d in a["dim"]} if shape and a["dim"] else set()
+    if len(shape) == 4 and dims == {2, 3} and a.get("dtype") is None:
+        operation.kind, operation.inputs = "plane_average", [a["self"].name]
+
+
+def _same(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    if not a.get("train", False):
+        operation.kind, operation.inputs = "same", [next(iter(a.values())).name]
+
+
+def _flatten(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """Only the flattening of (N, C, 1, 1): the vector layout already is that."""
+    name = next(iter(a.values())).name
+    before, after = graph.shapes.get(name, ()), graph.shapes[operation.output]
+    if len(before) == 4 and before[2:] == (1, 1) and after == before[:2]:
+        operation.kind, operation.inputs = "same", [name]
+
+
+_READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "relu": _clamp(0.0, _INFINITY),
+    "relu6": _clamp(0.0, 6.0),
+    "hardtanh": _clamp(-1.0, 1.0),
+    "add": _add,
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _average_pool,
+    "adaptive_avg_pool2d": _adaptive_average,
+    "mean": _mean,
+    "dropout": _same,
+    "flatten": _flatten,
+    "view": _flatten,
+    "reshape": _flatten,
+}

@@ -1,0 +1,113 @@
+"""The network as the engine sees it: a list of operations on named values. Written by capture.py, rewritten by lower.py, run by plan.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value by name, wherever it stands among an operation's arguments."""
+
+    name: str
+
+
+@dataclass(slots=True)
+class Operation:
+    """One operation.
+
+    Attributes
+    ----------
+    kind : str
+        "conv", "linear", "add", "clamp", "max_pool", "average_pool", "plane_average", "batch_norm", "same" (no change), or "torch".
+    output : str
+        The name of its value.
+    inputs : list of str
+        Names of the values that native kernels read, in order.
+    name : str
+        Dotted name of the module that owns its weight, else of the module it was called in.
+    attributes : dict
+        Parameters of the kind: for "conv" stride, padding, dilation, groups; for clamps low and high; and so on.
+    weight, bias : str or None
+        Names of constants.
+    target, args, kwargs
+        The torch operator and its arguments (`Ref` for values and constants): what is called when no native kernel fits.
+    """
+
+    kind: str
+    output: str
+    inputs: list[str]
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    weight: str | None = None
+    bias: str | None = None
+
+    def references(self) -> list[str]:
+        """Every value and constant that the torch form of this operation reads."""
+        found: list[str] = []
+
+        def visit(item: Any) -> None:
+            if isinstance(item, Ref):
+                found.append(item.name)
+            elif isinstance(item, list | tuple):
+                for part in item:
+                    visit(part)
+            elif isinstance(item, dict):
+                for part in item.values():
+                    visit(part)
+
+        visit(self.args)
+        visit(self.kwargs)
+        return found
+
+
+@dataclass(slots=True)
+class Graph:
+    """A captured network.
+
+    Attributes
+    ----------
+    operations : list of Operation
+        In an order in which they can run.
+    inputs : list of str
+        Values that the caller passes.
+    outputs : nested structure of Ref and constants
+        What the network returns, packed by `unflatten`.
+    shapes : dict
+        Shape of each tensor value.
+    dtypes : dict
+        torch dtype of each tensor value.
+    constants : dict
+        Parameters, buffers and lifted tensors by name.
+    parameter_names : dict
+        Constant name -> name in the module's state (for `update_weights`).
+    unflatten : callable
+        Packs the flat list of outputs as the module returned it.
+    """
+
+    operations: list[Operation]
+    inputs: list[str]
+    outputs: list[Any]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    constants: dict[str, torch.Tensor]
+    parameter_names: dict[str, str]
+    unflatten: Callable[[list[Any]], Any]
+
+    def users(self) -> dict[str, int]:
+        """How often each value is read (outputs of the network count)."""
+        count: dict[str, int] = {}
+        for operation in self.operations:
+            for name in operation.inputs if operation.kind != "torch" else operation.references():
+                count[name] = count.get(name, 0) + 1
+        for output in self.outputs:
+            if isinstance(output, Ref):
+                count[output.name] = count.get(output.name, 0) + 1
+        return count

@@ -1,0 +1,200 @@
+"""A thin layer over llvmlite's IR builder, so that a kernel reads like a description of the kernel.
+
+It adds three things: structured loops that carry values, vectors of the machine's own width, and records (rows of 64-bit fields) by
+which Python hands addresses and sizes to native code. It knows no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32, PTR, VOID = ir.FloatType(), ir.PointerType(), ir.VoidType()
+
+Value = Any  # an llvmlite value; llvmlite ships no types
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Names of the 64-bit fields of a table row that Python fills and native code reads."""
+
+    fields: tuple[str, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return 8 * len(self.fields)
+
+    def index(self, name: str) -> int:
+        return self.fields.index(name)
+
+
+class Function:
+    """A native function under construction.
+
+    Parameters
+    ----------
+    module : llvmlite.ir.Module
+        Receives the function.
+    name : str
+        Symbol name.
+    returns, parameters : LLVM types
+        Its signature.
+    lanes : int
+        Number of float32 in one vector register (16, 8 or 4).
+    """
+
+    def __init__(self, module: Value, name: str, returns: Value, parameters: Sequence[Value], lanes: int) -> None:
+        self.module, self.lanes = module, lanes
+        self.native = ir.Function(module, ir.FunctionType(returns, parameters), name)
+        self.native.attributes.add("nounwind")
+        self.b = ir.IRBuilder(self.native.append_basic_block())
+        self.vector = ir.VectorType(F32, lanes)
+        self.int_vector = ir.VectorType(I32, lanes)
+
+    @property
+    def arguments(self) -> tuple[Value, ...]:
+        return tuple(self.native.args)
+
+    # ---- memory
+
+    def at(self, pointer: Value, offset: int | Value) -> Value:
+        """The address `offset` bytes after `pointer`."""
+        if isinstance(offset, int):
+            if offset == 0:
+                return pointer
+            offset = I64(offset)
+        return self.b.gep(pointer, [offset], source_etype=I8)
+
+    def load(self, pointer: Value, type_: Value, offset: int | Value = 0, align: int = 4) -> Value:
+        value = self.b.load(self.at(pointer, offset), typ=type_)
+        value.align = align
+        return value
+
+    def store(self, value: Value, pointer: Value, offset: int | Value = 0, align: int = 4) -> None:
+        self.b.store(value, self.at(pointer, offset)).align = align
+
+    def field(self, row: Value, record: Record, name: str, type_: Value = I64) -> Value:
+        """Field `name` of the record at `row`."""
+        return self.load(row, type_, 8 * record.index(name), 8)
+
+    def row(self, table: Value, record: Record, index: Value) -> Value:
+        """The address of row `index` of a table of records."""
+        return self.at(table, self.b.mul(index, I64(record.n_bytes)))
+
+    def to_float(self, field: Value) -> Value:
+        """A float32 that travelled in the low half of a 64-bit field."""
+        return self.b.bitcast(self.b.trunc(field, I32), F32)
+
+    # ---- vectors
+
+    def splat(self, scalar: Value, count: int | None = None) -> Value:
+        type_ = ir.VectorType(scalar.type, count or self.lanes)
+        undefined = ir.Constant(type_, ir.Undefined)
+        zeros = ir.Constant(ir.VectorType(I32, type_.count), [0] * type_.count)
+        return self.b.shuffle_vector(self.b.insert_element(undefined, scalar, I32(0)), undefined, zeros)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """``a * b + c`` (fused where the CPU can)."""
+        return self.intrinsic("fmuladd", c.type, [a, b, c])
+
+    def clamp(self, value: Value, low: Value, high: Value) -> Value:
+        """Between `low` and `high`; NaN stays NaN, as in torch."""
+        value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
+        return self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
+
+    def keep(self, value: Value, mask: Value) -> Value:
+        """`value` where the integer mask is all ones, 0.0 where it is zero (an AND: masked loads scalarise on NEON)."""
+        bits = self.b.and_(self.b.bitcast(value, self.int_vector), mask)
+        return self.b.bitcast(bits, self.vector)
+
+    def gather(self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None) -> Value:
+        """``base[indices]`` as a float32 vector; lanes whose mask is false give `otherwise`."""
+        addresses = self.b.gep(base, [indices], source_etype=F32)
+        addresses.type = ir.VectorType(PTR, self.lanes)  # llvmlite infers a scalar pointer
+        if mask is None:
+            mask = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
+        if otherwise is None:
+            otherwise = ir.Constant(self.vector, [0.0] * self.lanes)
+        name = f"llvm.masked.gather.v{self.lanes}f32.v{self.lanes}p0"
+        return self.call(name, self.vector, [addresses, I32(4), mask, otherwise])
+
+    # ---- calls
+
+    def call(self, name: str, returns: Value, arguments: Sequence[Value]) -> Value:
+        callee = self.module.globals.get(name)
+        if callee is None:
+            callee = ir.Function(self.module, ir.FunctionType(returns, [a.type for a in arguments]), name)
+        return self.b.call(callee, arguments)
+
+    def intrinsic(self, name: str, type_: Value, arguments: Sequence[Value]) -> Value:
+        suffix = f"v{type_.count}f32" if isinstance(type_, ir.VectorType) else "f32"
+        return self.call(f"llvm.{name}.{suffix}", type_, arguments)
+
+    def prefetch(self, pointer: Value, offset: int) -> None:
+        self.call("llvm.prefetch.p0", VOID, [self.at(pointer, offset), I32(0), I32(3), I32(1)])
+
+    def opaque(self, pointer: Value) -> Value:
+        """The same pointer, behind a wall: keeps LLVM from merging offsets, so that each load stays one [register + constant]."""
+        return self.b.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [pointer], False)
+
+    # ---- control flow
+
+    def loop(
+        self,
+        stop: Value,
+        body: Callable[..., Sequence[Value] | None],
+        carried: Sequence[Value] = (),
+        start: Value | None = None,
+    ) -> list[Value]:
+        """``for i in range(start, stop): carried = body(i, *carried)``; returns the last values carried."""
+        b, type_ = self.b, stop.type
+        start = type_(0) if start is None else start
+        before, head = b.block, self.native.append_basic_block()
+        done = self.native.append_basic_block()
+        b.cbranch(b.icmp_signed("<", start, stop), head, done)
+        b.position_at_end(head)
+        counter = b.phi(type_)
+        counter.add_incoming(start, before)
+        phis = [b.phi(value.type) for value in carried]
+        for phi, value in zip(phis, carried, strict=True):
+            phi.add_incoming(value, before)
+        new = list(body(counter, *phis) or [])
+        following = b.add(counter, type_(1))
+        end = b.block
+        b.cbranch(b.icmp_signed("<", following, stop), head, done)
+        counter.add_incoming(following, end)
+        for phi, value in zip(phis, new, strict=True):
+            phi.add_incoming(value, end)
+        b.position_at_end(done)
+        results = []
+        for value, last in zip(carried, new, strict=True):
+            result = b.phi(value.type)
+            result.add_incoming(value, before)
+            result.add_incoming(last, end)
+            results.append(result)
+        return results
+
+    @contextmanager
+    def forever(self) -> Iterator[Callable[[Value], None]]:
+        """An endless loop; calling what it yields with a condition leaves the loop when the condition holds."""
+        b = self.b
+        head, done = self.native.append_basic_block(), self.native.append_basic_block()
+        b.branch(head)
+        b.position_at_end(head)
+
+        def leave_if(condition: Value) -> None:
+            stay = self.native.append_basic_block()
+            b.cbranch(condition, done, stay)
+            b.position_at_end(stay)
+
+        yield leave_if
+        b.branch(head)
+        b.position_at_end(done)
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)

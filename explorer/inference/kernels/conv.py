@@ -1,0 +1,376 @@
+"""Convolution of one tile of pixels for many output channels: sparse or dense weights, one way of reaching the operands.
+
+The algorithm in plain words
+  A job is one tile (T vectors of neighbouring pixels of one image) times a part of the output channels. The K dimension (input channel x
+  kernel tap) is cut into blocks whose operands fit the L1 cache. For each block:
+    reach    "direct"  operands are read where they lie: every tap is the input plane, shifted by a constant (see layout.py)
+             "shift"   the shifted rows are first copied into an L1 buffer, so that the hot loop loads whole cache lines
+             "gather"  the same for strides other than one, element by element through an index table
+    sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
+    dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
+  The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) and zeroes the gap between image rows.
+
+The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
+Convolutions and Guided Pruning" (2017).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
+        "tiles", "parts", "last_tile", "mask", "table", "table_tap", "blocks", "n_blocks",
+    )
+)  # fmt: skip
+"""One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
+
+BLOCK = Record(("n_rows", "sources", "offsets", "entries", "rows", "groups", "n_groups", "first_channel"))
+"""One K block of one part. Sparse: `rows` (channels), `groups` ({nonzeros, channels} pairs), `entries` ({byte offset, weight} pairs).
+Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
+
+BUFFER_BYTES = 1 << 16
+"""Start of the sums in a thread's scratch; the packed operands lie before it."""
+
+BLOCK_BYTES = 40 << 10
+"""Packed operands of one K block: most of a 48 KiB L1 cache; 24 to 64 KiB measured within noise of each other."""
+
+_WEIGHT_PREFETCH_BYTES = 1536
+
+
+@dataclass(frozen=True, slots=True)
+class ConvKernel:
+    """Everything that the machine code of a convolution depends on.
+
+    Attributes
+    ----------
+    tile : int
+        Vectors of pixels in a tile (T).
+    reach : str
+        "direct", "shift" or "gather".
+    dense_rows : int
+        Output channels that share their operand loads (R); 0 for the sparse kernel.
+    remainder : int
+        Output channels of the last, smaller group (dense only).
+    residual, masked : bool
+        Whether a residual is added, and whether the gaps of the output must be zeroed.
+    aligned : bool
+        Whether direct operands start on vector boundaries.
+    independent : bool
+        Whether each block computes channels of its own from start to end (grouped convolution), instead of continuing the same sums.
+    """
+
+    tile: int
+    reach: str
+    dense_rows: int
+    remainder: int
+    residual: bool
+    masked: bool
+    aligned: bool
+    independent: bool
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        return _Generator(self, isa).module()
+
+    def scratch_bytes(self, n_channels: int, lanes: int) -> int:
+        """Bytes of scratch that a job needs."""
+        return BUFFER_BYTES + n_channels * self.tile * lanes * 4 + 256
+
+
+def dense_rows(tile: int, isa: Isa) -> int:
+    """The largest R for which R x T sums, the smaller of R and T operands and one more value stay in registers."""
+    best = 1
+    for rows in range(1, 17):
+        if rows * tile + min(rows, tile) + 1 <= isa.registers:
+            best = rows
+    return best
+
+
+class _Generator:
+    def __init__(self, kernel: ConvKernel, isa: Isa) -> None:
+        self.k, self.isa = kernel, isa
+        self.ir = ir.Module("convolution")
+        self.width = 4 * isa.lanes
+        self.row_bytes = self.width * kernel.tile
+        self.packed = kernel.reach != "direct"
+
+    def module(self) -> tuple[Value, str]:
+        k = self.k
+        flags = [(1, 1)] if k.independent else [(0, 0), (0, 1), (1, 0), (1, 1)]
+        parts = {}
+        for first, last in flags:
+            if k.dense_rows:
+                full = self._dense(k.dense_rows, first, last)
+                rest = self._dense(k.remainder, first, last) if k.remainder else None
+                parts[first, last] = (full, rest)
+            else:
+                parts[first, last] = (self._sparse(first, last), None)
+        self._job(parts)
+        return self.ir, "convolution"
+
+    # ---- pieces shared by the sparse and the dense inner kernel
+
+    def _inner(self, name: str) -> Function:
+        """An inner kernel: (block, operands, sums, bias, out, out_plane, residual, residual_plane, mask, low, high)."""
+        f = Function(self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa.lanes)
+        f.native.linkage = "internal"
+        for argument in (0, 1, 2, 3, 4, 8):
+            f.native.args[argument].add_attribute("noalias")
+        return f
+
+    def _vectors(self, f: Function, pointer: Value, align: int) -> list[Value]:
+        return [f.load(pointer, f.vector, self.width * i, align) for i in range(self.k.tile)]
+
+    def _finish(self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value) -> None:
+        """Residual, clamp, gap mask, store: the epilogue of one output channel."""
+        _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
+        to = f.at(out, f.b.mul(channel, out_plane))
+        if self.k.residual:
+            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width)
+            sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
+        sums = [f.clamp(s, low, high) for s in sums]
+        if self.k.masked:
+            sums = [
+                f.keep(s, f.load(mask, f.int_vector, self.width * i, self.width)) for i, s in enumerate(sums)
+            ]
+        for i, s in enumerate(sums):
+            f.store(s, to, self.width * i, self.width)
+
+    def _start(self, f: Function, first: int, bias: Value, sums: Value, channel: Value) -> list[Value]:
+        if first:
+            return [f.splat(f.load(f.at(bias, f.b.mul(channel, I64(4))), F32))] * self.k.tile
+        return self._vectors(f, f.at(sums, f.b.mul(channel, I64(self.row_bytes))), self.width)
+
+    # ---- sparse
+
+    def _sparse(self, first: int, last: int) -> str:
+        name = f"sparse_{first}{last}"
+        f, k, b = self._inner(name), self.k, None
+        b = f.b
+        block, operands, sums, bias, *_, low, high = f.arguments
+        low, high = f.splat(low), f.splat(high)
+        align = self.width if self.packed or k.aligned else 4
+        groups, rows, entries = (f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "entries"))
+
+        def one_row(count: Value, entry: Value, row: Value) -> list[Value]:
+            for line in (0, 64):
+                f.prefetch(entry, _WEIGHT_PREFETCH_BYTES + line)
+            channel = b.sext(f.load(row, I32), I64)
+            start = self._start(f, first, bias, sums, channel)
+
+            def nonzero(_: Value, entry: Value, *totals: Value) -> list[Value]:
+                offset, weight = b.sext(f.load(entry, I32), I64), f.splat(f.load(entry, F32, 4))
+                pointer = f.opaque(f.at(operands, offset))
+                new = [
+                    f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total) for i, total in enumerate(totals)
+                ]
+                return [f.at(entry, 8), *new]
+
+            entry, *totals = f.loop(count, nonzero, [entry, *start])
+            if last:
+                self._finish(f, totals, channel, low, high)
+            else:
+                to = f.at(sums, b.mul(channel, I64(self.row_bytes)))
+                for i, total in enumerate(totals):
+                    f.store(total, to, self.width * i, self.width)
+            return [entry, f.at(row, 4)]
+
+        def one_group(index: Value, entry: Value, row: Value) -> list[Value]:
+            group = f.at(groups, b.mul(index, I64(8)))
+            count, n_rows = (b.zext(f.load(group, I32, o), I64) for o in (0, 4))
+            return f.loop(n_rows, lambda _, e, r: one_row(count, e, r), [entry, row])
+
+        f.loop(f.field(block, BLOCK, "n_groups"), one_group, [entries, rows])
+        b.ret_void()
+        return name
+
+    # ---- dense
+
+    def _dense(self, n_rows: int, first: int, last: int) -> str:
+        """`n_rows` channels at once; the whole inner kernel is called with the group's first channel already in its pointers."""
+        name = f"dense_{n_rows}_{first}{last}"
+        f, k = self._inner(name), self.k
+        b = f.b
+        block, operands, sums, bias, *_, low, high = f.arguments
+        low, high = f.splat(low), f.splat(high)
+        align = self.width if self.packed or k.aligned else 4
+        depth, offsets = f.field(block, BLOCK, "n_rows"), f.field(block, BLOCK, "offsets", PTR)
+        weights = f.field(block, BLOCK, "entries", PTR)
+        tile = k.tile
+        is_rest = n_rows == k.remainder and n_rows != k.dense_rows
+        groups = f.field(block, BLOCK, "rows" if is_rest else "n_groups")
+        first_channel = f.field(block, BLOCK, "first_channel")
+        if is_rest:
+            done = f.field(block, BLOCK, "n_groups")
+            first_channel = b.add(first_channel, b.mul(done, I64(k.dense_rows)))
+            weights = f.at(weights, b.mul(b.mul(done, depth), I64(4 * k.dense_rows)))
+
+        def one_group(index: Value, weight: Value) -> list[Value]:
+            channel = b.add(first_channel, b.mul(index, I64(n_rows)))
+            channels = [b.add(channel, I64(r)) for r in range(n_rows)]
+            start = [s for c in channels for s in self._start(f, first, bias, sums, c)]
+
+            def step(_: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
+                f.prefetch(weight, 512)
+                new = list(totals)
+                pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
+                load_x = lambda i: f.load(pointer, f.vector, self.width * i, align)  # noqa: E731
+                load_w = lambda r: f.splat(f.load(weight, F32, 4 * r))  # noqa: E731
+                # Hold the smaller of the two sets of operands in registers, stream the other.
+                if n_rows <= tile:
+                    held = [load_w(r) for r in range(n_rows)]
+                    for i in range(tile):
+                        x = load_x(i)
+                        for r in range(n_rows):
+                            new[r * tile + i] = f.fma(held[r], x, new[r * tile + i])
+                else:
+                    held = [load_x(i) for i in range(tile)]
+                    for r in range(n_rows):
+                        w = load_w(r)
+                        for i in range(tile):
+                            new[r * tile + i] = f.fma(w, held[i], new[r * tile + i])
+                return [f.at(weight, 4 * n_rows), f.at(offset, 4), *new]
+
+            weight, _, *totals = f.loop(depth, step, [weight, offsets, *start])
+            for r, c in enumerate(channels):
+                mine = totals[r * tile : (r + 1) * tile]
+                if last:
+                    self._finish(f, mine, c, low, high)
+                else:
+                    to = f.at(sums, b.mul(c, I64(self.row_bytes)))
+                    for i, total in enumerate(mine):
+                        f.store(total, to, self.width * i, self.width)
+            return [weight]
+
+        f.loop(groups, one_group, [weights])
+        b.ret_void()
+        return name
+
+    # ---- one job
+
+    def _pack(self, f: Function, block: Value, x: Value, buffer: Value, table: Value, table_tap: Value) -> None:
+        """Operands of one K block into the L1 buffer: row k holds T aligned vectors."""
+        b = f.b
+        sources = f.field(block, BLOCK, "sources", PTR)
+
+        def shifted(_: Value, source: Value, to: Value) -> list[Value]:
+            pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
+            for i, value in enumerate(self._vectors(f, pointer, 4)):
+                f.store(value, to, self.width * i, self.width)
+            return [f.at(source, 8), f.at(to, self.row_bytes)]
+
+        def gathered(_: Value, source: Value, to: Value) -> list[Value]:
+            plane, tap = f.at(x, f.load(source, I64, 0, 8)), f.load(source, I64, 8, 8)
+            indices = f.at(table, b.mul(tap, table_tap))
+            for i in range(self.k.tile):
+                index = f.load(indices, f.int_vector, self.width * i, self.width)
+                f.store(f.gather(plane, index), to, self.width * i, self.width)
+            return [f.at(source, 16), f.at(to, self.row_bytes)]
+
+        body = shifted if self.k.reach == "shift" else gathered
+        f.loop(f.field(block, BLOCK, "n_rows"), body, [sources, buffer])
+
+    def _job(self, parts: dict[tuple[int, int], tuple[str, str | None]]) -> None:
+        k = self.k
+        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa.lanes)
+        b, (args, job, scratch) = f.b, f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        n_parts, tiles = field("parts"), field("tiles")
+        part, rest = b.srem(job, n_parts), b.sdiv(job, n_parts)
+        tile, image = b.srem(rest, tiles), b.sdiv(rest, tiles)
+        position = f.minimum(b.mul(tile, I64(self.row_bytes)), field("last_tile"))
+
+        def tensor(name: str, moved: bool = True) -> Value:
+            start = b.mul(image, field(f"{name}_image"))
+            return f.at(field(name, PTR), b.add(start, position) if moved else start)
+
+        x = tensor("x", moved=k.reach != "gather")
+        out = tensor("out")
+        residual = tensor("residual") if k.residual else out
+        mask = f.at(field("mask", PTR), position) if k.masked else out
+        table = f.at(field("table", PTR), position) if k.reach == "gather" else x
+        low, high = f.to_float(field("low")), f.to_float(field("high"))
+        bias, n_blocks = field("bias", PTR), field("n_blocks")
+        blocks = f.row(field("blocks", PTR), BLOCK, b.mul(part, n_blocks))
+        sums = f.at(scratch, BUFFER_BYTES)
+
+        def one_block(index: Value) -> None:
+            block = f.row(blocks, BLOCK, index)
+            operands = scratch if self.packed else x
+            if self.packed:
+                self._pack(f, block, x, scratch, table, field("table_tap"))
+
+            def run(names: tuple[str, str | None]) -> None:
+                for name in filter(None, names):
+                    b.call(
+                        self.ir.globals[name],
+                        [
+                            block, operands, sums, bias, out, field("out_plane"), residual, field("residual_plane"), mask, low, high,
+                        ],
+                    )  # fmt: skip
+
+            if k.independent:
+                run(parts[1, 1])
+                return
+            is_first = b.icmp_signed("==", index, I64(0))
+            is_last = b.icmp_signed("==", index, b.sub(n_blocks, I64(1)))
+            with b.if_else(is_first) as (yes, no):
+                for branch, first in ((yes, 1), (no, 0)):
+                    with branch, b.if_else(is_last) as (then, otherwise):
+                        with then:
+                            run(parts[first, 1])
+                        with otherwise:
+                            run(parts[first, 0])
+
+        f.loop(n_blocks, one_block)
+        b.ret_void()
+
+
+def reference(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> NDArray[np.float32]:
+    """The numpy twin: a convolution by its definition, in float64.
+
+    Parameters
+    ----------
+    x : (N, C, H, W) float32
+    weight : (M, C / groups, KH, KW) float32
+    bias : (M,) float32
+
+    Returns
+    -------
+    (N, M, OH, OW) float32
+    """
+    n, _, h, w = x.shape
+    m, cg, kh, kw = weight.shape
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    oh = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    ow = (w + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    out = np.zeros((n, m, oh, ow)) + bias.astype(np.float64)[None, :, None, None]
+    for o in range(m):
+        group = o // (m // groups)
+        for c in range(cg):
+            for i in range(kh):
+                for j in range(kw):
+                    rows = slice(i * dilation[0], i * dilation[0] + (oh - 1) * stride[0] + 1, stride[0])
+                    columns = slice(j * dilation[1], j * dilation[1] + (ow - 1) * stride[1] + 1, stride[1])
+                    out[:, o] += float(weight[o, c, i, j]) * padded[:, group * cg + c, rows, columns]
+    return out.astype(np.float32)

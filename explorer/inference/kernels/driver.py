@@ -1,0 +1,181 @@
+"""Runs a range of steps in one native call, on as many threads as come to help.
+
+A step is `jobs` independent pieces of one kernel. Every thread first takes the jobs of its own share (whose data are in its core's cache),
+then steals from the others' shares, by atomic tickets. A step may start when the previous one's count of finished jobs is full. **No barrier
+waits for a helper**: one that is late or asleep only means that the caller does more of the work itself.
+
+    run(state, scratch)             the caller: opens the gate, works, waits for the last job, closes the gate
+    help(state, scratch, me)        a helper: waits for an open gate for a while, works, and returns when nothing came (it then sleeps in Python)
+
+The caller writes the cycle counter into `stamps` when each step begins and ends: per-layer times measured inside the network.
+"""
+
+from __future__ import annotations
+
+import platform
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+STATE = Record(
+    ("steps", "first", "last", "tickets", "done", "gate", "active", "stop", "spin", "threads", "stamps"),
+)
+"""`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread). `done`: one per step, from step -1. `gate` is odd while a run is on.
+`stamps`: two counters per step, its start and its end."""
+
+STEP = Record(("jobs", "kernel", "arguments"))
+
+_KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
+_LINE = 64  # each counter has a cache line of its own
+
+
+def _pause(f: Function) -> None:
+    """Tells the core that this is a spin loop; does nothing where the instruction is unknown."""
+    machine = platform.machine().lower()
+    word = {"x86_64": "pause", "amd64": "pause", "aarch64": "yield", "arm64": "yield"}.get(machine)
+    if word:
+        f.b.asm(ir.FunctionType(VOID, []), word, "", [], True)
+
+
+def _cycles(f: Function) -> Value:
+    """A counter that runs at a constant rate; user code may not read the cycle register of ARM, but may read its timer."""
+    if platform.machine().lower() in {"aarch64", "arm64"}:
+        return f.b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
+    return f.call("llvm.readcyclecounter", I64, [])
+
+
+def _read(f: Function, pointer: Value, offset: int = 0) -> Value:
+    return f.b.load_atomic(f.at(pointer, offset), "seq_cst", 8, typ=I64)
+
+
+def _add(f: Function, pointer: Value, amount: int) -> Value:
+    return f.b.atomic_rmw("add", pointer, I64(amount), "seq_cst")
+
+
+def _work(module: Value, lanes: int) -> Value:
+    """work(state, scratch, me): take part in the run that is on."""
+    f = Function(module, "work", VOID, [PTR, PTR, I64], lanes)
+    f.native.linkage = "internal"
+    b, (state, scratch, me) = f.b, f.arguments
+
+    def get(name: str, type_: Value = I64) -> Value:
+        return f.field(state, STATE, name, type_)
+
+    steps, tickets, done, threads, stamps = get("steps", PTR), get("tickets", PTR), get("done", PTR), get("threads"), get("stamps", PTR)
+    first = get("first")
+
+    def one_step(index: Value, before: Value) -> list[Value]:
+        step = f.row(steps, STEP, index)
+        jobs, arguments = f.field(step, STEP, "jobs"), f.field(step, STEP, "arguments", PTR)
+        kernel = f.field(step, STEP, "kernel")
+        mine = f.at(done, b.mul(b.add(index, I64(1)), I64(_LINE)))
+        previous = f.at(mine, -_LINE)
+        with f.forever() as leave_if:
+            leave_if(b.icmp_signed(">=", _read(f, previous), before))
+            _pause(f)
+        with b.if_then(b.icmp_signed("==", me, I64(0))):
+            now, stamp = _cycles(f), f.at(stamps, b.mul(index, I64(16)))
+            f.store(now, stamp, 0, 8)
+            with b.if_then(b.icmp_signed(">", index, first)):
+                f.store(now, stamp, -8, 8)
+        counters = f.at(tickets, b.mul(b.mul(index, threads), I64(_LINE)))
+
+        def one_share(k: Value) -> None:
+            whose = b.srem(b.add(me, k), threads)
+            low = b.sdiv(b.mul(jobs, whose), threads)
+            high = b.sdiv(b.mul(jobs, b.add(whose, I64(1))), threads)
+            ticket = f.at(counters, b.mul(whose, I64(_LINE)))
+            with f.forever() as leave_if:
+                job = b.add(low, _add(f, ticket, 1))
+                leave_if(b.icmp_signed(">=", job, high))
+                b.call(b.inttoptr(kernel, _KERNEL.as_pointer()), [arguments, job, scratch])
+                _add(f, mine, 1)
+
+        f.loop(threads, one_share)
+        return [jobs]
+
+    f.loop(get("last"), one_step, [I64(0)], start=first)
+    b.ret_void()
+    return f.native
+
+
+def _run(module: Value, work: Value, lanes: int) -> None:
+    f = Function(module, "run", VOID, [PTR, PTR], lanes)
+    b, (state, scratch) = f.b, f.arguments
+
+    def get(name: str, type_: Value = I64) -> Value:
+        return f.field(state, STATE, name, type_)
+
+    first, last, threads, done, tickets = get("first"), get("last"), get("threads"), get("done", PTR), get("tickets", PTR)
+    f.store(I64(0), f.at(done, b.mul(first, I64(_LINE))), 0, 8)
+
+    def clear(index: Value) -> None:
+        f.store(I64(0), f.at(done, b.mul(b.add(index, I64(1)), I64(_LINE))), 0, 8)
+
+        def clear_ticket(k: Value) -> None:
+            f.store(I64(0), f.at(tickets, b.mul(b.add(b.mul(index, threads), k), I64(_LINE))), 0, 8)
+
+        f.loop(threads, clear_ticket)
+
+    f.loop(last, clear, start=first)
+    gate, active = get("gate", PTR), get("active", PTR)
+    _add(f, gate, 1)
+    b.call(work, [state, scratch, I64(0)])
+    final = f.row(get("steps", PTR), STEP, b.sub(last, I64(1)))
+    jobs = f.field(final, STEP, "jobs")
+    with f.forever() as leave_if:
+        leave_if(b.icmp_signed(">=", _read(f, f.at(done, b.mul(last, I64(_LINE)))), jobs))
+        _pause(f)
+    f.store(_cycles(f), f.at(get("stamps", PTR), b.mul(last, I64(16))), -8, 8)
+    _add(f, gate, 1)
+    with f.forever() as leave_if:
+        leave_if(b.icmp_signed("==", _read(f, active), I64(0)))
+        _pause(f)
+    b.ret_void()
+
+
+def _help(module: Value, work: Value, lanes: int) -> None:
+    f = Function(module, "help", VOID, [PTR, PTR, I64], lanes)
+    b, (state, scratch, me) = f.b, f.arguments
+    gate, active, stop = (f.field(state, STATE, n, PTR) for n in ("gate", "active", "stop"))
+    spin = f.field(state, STATE, "spin")
+    seen, left = b.alloca(I64), b.alloca(I64)
+    b.store(I64(0), seen)
+    b.store(spin, left)
+    with f.forever() as leave_if:
+        leave_if(b.icmp_signed("!=", _read(f, stop), I64(0)))
+        now = _read(f, gate)
+        is_open = b.icmp_signed("==", b.and_(now, I64(1)), I64(1))
+        is_new = b.icmp_signed("!=", now, b.load(seen, typ=I64))
+        with b.if_else(b.and_(is_open, is_new)) as (yes, no):
+            with yes:
+                _add(f, active, 1)
+                # The caller waits for `active` to be zero after it closed the gate: look again before touching the run.
+                with b.if_then(b.icmp_signed("==", _read(f, gate), now)):
+                    b.call(work, [state, scratch, me])
+                _add(f, active, -1)
+                b.store(now, seen)
+                b.store(spin, left)
+            with no:
+                b.store(b.sub(b.load(left, typ=I64), I64(1)), left)
+                _pause(f)
+        leave_if(b.icmp_signed("<", b.load(left, typ=I64), I64(0)))
+    b.ret_void()
+
+
+def _clock(module: Value, lanes: int) -> None:
+    f = Function(module, "clock", I64, [], lanes)
+    f.b.ret(_cycles(f))
+
+
+def build(entry: str, isa: Isa) -> tuple[Value, str]:
+    """The IR module with `entry`: "run", "help" or "clock"."""
+    module = ir.Module("driver")
+    if entry == "clock":
+        _clock(module, isa.lanes)
+        return module, entry
+    work = _work(module, isa.lanes)
+    (_run if entry == "run" else _help)(module, work, isa.lanes)
+    return module, entry

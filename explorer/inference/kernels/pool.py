@@ -1,0 +1,114 @@
+"""Pooling windows (maximum or average) through an index table, and the average of a whole plane.
+
+The table holds, for each tap of the window and each output pixel, the element of the input plane, or -1 where the window leaves the
+image. A maximum ignores such taps; an average reads a zero there (element -1 of a plane is always zero, see layout.py) and multiplies by
+one over the size of the window, which differs at the border when padding is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job", "vectors",
+        "n_taps", "table", "table_tap", "mask", "scale",
+    )
+)  # fmt: skip
+"""`scale`: one float32 per output pixel (average), or one float32 (whole plane)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKernel:
+    """What the machine code depends on: `kind` is "max", "average" or "plane"."""
+
+    kind: str
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("pool")
+        f = Function(module, "pool", VOID, [PTR, I64, PTR], isa.lanes)
+        b, (args, job, _) = f.b, f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        jobs, size = field("jobs"), field("channels_per_job")
+        image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
+        x = f.at(field("x", PTR), b.mul(image, field("x_image")))
+        out = f.at(field("out", PTR), b.mul(image, field("out_image")))
+        first = b.mul(piece, size)
+        last = f.minimum(b.add(first, size), field("channels"))
+        low, high = (f.to_float(field(n)) for n in ("low", "high"))
+        window = self._plane if self.kind == "plane" else self._window
+
+        def one_channel(channel: Value) -> None:
+            plane = f.at(x, b.mul(channel, field("x_plane")))
+            to = f.at(out, b.mul(channel, field("out_plane")))
+            window(f, field, plane, to, low, high)
+
+        f.loop(last, one_channel, start=first)
+        b.ret_void()
+        return module, "pool"
+
+    def _window(self, f: Function, field: Value, plane: Value, to: Value, low: Value, high: Value) -> None:
+        b, width = f.b, 4 * f.lanes
+        maximum = self.kind == "max"
+        low, high = f.splat(low), f.splat(high)
+        start = ir.Constant(f.vector, [float("-inf") if maximum else 0.0] * f.lanes)
+        table, mask, step, n_taps = field("table", PTR), field("mask", PTR), field("table_tap"), field("n_taps")
+
+        def one_vector(i: Value) -> None:
+            at = b.mul(i, I64(width))
+
+            def one_tap(_: Value, indices: Value, total: Value) -> list[Value]:
+                index = f.load(indices, f.int_vector, 0, width)
+                if maximum:
+                    inside = b.icmp_signed(">=", index, ir.Constant(f.int_vector, [0] * f.lanes))
+                    value = f.gather(plane, index, inside, start)
+                    # A NaN is taken, and then never given up, as in torch.
+                    larger = b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value))
+                    total = b.select(larger, value, total)
+                else:
+                    total = b.fadd(total, f.gather(plane, index))
+                return [f.at(indices, step), total]
+
+            _, total = f.loop(n_taps, one_tap, [f.at(table, at), start])
+            if not maximum:
+                total = b.fmul(total, f.load(f.at(field("scale", PTR), at), f.vector, 0, width))
+            total = f.keep(f.clamp(total, low, high), f.load(f.at(mask, at), f.int_vector, 0, width))
+            f.store(total, f.at(to, at), 0, width)
+
+        f.loop(field("vectors"), one_vector)
+
+    def _plane(self, f: Function, field: Value, plane: Value, to: Value, low: Value, high: Value) -> None:
+        b, width = f.b, 4 * f.lanes
+        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+
+        def one_vector(i: Value, total: Value) -> list[Value]:
+            return [b.fadd(total, f.load(f.at(plane, b.mul(i, I64(width))), f.vector, 0, width))]
+
+        (total,) = f.loop(field("vectors"), one_vector, [zero])
+        y = b.extract_element(total, ir.Constant(ir.IntType(32), 0))
+        for lane in range(1, f.lanes):
+            y = b.fadd(y, b.extract_element(total, ir.Constant(ir.IntType(32), lane)))
+        y = b.fmul(y, f.load(field("scale", PTR), F32))
+        y = b.select(b.fcmp_ordered("<", y, low), low, y)
+        f.store(b.select(b.fcmp_ordered(">", y, high), high, y), to)
+
+
+def reference_max(
+    x: NDArray[np.float32], size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> NDArray[np.float32]:
+    """The numpy twin of the maximum: x (N, C, H, W) float32 -> (N, C, OH, OW) float32, floor mode, no dilation."""
+    pad = ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)
+    padded = np.pad(x, pad, constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
+    return np.asarray(windows[:, :, :: stride[0], :: stride[1]].max(axis=(4, 5)), np.float32)

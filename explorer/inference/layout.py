@@ -1,0 +1,179 @@
+"""How a tensor lies in memory between native kernels, and why no convolution needs a border case.
+
+**Planes.** Each channel of each image is a plane: its rows follow one another at a fixed `pitch`, a little wider than the image. The gap at the
+end of a row is kept zero and serves as the right padding of that row and the left padding of the next; before and after each plane lie zero
+guards, for the rows above and below. So at stride one **every tap of a convolution is the whole input plane shifted by a constant**: the
+operand of output pixel p is ``plane[p + shift]``, inside the image or in a zero. Input and output of such a convolution must share the pitch;
+so must the operands of an addition. `PitchClasses` finds who shares.
+
+**Tokens** (linear layers on (..., tokens, features)) use the same planes, with features as channels and one long row of tokens.
+
+**Vectors** hold one value per channel (after pooling), one image after another.
+
+Every layout is also a torch view of the same memory, so that operators without a native kernel read and write it in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Planes of pixels.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The tensor's own shape: (N, C, H, W), (N, C, L), or (..., F) for tokens.
+    images, channels, rows, columns : int
+    pitch : int
+        Elements from one row to the next.
+    plane : int
+        Elements from one plane to the next: a multiple of the vector length, and an odd one, so that planes do not all fall into the
+        same cache sets.
+    guard : int
+        Zero elements before the first plane (and after each plane).
+    lanes : int
+    tokens : bool
+    """
+
+    shape: tuple[int, ...]
+    images: int
+    channels: int
+    rows: int
+    columns: int
+    pitch: int
+    plane: int
+    guard: int
+    lanes: int
+    tokens: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that cover the pixels of a plane."""
+        return -(-self.rows * self.pitch // self.lanes)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether those vectors hold elements that are no pixels."""
+        return self.vectors * self.lanes != self.rows * self.columns
+
+    @property
+    def image(self) -> int:
+        """Elements from one image to the next."""
+        return self.channels * self.plane
+
+    @property
+    def reuse_key(self) -> tuple[str, int, int, int]:
+        """Tensors with equal keys may use the same memory one after the other: their guards coincide."""
+        return ("planes", self.plane, self.vectors, self.guard)
+
+    @property
+    def before(self) -> int:
+        """Elements to reserve before the first pixel (a whole number of vectors)."""
+        return _round_up(self.guard, self.lanes)
+
+    @property
+    def elements(self) -> int:
+        """Elements to reserve in all. Lanes that are no pixels may read (never write) up to two rows past the last plane."""
+        return self.before + self.images * self.image + _round_up(self.guard + 2 * self.pitch, self.lanes) + 4 * self.lanes
+
+    def view(self, storage: torch.Tensor) -> torch.Tensor:
+        """The tensor, as a torch view of `storage` (whose element 0 is the first reserved one)."""
+        if self.tokens:
+            strides = [1] * len(self.shape)
+            strides[-1] = self.plane
+            for axis in range(len(self.shape) - 3, -1, -1):
+                strides[axis] = strides[axis + 1] * self.shape[axis + 1]
+            return storage.as_strided(self.shape, strides, self.before)
+        strides = [self.image, self.plane, self.pitch, 1]
+        if len(self.shape) == 3:
+            strides = [self.image, self.plane, 1]
+        return storage.as_strided(self.shape, strides, self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One value per channel and image; `stride` elements from one image to the next."""
+
+    shape: tuple[int, ...]
+    images: int
+    features: int
+    stride: int
+
+    @property
+    def reuse_key(self) -> tuple[str, int]:
+        return ("vectors", self.stride)
+
+    @property
+    def before(self) -> int:
+        return 0
+
+    @property
+    def elements(self) -> int:
+        return self.images * self.stride
+
+    def view(self, storage: torch.Tensor) -> torch.Tensor:
+        """The tensor, as a torch view of `storage`."""
+        strides = [self.stride, 1] + [1] * (len(self.shape) - 2)
+        return storage.as_strided(self.shape, strides, 0)
+
+
+Layout = Planes | Vectors
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+@dataclass(slots=True)
+class PitchClasses:
+    """Which tensors must share their pitch, and how much zero space the convolutions that read them need (union-find)."""
+
+    parent: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    gap: dict[str, int] = field(default_factory=dict)
+    rows_above: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, columns: int) -> None:
+        """A tensor with `columns` pixels in a row."""
+        if name not in self.parent:
+            self.parent[name] = name
+            self.columns[name], self.gap[name], self.rows_above[name] = columns, 0, 0
+
+    def find(self, name: str) -> str:
+        while self.parent[name] != name:
+            self.parent[name] = self.parent[self.parent[name]]
+            name = self.parent[name]
+        return name
+
+    def tie(self, a: str, b: str) -> None:
+        """`a` and `b` must have the same pitch."""
+        a, b = self.find(a), self.find(b)
+        if a != b:
+            self.parent[b] = a
+            for table in (self.columns, self.gap, self.rows_above):
+                table[a] = max(table[a], table[b])
+
+    def pad(self, name: str, rows: int, columns: int) -> None:
+        """A convolution reads `name` with this padding."""
+        root = self.find(name)
+        self.rows_above[root] = max(self.rows_above[root], rows)
+        self.gap[root] = max(self.gap[root], columns)
+
+    def planes(
+        self, name: str, shape: tuple[int, ...], images: int, channels: int, rows: int, columns: int, lanes: int, tokens: bool = False
+    ) -> Planes:
+        """The layout of tensor `name`, once all ties and paddings are known."""
+        root = self.find(name)
+        gap = self.gap[root]
+        pitch = self.columns[root] + gap
+        guard = max(self.rows_above[root] * pitch + gap, 1)
+        vectors = -(-rows * pitch // lanes)
+        plane = _round_up(vectors * lanes + guard, lanes)
+        if plane // lanes % 2 == 0:
+            plane += lanes
+        return Planes(shape, images, channels, rows, columns, pitch, plane, guard, lanes, tokens)

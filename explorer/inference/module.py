@@ -1,0 +1,386 @@
+"""The compiled network: call it like the module it came from.
+
+`compile` captures and lowers the module, plans it, and decides by measurement, layer by layer, which kernel runs: every candidate runs in the
+whole network, all layers at once, and each layer keeps the one that was fastest *there* (times of a layer alone mislead: its data would be in
+the cache).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from explorer.errors import EngineError
+from explorer.inference.capture import capture
+from explorer.inference.graph import Graph, Ref
+from explorer.inference.lower import lower
+from explorer.inference.native import current_isa
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, Steps, TorchSegment
+from explorer.inference.threads import Runner, cycles_per_ms
+from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_threads
+
+Mode = Literal["auto", "dense", "sparse"]
+
+
+def compile(  # noqa: A001 - the public name is a contract, as torch.compile's
+    module: nn.Module, example_input: Tensor | tuple[Any, ...], *, threads: int | None = None, sparse: Mode = "auto"
+) -> SparseModule:
+    """Compile a module for fast inference on this CPU, skipping the zeros in its weights.
+
+    Parameters
+    ----------
+    module : nn.Module
+        In float32 on the CPU; captured in eval mode. Later changes to its weights are taken over by `SparseModule.update_weights`.
+    example_input : Tensor or tuple
+        Forward arguments; a first dimension of N means batches of up to N.
+    threads : int, optional
+        Threads per inference; 1 when not given.
+    sparse : {"auto", "dense", "sparse"}
+        "auto" measures and picks a kernel per layer; the others force one kind (for comparisons).
+
+    Returns
+    -------
+    SparseModule
+
+    Raises
+    ------
+    EngineError
+        When torch.export cannot capture the module, or it is not float32 on the CPU.
+
+    Examples
+    --------
+    >>> import torch, explorer
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU()).eval()
+    >>> x = torch.ones(1, 1, 8, 8)
+    >>> fast = explorer.compile(net, x)
+    >>> torch.allclose(fast(x), net(x), atol=1e-5)
+    True
+    """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise EngineError(f"threads={threads!r} was passed; give a whole number of at least 1, or None for one thread.")
+    if sparse not in ("auto", "dense", "sparse"):
+        raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise EngineError(
+                f"{name} is {tensor.dtype} on {tensor.device}; the engine runs float32 on the CPU. "
+                "Compile a copy: copy.deepcopy(module).float().cpu()."
+            )
+    return SparseModule(capture(module, example_input), threads or 1, sparse)
+
+
+class SparseModule:
+    """A compiled network. Made by `compile`.
+
+    Attributes
+    ----------
+    threads : int
+    isa : str
+        "avx512", "avx2", "neon" or "generic".
+    batch_size : int
+        The largest batch it takes.
+    fallbacks : tuple of str
+        Operators that run through torch, with the module they belong to.
+    choices : dict
+        Layer name -> kernel chosen.
+    """
+
+    def __init__(self, graph: Graph, threads: int, mode: Mode) -> None:
+        self._captured, self.threads, self._mode = graph, threads, mode
+        self._isa = current_isa()
+        self.isa = self._isa.name
+        self._lock = threading.RLock()
+        self._graph = lower(graph)
+        self._plan = Plan(self._graph, self._isa, threads)
+        self.batch_size = self._plan.images
+        self._choices: dict[int, Choice] = {}
+        self._batch = self._plan.images
+        self._runner: Runner | None = None
+        self._steps: Steps | None = None
+        self._example = {n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in graph.inputs if n in graph.shapes}
+        self._choose()
+
+    # ---- description
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Operators without a native kernel, as "module: operator"."""
+        return tuple(
+            f"{s.operation.name or 'model'}: {_operator(s.operation.target)}"
+            for s in self._plan.segments
+            if isinstance(s, TorchSegment)
+        )
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The kernel of each convolution and linear layer."""
+        return {self._graph.operations[i].name: c.label for i, c in self._choices.items()}
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of packed weights and activation buffers."""
+        return self._plan.memory.n_bytes + (self._steps.memory.n_bytes if self._steps else 0)
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseModule({len(self._plan.native)} native steps, {len(self.fallbacks)} through torch, "
+            f"batch <= {self.batch_size}, {self.threads} thread(s), {self.isa})"
+        )
+
+    # ---- running
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the network.
+
+        Parameters
+        ----------
+        inputs : Tensor
+            As the module's forward takes them; batches may be smaller than the compiled one.
+
+        Raises
+        ------
+        EngineError
+            When a shape or dtype does not fit what was compiled.
+        """
+        images = self._check(inputs)
+        with self._lock, torch.no_grad():
+            return self._run(inputs, images)
+
+    def _check(self, inputs: tuple[Tensor, ...]) -> int:
+        names = self._graph.inputs
+        if len(inputs) != len(names):
+            raise EngineError(f"{len(inputs)} inputs were passed; this network takes {len(names)}.")
+        images = self.batch_size
+        for position, (name, value) in enumerate(zip(names, inputs, strict=True)):
+            wanted = self._graph.shapes.get(name)
+            if wanted is None or not isinstance(value, Tensor):
+                continue
+            shape = tuple(value.shape)
+            if position == 0 and len(shape) == len(wanted) and shape[1:] == wanted[1:] and 0 < shape[0] <= wanted[0]:
+                images = shape[0]
+            elif shape != wanted and (shape[1:] != wanted[1:] or shape[:1] != (images,)):
+                raise EngineError(
+                    f"Input {position} has shape {shape}; this network was compiled for {wanted} (or a smaller batch). "
+                    "Compile it again with an example input of the shape you need."
+                )
+            if value.dtype != self._graph.dtypes[name]:
+                raise EngineError(
+                    f"Input {position} is {value.dtype}; this network was compiled for {self._graph.dtypes[name]}."
+                )
+        return images
+
+    def _run(self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None) -> Any:
+        """Run all segments; with `times`, append the seconds of each."""
+        plan = self._plan
+        if images != self._batch or (images != plan.images and not plan.is_dynamic):
+            inputs = self._adapt(inputs, images)
+        values: dict[str, Any] = dict(zip(self._graph.inputs, inputs, strict=True))
+        runner = self._runner
+        for segment in plan.segments:
+            start = time.perf_counter() if times is not None else 0.0
+            if isinstance(segment, NativeSegment):
+                assert runner is not None
+                runner.run(segment.first, segment.last)
+            elif isinstance(segment, ImportSegment):
+                view = plan.places[segment.place].view
+                assert view is not None
+                value = self._value(segment.value, values)
+                (view if value.shape == view.shape else view[: value.shape[0]]).copy_(value)
+            else:
+                o = segment.operation
+                values[o.output] = o.target(*self._resolve(o.args, values), **self._resolve(o.kwargs, values))
+            if times is not None:
+                times.append(time.perf_counter() - start)
+        outputs = [self._output(o, values, images) for o in self._graph.outputs]
+        return self._graph.unflatten(outputs)
+
+    def _adapt(self, inputs: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
+        """A batch of another size: fewer jobs when every step is native, else zeros up to the size that torch's part was traced for."""
+        if self._plan.is_dynamic:
+            assert self._steps is not None
+            self._steps.set_batch(images)
+            self._batch = images
+            return inputs
+        padded = []
+        for name, value in zip(self._graph.inputs, inputs, strict=True):
+            wanted = self._graph.shapes.get(name)
+            if wanted is not None and value.shape[0] == images and wanted[0] == self.batch_size:
+                full = torch.zeros(wanted, dtype=value.dtype)
+                full[:images] = value
+                value = full
+            padded.append(value)
+        return tuple(padded)
+
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        if name in values:
+            return values[name]
+        place = self._plan.places.get(self._plan.root(name))
+        if place is not None and place.view is not None:
+            # A value that is (N, C) to one reader and (N, C, 1, 1) to another is one place.
+            wanted = self._graph.shapes[name]
+            return place.view if tuple(place.view.shape) == wanted else place.view.reshape(wanted)
+        return self._graph.constants[name]
+
+    def _resolve(self, item: Any, values: Mapping[str, Any]) -> Any:
+        if isinstance(item, Ref):
+            return self._value(item.name, values)
+        if isinstance(item, list | tuple):
+            return type(item)(self._resolve(part, values) for part in item)
+        if isinstance(item, dict):
+            return {k: self._resolve(v, values) for k, v in item.items()}
+        return item
+
+    def _output(self, output: Any, values: Mapping[str, Any], images: int) -> Any:
+        if not isinstance(output, Ref):
+            return output
+        value = self._value(output.name, values)
+        if not isinstance(value, Tensor):
+            return value
+        if images != self.batch_size and value.dim() > 0 and value.shape[0] == self.batch_size:
+            value = value[:images]
+        return value.clone(memory_format=torch.contiguous_format)
+
+    # ---- kernels
+
+    def _install(self, choices: Mapping[int, Choice]) -> None:
+        steps = self._plan.steps(self._graph, choices)
+        n_steps = len(self._plan.native)
+        if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
+            self._runner = Runner(self._isa, self.threads, n_steps, steps.scratch_bytes)
+        self._runner.use(steps)
+        self._steps, self._batch = steps, self._plan.images
+
+    def _choose(self) -> None:
+        """Time every candidate of every layer inside the network and keep the fastest."""
+        layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
+        candidates = {i: self._plan.candidates(self._graph, i, self._mode) for i in layers}
+        rounds = max((len(c) for c in candidates.values()), default=1)
+        best: dict[int, tuple[float, Choice]] = {}
+        if rounds > 1:
+            for turn in range(rounds):
+                # A layer with fewer candidates keeps its first while the others try on.
+                choices = {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()}
+                self._install(choices)
+                ms = self._step_times(repeats=7)
+                for step, index in enumerate(self._plan.native):
+                    if index in candidates and (index not in best or ms[step] < best[index][0]):
+                        best[index] = (float(ms[step]), choices[index])
+            self._choices = {i: choice for i, (_, choice) in best.items()}
+        else:
+            self._choices = {i: c[0] for i, c in candidates.items()}
+        self._install(self._choices)
+
+    def _step_times(self, repeats: int) -> Any:
+        """The fastest of `repeats` runs of each step, in milliseconds (noise only ever adds)."""
+        runs = []
+        inputs = tuple(self._example[n] for n in self._graph.inputs if n in self._example)
+        if len(inputs) != len(self._graph.inputs):
+            return np.zeros(len(self._plan.native))
+        with torch_threads(self.threads), torch.no_grad():
+            for _ in range(repeats + 2):
+                self._run(inputs, self.batch_size)
+                runs.append(self._ticks())
+        return np.min(runs[2:], axis=0) / cycles_per_ms(self._isa)
+
+    def _ticks(self) -> Any:
+        """Cycles of each step in the last run."""
+        assert self._runner is not None
+        return self._runner.stamps[:, 1] - self._runner.stamps[:, 0]
+
+    def update_weights(self, module: nn.Module, *, choose: bool = True) -> None:
+        """Take over the weights of `module`, which must have the structure that was compiled.
+
+        Parameters
+        ----------
+        module : nn.Module
+        choose : bool
+            Measure again which kernels are fastest (False keeps the present ones).
+
+        Raises
+        ------
+        EngineError
+            When a parameter is missing or has another shape.
+        """
+        state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+        fresh = {}
+        for constant, name in self._captured.parameter_names.items():
+            old = self._captured.constants.get(constant)
+            new = state.get(name)
+            if old is None:
+                continue
+            if new is None or new.shape != old.shape:
+                found = "is missing" if new is None else f"has shape {tuple(new.shape)}"
+                raise EngineError(f"{name} {found}; the compiled network has {tuple(old.shape)}. Compile the new module instead.")
+            fresh[constant] = new.detach().clone()
+        with self._lock:
+            self._captured.constants.update(fresh)
+            self._graph = lower(self._captured)
+            self._plan.adopt(self._graph)
+            if choose:
+                self._choose()
+            else:
+                self._install(self._choices)
+
+    # ---- measuring
+
+    def benchmark(self, *inputs: Tensor, repeats: int = 50) -> Benchmark:
+        """Latency of whole calls: the median of `repeats`, with spread."""
+        times = []
+        with torch_threads(self.threads), torch.inference_mode():
+            for i in range(repeats + 5):
+                start = time.perf_counter()
+                self(*inputs)
+                if i >= 5:
+                    times.append((time.perf_counter() - start) * 1e3)
+        return summarise(times, threads=self.threads, batch_size=int(inputs[0].shape[0]), isa=self.isa)
+
+    def profile(self, *inputs: Tensor, repeats: int = 30) -> tuple[LayerTiming, ...]:
+        """What each step costs inside the network: medians over `repeats` runs, in execution order.
+
+        Steps of native segments are timed by the CPU's own counter, without leaving native code; torch operators and copies by the
+        system's clock.
+        """
+        images = self._check(inputs)
+        ticks, segments = [], []
+        with self._lock, torch_threads(self.threads), torch.inference_mode():
+            for i in range(repeats + 3):
+                times: list[float] = []
+                self._run(inputs, images, times)
+                if i >= 3:
+                    ticks.append(self._ticks())
+                    segments.append(times)
+        step_ms = np.median(ticks, axis=0) / cycles_per_ms(self._isa) if self._plan.native else np.zeros(0)
+        segment_ms = np.median(segments, axis=0) * 1e3
+        rows = []
+        for segment, ms in zip(self._plan.segments, segment_ms, strict=True):
+            if isinstance(segment, TorchSegment):
+                o = segment.operation
+                rows.append(LayerTiming(o.name or "model", _operator(o.target), float(ms), "torch", 0.0, 0, False))
+            elif isinstance(segment, ImportSegment):
+                rows.append(LayerTiming(segment.value, "copy", float(ms), "copy", 0.0, 0, False))
+            else:
+                rows += [self._row(step, float(step_ms[step]), images) for step in range(segment.first, segment.last)]
+        return tuple(rows)
+
+    def _row(self, step: int, ms: float, images: int) -> LayerTiming:
+        assert self._steps is not None
+        o = self._graph.operations[self._plan.native[step]]
+        sparsity, macs = 0.0, 0
+        prunable = o.kind in ("conv", "linear")
+        if prunable:
+            weight = self._graph.constants[o.weight or ""]
+            sparsity = float((weight == 0).float().mean())
+            out = self._graph.shapes[o.output]
+            pixels = int(np.prod(out)) // len(weight)
+            macs = pixels * weight[0].numel() * images // self.batch_size
+        return LayerTiming(o.name or "model", o.kind, ms, self._steps.labels[step], sparsity, macs, prunable)
+
+
+def _operator(target: Any) -> str:
+    return str(target).removeprefix("aten.")

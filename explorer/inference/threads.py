@@ -1,0 +1,124 @@
+"""Runs step tables: owns the driver's state, each thread's scratch memory, and the helper threads.
+
+Helpers are Python threads that live inside one native call (the GIL is released there). They spin for a short while after a run and then sleep
+on an event, which works the same on every system; the caller wakes them when a run begins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+import weakref
+from functools import lru_cache
+
+import numpy as np
+
+from explorer.inference.kernels import driver
+from explorer.inference.memory import Memory, address
+from explorer.inference.native import Isa, machine_code
+from explorer.inference.plan import Steps
+
+_SPINS = 20_000
+"""Looks at the gate before a helper goes to sleep: some hundred microseconds."""
+
+
+class _State:
+    """What the native driver and the helper threads share. Helpers keep this alive, not the runner."""
+
+    def __init__(self, isa: Isa, threads: int) -> None:
+        self.memory = Memory()
+        self.record = self.memory.zeros(len(driver.STATE.fields), np.int64)
+        self.flags = self.memory.zeros(3 * 8, np.int64)  # gate, active, stop: a cache line each
+        self.wake = threading.Event()
+        self.asleep = [False] * threads
+        self.scratch: list[int] = []
+        run = machine_code(isa, "driver run", lambda: driver.build("run", isa))
+        help_ = machine_code(isa, "driver help", lambda: driver.build("help", isa))
+        self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run)
+        self.help = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(help_)
+        for i, name in enumerate(("gate", "active", "stop")):
+            self.set(name, address(self.flags) + 64 * i)
+        self.set("spin", _SPINS)
+        self.set("threads", threads)
+
+    def set(self, name: str, value: int) -> None:
+        self.record[driver.STATE.index(name)] = value
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.flags[16])
+
+
+def _helper(state: _State, me: int) -> None:
+    while not state.stopped:
+        state.help(address(state.record), state.scratch[me], me)
+        state.asleep[me] = True
+        state.wake.wait()
+        state.asleep[me] = False
+
+
+def _stop(state: _State, helpers: list[threading.Thread]) -> None:
+    state.flags[16] = 1
+    state.wake.set()
+    for helper in helpers:
+        helper.join(timeout=5)
+
+
+class Runner:
+    """Runs one network's steps. Not thread-safe: the module that owns it takes a lock.
+
+    Parameters
+    ----------
+    isa : Isa
+    threads : int
+    n_steps : int
+    scratch_bytes : int
+        Scratch memory of each thread.
+    """
+
+    def __init__(self, isa: Isa, threads: int, n_steps: int, scratch_bytes: int) -> None:
+        self.threads, self.scratch_bytes = threads, scratch_bytes
+        self._state = state = _State(isa, threads)
+        self.stamps = state.memory.zeros(2 * n_steps, np.int64).reshape(-1, 2)
+        tickets = state.memory.zeros((n_steps + 1) * threads * 8, np.int64)
+        done = state.memory.zeros((n_steps + 2) * 8, np.int64)
+        state.scratch = [address(state.memory.zeros(scratch_bytes, np.uint8, 4096)) for _ in range(threads)]
+        for name, array in (("stamps", self.stamps), ("tickets", tickets), ("done", done)):
+            state.set(name, address(array))
+        self._steps: Steps | None = None
+        self._helpers = [
+            threading.Thread(target=_helper, args=(state, me), name=f"explorer-helper-{me}", daemon=True) for me in range(1, threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
+        self.close = weakref.finalize(self, _stop, state, self._helpers)
+
+    def use(self, steps: Steps) -> None:
+        """Run these steps from now on."""
+        if steps.scratch_bytes > self.scratch_bytes:
+            raise ValueError("these steps need more scratch memory than the runner has")
+        self._steps = steps  # keeps their memory alive
+        self._state.set("steps", address(steps.table))
+
+    def run(self, first: int, last: int) -> None:
+        """Run steps [first, last)."""
+        state = self._state
+        state.set("first", first)
+        state.set("last", last)
+        wake = any(state.asleep)
+        if wake:
+            state.wake.set()
+        state.run(address(state.record), state.scratch[0])
+        if wake:
+            state.wake.clear()
+
+
+@lru_cache(maxsize=None)
+def cycles_per_ms(isa: Isa) -> float:
+    """Ticks of the driver's clock per millisecond, calibrated against the system's clock once per process."""
+    clock = ctypes.CFUNCTYPE(ctypes.c_int64)(machine_code(isa, "driver clock", lambda: driver.build("clock", isa)))
+    start, ticks = time.perf_counter_ns(), clock()
+    while (elapsed := time.perf_counter_ns() - start) < 10_000_000:
+        pass
+    return (clock() - ticks) / (elapsed / 1e6)

@@ -1,0 +1,189 @@
+"""Honest times: contestants alternate in one run, medians come with their spread, and the threads, batch and instruction set are named."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_SLICE_S = 0.004
+"""A contestant runs this long before the next one does: long enough to warm its caches, short enough that all meet the same noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTiming:
+    """What one step of a network costs, measured inside the network.
+
+    Attributes
+    ----------
+    name : str
+        Dotted name of the layer, or of the module (or operator) that the step belongs to.
+    kind : str
+        "conv", "linear", "add", "max_pool", ..., or the torch operator.
+    ms : float
+        Median, in milliseconds, for the whole batch.
+    kernel : str
+        "sparse", "dense", with the way operands are reached; "pool"; "torch"; "copy".
+    sparsity : float
+        Zeros / elements of its weight.
+    macs : int
+        Multiply-adds that a dense kernel would need, for the whole batch.
+    prunable : bool
+        Whether the step has a weight that can be pruned.
+    """
+
+    name: str
+    kind: str
+    ms: float
+    kernel: str
+    sparsity: float
+    macs: int
+    prunable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Latency of one contestant.
+
+    Attributes
+    ----------
+    latency_ms : float
+        Median over `repeats` runs, in milliseconds per batch.
+    spread_ms : float
+        Half the distance between the quartiles.
+    min_ms : float
+        The fastest run.
+    repeats, threads, batch_size : int
+    isa : str
+        Instruction set of the engine's kernels, or "torch".
+    """
+
+    latency_ms: float
+    spread_ms: float
+    min_ms: float
+    repeats: int
+    threads: int
+    batch_size: int
+    isa: str
+
+
+def summarise(times_ms: list[float], *, threads: int, batch_size: int, isa: str) -> Benchmark:
+    """Median and spread of single runs, in milliseconds."""
+    low, middle, high = statistics.quantiles(times_ms, n=4) if len(times_ms) > 1 else (times_ms[0],) * 3
+    return Benchmark(middle, (high - low) / 2, min(times_ms), len(times_ms), threads, batch_size, isa)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch uses this many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compare_latency(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 40,
+    threads: int = 1,
+    batch_size: int = 1,
+    seconds: float = 2.0,
+) -> dict[str, Benchmark]:
+    """Time several callables in one run, slice by slice in turn.
+
+    Parameters
+    ----------
+    contestants : mapping of name to callable
+        Each call is one inference of `batch_size` samples.
+    repeats : int
+        Turns of each contestant.
+    threads : int
+        torch's threads while they run.
+    batch_size : int
+        Reported with the result.
+    seconds : float
+        About how long the whole comparison may take; slow contestants then get fewer turns (at least 5).
+
+    Returns
+    -------
+    dict of Benchmark
+        One time per turn is the mean of the calls of that turn; the median is over turns.
+    """
+    with torch_threads(threads), torch.inference_mode():
+        calls = {}
+        for name, call in contestants.items():
+            for _ in range(3):
+                call()
+            start = time.perf_counter()
+            call()
+            once = max(time.perf_counter() - start, 1e-7)
+            calls[name] = max(1, round(_SLICE_S / once)), once
+        one_turn = sum(n * once for n, once in calls.values())
+        turns = max(5, min(repeats, int(seconds / one_turn)))
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(turns):
+            for name, call in contestants.items():
+                n = calls[name][0]
+                call()  # wakes this contestant's threads and caches; not counted
+                start = time.perf_counter()
+                for _ in range(n):
+                    call()
+                times[name].append((time.perf_counter() - start) / n * 1e3)
+    return {
+        name: summarise(t, threads=threads, batch_size=batch_size, isa=str(getattr(contestants[name], "isa", "torch")))
+        for name, t in times.items()
+    }
+
+
+def dense_contestants(module: nn.Module, example_input: torch.Tensor, threads: int = 1) -> dict[str, Callable[[], Any]]:
+    """The dense ways to run `module` that a speed-up must be measured against.
+
+    Returns
+    -------
+    dict
+        "torch eager", "torch channels_last" (4-D inputs), "torch jit" (traced, frozen and optimised for inference), and "engine dense"
+        (this engine with dense kernels only). What torch cannot do with this module is left out.
+    """
+    import copy
+    import warnings
+
+    from explorer.inference.module import compile as compile_module
+
+    plain = copy.deepcopy(module).eval()
+    contestants: dict[str, Callable[[], Any]] = {"torch eager": lambda: plain(example_input)}
+    x, model = example_input, plain
+    if example_input.dim() == 4:
+        model = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = example_input.contiguous(memory_format=torch.channels_last)
+        last, x_last = model, x
+        contestants["torch channels_last"] = lambda: last(x_last)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
+            traced(x)
+        contestants["torch jit"] = lambda: traced(x)
+    except Exception:  # noqa: BLE001 - many modules cannot be traced; eager remains as the contestant
+        pass
+    engine = compile_module(module, example_input, threads=threads, sparse="dense")
+    contestants["engine dense"] = EngineCall(engine, example_input)
+    return contestants
+
+
+class EngineCall:
+    """A compiled module on a fixed input, as a contestant of `compare_latency`."""
+
+    def __init__(self, engine: Any, example_input: torch.Tensor) -> None:
+        self.engine, self.example_input, self.isa = engine, example_input, engine.isa
+
+    def __call__(self) -> object:
+        return self.engine(self.example_input)
