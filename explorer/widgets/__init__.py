@@ -1,0 +1,11 @@
+"""The page in which a study is seen and touched. Thin: it shows a `Study` and turns gestures into calls on it.
+
+Nothing else imports this room. Importing it loads ipywidgets and anywidget, but not torch.
+"""
+
+from __future__ import annotations
+
+from explorer.widgets.sensitivity_explorer import SensitivityExplorer, open_app
+from explorer.widgets.state import ExplorerState
+
+__all__ = ["ExplorerState", "SensitivityExplorer", "open_app"]

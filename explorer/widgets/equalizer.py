@@ -1,0 +1,124 @@
+"""The equalizer: the distribution as one draggable bar a layer, with the target that solves it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+from explorer.errors import DistributionError
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from explorer.widgets.state import ExplorerState
+
+ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
+
+
+def _by_layer(state: ExplorerState, values: Any) -> Mapping[str, float]:
+    """Return what the page sent as sparsities by layer."""
+    if not isinstance(values, list) or len(values) != len(state.layers):
+        raise DistributionError(f"The page sent {values!r}; it is to send one sparsity for each of {len(state.layers)} layers.")
+    return {layer.name: float(value) for layer, value in zip(state.layers, values, strict=True)}
+
+
+class Equalizer(StateView):
+    """Draggable bars, undo, lock, uniform and solve."""
+
+    _esm = assets.module("equalizer")
+    _css = assets.style("equalizer")
+    watches = (
+        "study",
+        "layers",
+        "distribution",
+        "ghost",
+        "origin",
+        "curves",
+        "selected",
+        "feasible",
+        "target",
+        "measured",
+        "can_undo",
+        "can_redo",
+        "job",
+    )
+    gestures = {
+        "select": lambda state, said: state.select(str(said["layer"])),
+        "commit": lambda state, said: state.edit(_by_layer(state, said["values"]), final=True),
+        "type": lambda state, said: state.type_sparsity(str(said["layer"]), str(said["text"])),
+        "lock": lambda state, said: state.toggle_lock(str(said["layer"])),
+        "solve": lambda state, said: state.solve(said["speedup"]),
+        "uniform": lambda state, _: state.make_uniform(),
+        "undo": lambda state, _: state.undo(),
+        "redo": lambda state, _: state.redo(),
+    }
+
+    values = t.List(t.Float()).tag(sync=True)
+    """Sparsity of each layer in [0, 0.99], in the order of the layers. The page writes it while a bar is dragged."""
+    curves = t.Dict().tag(sync=True)
+    """KL and latency per layer, for colours and words that follow the pointer without asking the kernel."""
+
+    def __init__(self, state: ExplorerState) -> None:
+        self._showing = False
+        super().__init__(state)
+        self.observe(self._on_values, names=["values"])
+
+    def refresh(self) -> None:
+        """Make view, curves and values anew from the state."""
+        state = self.state
+        self._showing = True
+        try:
+            super().refresh()
+            pages = state.curves.to_page(layer.name for layer in state.layers)
+            self.curves = {kind: pages[kind] for kind in ("kl", "latency_ms") if kind in pages}
+            if state.distribution is not None:
+                self.values = [state.distribution[layer.name] for layer in state.layers]
+        finally:
+            self._showing = False
+
+    def make_view(self) -> dict[str, Any]:
+        """Return everything but values and curves."""
+        state = self.state
+        locked = state.distribution.locked if state.distribution is not None else frozenset()
+        ghost = state.ghost if state.origin != "uniform" else None
+        return {
+            "layers": [
+                {
+                    "name": layer.name,
+                    "share": layer.share,
+                    "n_params": layer.n_params,
+                    "locked": layer.name in locked,
+                    "ghost": ghost[layer.name] if ghost is not None else None,
+                    "even": state.curves.break_even(layer.name),
+                }
+                for layer in state.layers
+            ],
+            "selected": state.selected,
+            "origin": ORIGINS.get(state.origin, ""),
+            "feasible": list(state.feasible),
+            "target": state.target,
+            "solvable": state.measured and not state.job.busy,
+            "why": self._why(),
+            "can_undo": state.can_undo,
+            "can_redo": state.can_redo,
+        }
+
+    def _why(self) -> str:
+        state = self.state
+        if not state.measured:
+            return "Measure first: a speed-up is solved from the measured curves"
+        return f"{state.job.text} is going on" if state.job.busy else ""
+
+    def _on_values(self, change: Mapping[str, Any]) -> None:
+        """Take values that the page wrote during a drag."""
+        if self._showing or not self.state.layers:
+            return
+        try:
+            self.state.edit(_by_layer(self.state, change["new"]), final=False)
+        except DistributionError as error:
+            self.state.report(error)
+        # What was refused goes back to the page.
+        self.refresh()

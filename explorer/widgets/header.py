@@ -1,0 +1,44 @@
+"""The top of the page: what it is about, which of the five steps one is at, and signs of life from the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+
+class Header(StateView):
+    """Title, steps, model choice and theme."""
+
+    _esm = assets.module("header")
+    _css = assets.style("header")
+    watches = ("facts", "choice", "study", "measured", "run", "job", "curves")
+    gestures = {
+        "load": lambda state, said: state.load(int(said["index"])),
+        "beat": lambda state, said: state.beat(leaving=bool(said.get("leaving"))),
+    }
+
+    def make_view(self) -> dict[str, Any]:
+        """Return facts, choices and the state of the five steps."""
+        state = self.state
+        return {
+            "facts": state.facts,
+            "choices": [choice.label for choice in state.choices],
+            "choice": state.choice,
+            "busy": state.job.busy,
+            "steps": self._steps(),
+        }
+
+    def _steps(self) -> list[str]:
+        state = self.state
+        run = state.run
+        done = [
+            state.study is not None,
+            state.measured,
+            state.measured and run is not None,
+            run is not None and run.result is not None,
+            False,
+        ]
+        now = next(i for i, ready in enumerate(done) if not ready)
+        return ["done" if ready else "now" if i == now else "later" for i, ready in enumerate(done)]

@@ -1,0 +1,45 @@
+"""The table of layers: what each one costs, and so what can be won there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+
+class LayerTable(StateView):
+    """One row a layer."""
+
+    _esm = assets.module("layer_table")
+    _css = assets.style("layer_table")
+    watches = ("layers", "selected", "study", "dense")
+    gestures = {"select": lambda state, said: state.select(str(said["layer"]))}
+
+    def make_view(self) -> dict[str, Any]:
+        """Return the rows."""
+        state = self.state
+        widest = max((layer.share or 0.0 for layer in state.layers), default=0.0) or 1.0
+        return {
+            "rows": [
+                {
+                    "name": layer.name or "model",
+                    "shape": " × ".join(map(str, layer.weight_shape)),
+                    "n_params": layer.n_params,
+                    "macs": layer.macs,
+                    "dense_ms": layer.dense_ms,
+                    "share": layer.share,
+                    "max_share": widest,
+                }
+                for layer in state.layers
+            ],
+            "selected": state.selected or "model",
+            "note": self._note(),
+        }
+
+    def _note(self) -> str:
+        state = self.state
+        if state.study is None:
+            return ""
+        total = sum(layer.n_params for layer in state.layers)
+        return f"{len(state.layers)} layers · {total / 1e6:.2f} M weights · {sum(layer.macs for layer in state.layers) / 1e6:.0f} M multiply-adds an image"

@@ -1,0 +1,173 @@
+"""The five numbers on top: how sparse, how fast, how much faster, how good, how small.
+
+A number belongs to the distribution on the page. While a run to that distribution goes on, or when it is over, the numbers are
+measured ones and the prediction stands below; otherwise they are predictions, and say so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+if TYPE_CHECKING:
+    from explorer.widgets.runs import RunRecord
+    from explorer.widgets.state import ExplorerState
+
+WEIGHT_BYTES = 4
+"""Bytes of one float32 weight."""
+
+
+class Metrics(StateView):
+    """The key figures."""
+
+    _esm = assets.module("metrics")
+    _css = assets.style("metrics")
+    watches = ("study", "layers", "distribution", "prediction", "feasible", "dense", "run")
+
+    def make_view(self) -> dict[str, Any]:
+        """Return the five tiles."""
+        return {"tiles": tiles(self.state)}
+
+
+def tiles(state: ExplorerState) -> list[dict[str, Any]]:
+    """Return label, value, unit, notes and tone of each of the five numbers, as texts."""
+    run = state.run if state.run is not None and state.run.distribution == state.distribution else None
+    live = "live" if run is not None and run.active else ""
+    return [
+        {"tone": live, **tile}
+        for tile in (_sparsity(state, run), _latency(state, run), _speedup(state, run), _accuracy(state, run), _size(state, run))
+    ]
+
+
+def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
+    tile = {
+        "key": "sparsity",
+        "label": "Sparsity",
+        "unit": "%",
+        "help": "Share of the prunable weights that are zero, over all layers.",
+    }
+    if state.distribution is None:
+        return _nothing(tile)
+    n_params = sum(layer.n_params for layer in state.layers)
+    asked = sum(layer.n_params * state.distribution[layer.name] for layer in state.layers) / max(1, n_params)
+    if run is None:
+        kept = _count(n_params * (1 - asked))
+        return tile | {"value": f"{100 * asked:.1f}", "note": "asked for", "more": f"{kept} of {_count(n_params)} weights stay"}
+    achieved = run.result.sparsity if run.result is not None else run.sparsity
+    return tile | {
+        "value": f"{100 * achieved:.1f}",
+        "note": f"achieved; asked {100 * asked:.1f} %",
+        "more": f"{_count(n_params * (1 - achieved))} of {_count(n_params)} weights left",
+    }
+
+
+def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
+    tile = {"key": "latency", "label": "Latency", "unit": "ms", "help": "Median time of one batch on the sparse engine, on this machine."}
+    prediction = state.prediction
+    predicted = f"{_ms(prediction.latency_ms)} ms" if prediction is not None else ""
+    dense = f"dense {_ms(state.dense.latency_ms)} ms" if state.dense is not None else ""
+    measured = run.latency if run is not None else None
+    if measured is not None:
+        value, spread = measured
+        return tile | {
+            "label": "Latency, measured",
+            "value": _ms(value),
+            "unit": f"ms ± {_digits(spread)}",
+            "note": f"predicted {predicted}" if predicted else "",
+            "more": dense,
+        }
+    if prediction is None:
+        return _nothing(tile, "predicted once it is measured", dense)
+    error = getattr(prediction, "latency_error_ms", None)
+    return tile | {
+        "label": "Latency, predicted",
+        "value": _ms(prediction.latency_ms),
+        "unit": f"ms ± {_digits(error)}" if error else "ms",
+        "note": "from the measured layers",
+        "more": dense,
+    }
+
+
+def _speedup(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
+    tile = {
+        "key": "speedup",
+        "label": "Speed-up",
+        "unit": "×",
+        "help": "Time of the fastest dense run over time of the sparse run; same machine, threads and batch.",
+    }
+    against = f"against {state.dense.name}" if state.dense is not None else ""
+    highest = state.feasible[1]
+    reach = f"within reach: up to {highest:.1f} ×" if highest else ""
+    if run is not None and run.speedup is not None:
+        predicted = f"predicted {state.prediction.speedup:.2f} ×" if state.prediction is not None else ""
+        return tile | {"label": "Speed-up, measured", "value": f"{run.speedup:.2f}", "note": against, "more": predicted}
+    if state.prediction is None:
+        return _nothing(tile, "predicted once it is measured", against)
+    return tile | {"label": "Speed-up, predicted", "value": f"{state.prediction.speedup:.2f}", "note": against, "more": reach}
+
+
+def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
+    tile = {"key": "accuracy", "label": "Accuracy", "unit": "%", "help": "Share of images that the network gets right."}
+    if run is not None and run.accuracy is not None and not math.isnan(run.accuracy):
+        dense = f"dense {_percent(run.dense_accuracy)}" if run.dense_accuracy is not None else ""
+        if run.result is None:
+            return tile | {"label": "Accuracy, live", "value": f"{100 * run.accuracy:.1f}", "note": dense, "more": "on validation images"}
+        where = f"on {run.result.n_evaluated:,} {run.result.measured_on} images"
+        return tile | {"label": "Accuracy, after the run", "value": f"{100 * run.accuracy:.1f}", "note": dense, "more": where}
+    accuracy = getattr(state.prediction, "accuracy", None)
+    if accuracy is None or math.isnan(accuracy):
+        return _nothing(tile, "estimated once it is measured")
+    return tile | {
+        "label": "Accuracy, before training",
+        "value": f"{100 * accuracy:.1f}",
+        "note": "estimated from single layers;",
+        "more": "a run recovers most of it",
+        "tone": "quiet",
+    }
+
+
+def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:  # noqa: ARG001 - all tiles are made alike
+    tile = {
+        "key": "size",
+        "label": "File, compressed",
+        "unit": "MB",
+        "help": "Prunable weights stored sparse: the values that stay and where they are.",
+    }
+    if state.distribution is None:
+        return _nothing(tile)
+    dense = WEIGHT_BYTES * sum(layer.n_params for layer in state.layers)
+    size = getattr(state.prediction, "size_bytes", None)
+    if size is None:
+        return _nothing(tile, "predicted once it is measured", f"dense {_megabytes(dense)} MB")
+    return tile | {"value": _megabytes(size), "note": f"dense {_megabytes(dense)} MB", "more": f"{dense / size:.1f} × smaller"}
+
+
+def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, Any]:
+    return tile | {"value": "–", "unit": "", "note": note, "more": more}
+
+
+def _ms(value: float) -> str:
+    """Return milliseconds with three significant digits: more is noise."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")  # noqa: PLR2004
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.3g}"

@@ -1,0 +1,85 @@
+"""Carry news from the worker thread to the kernel's own loop, which alone may touch a widget.
+
+Writing a widget from another thread loses values now and then: `set_state` swaps attributes on the instance while it holds
+notifications. So the worker only posts here, and the loop delivers, at most every `interval` seconds, the latest news of each slot.
+Invariant: the last thing posted to a slot is always delivered, and slots are delivered in the order of their latest posting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+
+class Scheduler(Protocol):
+    """Runs a call later, in the thread that may write widgets."""
+
+    def __call__(self, delay: float, call: Callable[[], None]) -> None:
+        """Arrange that `call` runs after `delay` seconds; may be used from any thread."""
+        ...
+
+
+class LoopScheduler:
+    """Runs calls on an asyncio loop, such as that of a Jupyter kernel."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def __call__(self, delay: float, call: Callable[[], None]) -> None:
+        if self._loop.is_closed():
+            return
+        # call_later itself is not safe from another thread, so it is made on the loop.
+        self._loop.call_soon_threadsafe(lambda: self._loop.call_later(delay, call))
+
+
+class DirectScheduler:
+    """Runs calls at once in the calling thread: for tests, and for scripts without a loop."""
+
+    def __call__(self, delay: float, call: Callable[[], None]) -> None:  # noqa: ARG002 - there is nothing to wait for
+        call()
+
+
+class Publisher:
+    """Latest-wins delivery of posted calls.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        Where the calls are delivered.
+    interval : float
+        Shortest time between two deliveries, in seconds.
+    """
+
+    def __init__(self, scheduler: Scheduler, interval: float = 0.1) -> None:
+        self._scheduler = scheduler
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._pending: dict[str, Callable[[], None]] = {}
+        self._scheduled = False
+        self._last = -interval
+
+    def post(self, slot: str, call: Callable[[], None]) -> None:
+        """Have `call` run in the main thread, unless something newer is posted to `slot` before that."""
+        with self._lock:
+            # Taken out first, because a dict keeps the place of a key that is only overwritten.
+            self._pending.pop(slot, None)
+            self._pending[slot] = call
+            if self._scheduled:
+                return
+            self._scheduled = True
+            delay = max(0.0, self._last + self._interval - time.monotonic())
+        self._scheduler(delay, self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            calls = list(self._pending.values())
+            self._pending.clear()
+            self._scheduled = False
+            self._last = time.monotonic()
+        for call in calls:
+            call()

@@ -1,0 +1,65 @@
+"""What a run has left: figures beside those of the dense network, a file to keep, and the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import traitlets as t
+
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+
+class ResultPanel(StateView):
+    """Before and after, download, log."""
+
+    _esm = assets.module("result_panel")
+    _css = assets.style("result_panel")
+    watches = ("run", "job", "log", "package", "dense")
+    gestures = {
+        "pack": lambda state, _: state.pack(),
+        "taken": lambda state, _: state.taken(),
+    }
+
+    log = t.List(t.Unicode()).tag(sync=True)
+    file = t.Dict().tag(sync=True)
+    """`number` and `filename` of the file in `content`."""
+    content = t.Bytes().tag(sync=True)
+    """A zip file for the page to take; emptied when it has."""
+
+    def refresh(self) -> None:
+        """Make view, log and file anew from the state."""
+        super().refresh()
+        self.log = list(self.state.log)
+        package = self.state.package
+        if package is not None:
+            self.file = {"number": package.number, "filename": package.filename}
+            self.content = package.content
+
+    def make_view(self) -> dict[str, Any]:
+        """Return the table of the latest result."""
+        state, run = self.state, self.state.run
+        base = {"downloadable": False, "packing": state.job.kind == "pack", "title": "", "columns": [], "rows": [], "layers": []}
+        if run is None or run.result is None:
+            return base
+        result = run.result
+        latency = run.latency
+        dense_ms = run.dense_ms
+        stopped = ", stopped early" if run.status == "stopped" else ""
+        rows = [
+            ["Accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.accuracy:.2f} %", f"{100 * (result.accuracy - result.dense_accuracy):+.2f} points"],
+            ["Sparsity", "0 %", f"{100 * result.sparsity:.2f} %", f"asked {100 * run.asked:.2f} %"],
+        ]
+        if latency is not None and dense_ms:
+            value, spread = latency
+            rows.append(["Latency", f"{dense_ms:.3f} ms", f"{value:.3f} ± {spread:.3f} ms", f"{dense_ms / value:.2f} × faster"])
+        return base | {
+            "downloadable": not state.job.busy,
+            "title": f"run {run.number}{stopped}, {result.n_evaluated:,} {result.measured_on} images",
+            "columns": ["", "Dense", "Pruned", "Change"],
+            "rows": rows,
+            "layers": [
+                [name or "model", f"{100 * run.distribution[name]:.2f} %", f"{100 * zeros / elements:.2f} %", f"{zeros:,} of {elements:,}"]
+                for name, (zeros, elements) in result.achieved.items()
+            ],
+        }

@@ -1,0 +1,106 @@
+"""The page: all widgets of one study, laid out as five steps."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+
+from explorer.widgets.equalizer import Equalizer
+from explorer.widgets.header import Header
+from explorer.widgets.layer_table import LayerTable
+from explorer.widgets.metrics import Metrics
+from explorer.widgets.notice import Notice
+from explorer.widgets.publisher import DirectScheduler, LoopScheduler
+from explorer.widgets.result_panel import ResultPanel
+from explorer.widgets.run_monitor import RunMonitor
+from explorer.widgets.sensitivity_view import SensitivityView
+from explorer.widgets.state import DEMO_CHOICES, ExplorerState
+
+if TYPE_CHECKING:
+    from explorer.widgets.base import StateView
+    from explorer.widgets.publisher import Scheduler
+
+
+def kernel_scheduler() -> Scheduler:
+    """Return a scheduler on the running loop, which in a kernel is the one that serves the page; without a loop, a direct one."""
+    try:
+        return LoopScheduler(asyncio.get_running_loop())
+    except RuntimeError:
+        return DirectScheduler()
+
+
+class SensitivityExplorer(ipywidgets.VBox):
+    """Measure, shape, prune and watch one model, in a notebook cell or a Voila page.
+
+    Parameters
+    ----------
+    model : Study or nn.Module or LoadedModel or ExplorerState
+        What to explore: a study, or a model together with `data`.
+    data : optional
+        Whatever `explorer.Study` takes as data, when `model` is not a study.
+
+    Examples
+    --------
+    >>> import explorer
+    >>> study = explorer.Study(explorer.load_model("demo:fashion-resnet"), explorer.load_data("demo:fashion"))  # doctest: +SKIP
+    >>> explorer.SensitivityExplorer(study)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Any, data: Any = None) -> None:
+        self.state = model if isinstance(model, ExplorerState) else ExplorerState(_as_study(model, data), scheduler=kernel_scheduler())
+        state = self.state
+        self.header = Header(state)
+        self.notice = Notice(state)
+        self.metrics = Metrics(state)
+        self.layers = LayerTable(state)
+        self.sensitivity = SensitivityView(state)
+        self.equalizer = Equalizer(state)
+        self.monitor = RunMonitor(state)
+        self.result = ResultPanel(state)
+        self.metrics.add_class("se-sticky")
+        self.layers.add_class("se-span-5")
+        self.sensitivity.add_class("se-span-7")
+        parts: list[StateView] = [
+            self.header,
+            self.notice,
+            self.metrics,
+            self.layers,
+            self.sensitivity,
+            self.equalizer,
+            self.monitor,
+            self.result,
+        ]
+        grid = ipywidgets.Box(parts).add_class("se-grid")
+        super().__init__([grid])
+        self.add_class("se-app")
+
+    @property
+    def study(self) -> Any:
+        """The study on the page."""
+        return self.state.study
+
+    @property
+    def distribution(self) -> Any:
+        """The distribution on the page."""
+        return self.state.distribution
+
+    @property
+    def result_of_run(self) -> Any:
+        """The `RunResult` of the latest run, or None."""
+        return self.state.run.result if self.state.run is not None else None
+
+
+def _as_study(model: Any, data: Any) -> Any:
+    from explorer.study import Study
+
+    return model if isinstance(model, Study) else Study(model, data)
+
+
+def open_app() -> SensitivityExplorer:
+    """Return the page of the Voila app: it stands at once, and loads the demo in the background."""
+    state = ExplorerState(choices=DEMO_CHOICES, scheduler=kernel_scheduler())
+    page = SensitivityExplorer(state)
+    state.load(0)
+    return page

@@ -1,0 +1,46 @@
+"""Both sensitivity curves, growing while they are measured.
+
+Drawn by our own module and not by a plotly FigureWidget, although one would be allowed: it weighs 5 MB a page against a few
+kilobytes, answers each update with several frames, and gives up when a slow machine needs more than two seconds to start it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import traitlets as t
+
+from explorer.widgets import assets
+from explorer.widgets.base import StateView
+
+
+class SensitivityView(StateView):
+    """Loss and latency of each layer over its sparsity."""
+
+    _esm = assets.module("sensitivity_view", "chart")
+    _css = assets.style("sensitivity_view")
+    watches = ("study", "curves", "selected", "job", "measured", "distribution")
+    gestures = {
+        "measure": lambda state, _: state.measure(),
+        "select": lambda state, said: state.select(str(said["layer"])),
+    }
+
+    curves = t.Dict().tag(sync=True)
+    """Per kind and layer, `[sparsities, values]`."""
+
+    def refresh(self) -> None:
+        """Make the view and the curves anew from the state."""
+        super().refresh()
+        self.curves = self.state.curves.to_page(layer.name for layer in self.state.layers)
+
+    def make_view(self) -> dict[str, Any]:
+        """Return everything but the curves."""
+        state = self.state
+        return {
+            "layers": [layer.name for layer in state.layers],
+            "selected": state.selected,
+            "sparsities": [state.distribution[layer.name] for layer in state.layers] if state.distribution is not None else [],
+            "ready": state.study is not None,
+            "busy": state.job.busy,
+            "note": "measuring" if state.job.kind == "measure" else "",
+        }

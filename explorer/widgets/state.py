@@ -1,0 +1,692 @@
+"""The one state behind the page: what is under study, how sparse it shall be, what is running, what came out.
+
+It is not a widget. Widgets observe its traits and call its methods; the study underneath takes plain values and knows neither.
+Everything here runs in the main thread; what takes longer than a blink is given to the `JobRunner`, whose news come back through the
+`Publisher`. Invariant: a trait is only ever given a new value, never changed in place, so that an observer sees each change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import tempfile
+import time
+import traceback
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+from explorer.errors import DistributionError, ExplorerError, RunError
+from explorer.widgets.curves import CurveBuilder, Curves
+from explorer.widgets.history import History
+from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
+from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
+from explorer.widgets.runs import RunRecord, RunRecorder
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Executor
+
+MAX_SPARSITY = 0.99
+"""Highest sparsity that the page lets a layer have; the tables are measured up to here."""
+
+MAX_DOWNLOAD = 96 * 2**20
+"""Largest file in bytes that is sent through the notebook's connection; a larger one is left in a folder and named."""
+
+LOG_LINES = 200
+PATIENCE = 180.0
+"""Seconds without a sign of life from any page after which a job is stopped; browsers slow the timers of hidden pages to one a minute."""
+GRACE = 30.0
+"""The same after a page has said good-bye: a reload in a notebook is back by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A model and data that the page offers. `model` and `data` are sources for `load_model` and `load_data`."""
+
+    label: str
+    model: str
+    data: str
+
+
+DEMO_CHOICES = (
+    Choice("Fashion ResNet, bundled images", "demo:fashion-resnet", "demo:fashion"),
+    Choice("Fashion ResNet, all of Fashion-MNIST", "demo:fashion-resnet", "fashion-mnist"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What the page lets one set for a run. None leaves the default of the pruning room."""
+
+    epochs: float = 6
+    learning_rate: float | None = None
+    stabilise: float = 0.1
+    ramp: float = 0.4
+    update_every: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The dense network that every speed-up is measured against: the fastest of those tried."""
+
+    name: str
+    latency_ms: float
+    spread_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A file for the user to keep. `number` tells one download from the next."""
+
+    number: int
+    filename: str
+    content: bytes
+
+
+def _open_study(choice: Choice) -> Any:
+    """Load the model and data of a choice. In a function of its own because it imports torch, which takes seconds."""
+    import explorer
+
+    return explorer.Study(explorer.load_model(choice.model), explorer.load_data(choice.data))
+
+
+def _guarded(method: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a gesture raises into the page's error region, and keep the page alive."""
+
+    @functools.wraps(method)
+    def call(self: ExplorerState, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - this is the last place before the user
+            self.report(error)
+
+    return call
+
+
+class ExplorerState(t.HasTraits):
+    """State of one page.
+
+    Parameters
+    ----------
+    study : Study, optional
+        What is under study; without one, `load` a choice.
+    choices : sequence of Choice
+        Models and data that the page offers.
+    executor : concurrent.futures.Executor, optional
+        Runs the long work; a single thread by default.
+    scheduler : Scheduler, optional
+        Brings news back to the main thread; directly by default.
+    interval : float
+        Shortest time in seconds between two deliveries of news.
+    open_study : callable, optional
+        Makes a study of a `Choice`.
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    study = t.Any(None)
+    """The `Study`, or None until one is loaded."""
+    choice = t.Int(0)
+    """Index of the chosen entry of `choices`."""
+    layers = t.Tuple()
+    """Tuple of `PrunableLayer`."""
+    facts = t.Unicode("")
+    """One line about model, data and machine."""
+    curves = t.Instance(Curves, ())
+    """What was measured."""
+    measured = t.Bool(False)
+    """Whether a measurement is complete, so that targets can be solved."""
+    dense = t.Instance(Dense, allow_none=True, default_value=None)
+    """The dense network that speed-ups refer to, once it was timed."""
+    distribution = t.Any(None)
+    """The `SparsityDistribution` on the page."""
+    origin = t.Unicode("")
+    """Where the distribution comes from: "uniform", "solved" or "mine"."""
+    ghost = t.Any(None)
+    """A distribution to compare with: the uniform one of about the same latency."""
+    prediction = t.Any(None)
+    """The `Prediction` for `distribution`, or None before a measurement."""
+    feasible = t.Tuple(default_value=(1.0, None))
+    """Lowest and highest speed-up that a distribution can reach; the highest None before a measurement."""
+    target = t.Float(3.0)
+    """Speed-up that was asked for last."""
+    can_undo = t.Bool(False)
+    can_redo = t.Bool(False)
+    selected = t.Unicode("")
+    """Name of the layer that the page is about."""
+    job = t.Instance(JobStatus, ())
+    """What the worker is doing."""
+    options = t.Instance(RunOptions, ())
+    """Settings for the next run."""
+    run = t.Instance(RunRecord, allow_none=True, default_value=None)
+    """The latest run."""
+    package = t.Instance(Package, allow_none=True, default_value=None)
+    """A file that waits to be taken by the page."""
+    error = t.Unicode("")
+    """What went wrong, in a sentence that says what to do; empty when nothing did."""
+    log = t.Tuple()
+    """Lines of what happened, newest last, bounded."""
+
+    def __init__(
+        self,
+        study: Any = None,
+        *,
+        choices: Sequence[Choice] = (),
+        executor: Executor | None = None,
+        scheduler: Scheduler | None = None,
+        interval: float = 0.1,
+        open_study: Callable[[Choice], Any] = _open_study,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self.choices = tuple(choices)
+        self._open_study = open_study
+        self._clock = clock
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer")
+        self._publisher = Publisher(scheduler or DirectScheduler(), interval)
+        self._jobs = JobRunner(self._executor, self._publisher)
+        self._history: History[Any] = History()
+        self._pruning: Any = None
+        self._deadline: float | None = None
+        if study is not None:
+            self.adopt(study)
+
+    # What the page is about
+
+    def adopt(self, study: Any) -> None:
+        """Put `study` on the page, with what it knows already."""
+        builder = CurveBuilder()
+        if study.table is not None:
+            for point in study.table.to_points():
+                builder.add(point)
+        self.study = study
+        self.run = None
+        self.error = ""
+        self.dense = None
+        self.measured = study.table is not None
+        self.layers = tuple(study.layers)
+        self.curves = builder.curves()
+        self.selected = self.layers[0].name
+        self._refresh_facts()
+        self._history.clear()
+        self.ghost = None
+        self._take(study.uniform(0.9), "uniform")
+        self._refresh_limits()
+        self._say(f"{study.model.name}: {len(self.layers)} layers that can be pruned.")
+
+    @_guarded
+    def load(self, index: int) -> None:
+        """Load the choice at `index`."""
+        if not 0 <= index < len(self.choices):
+            raise ExplorerError(f"There is no choice {index}; there are {len(self.choices)}.")
+        choice = self.choices[index]
+        self.choice = index
+        self._start("load", f"Loading {choice.label}", lambda _stop: self._open_study(choice), self.adopt)
+
+    @_guarded
+    def select(self, name: str) -> None:
+        """Make `name` the layer that the page is about."""
+        if name in {layer.name for layer in self.layers}:
+            self.selected = name
+
+    # Sensitivity
+
+    @_guarded
+    def measure(self) -> None:
+        """Measure the loss and the latency of each layer, then solve for the target."""
+        study = self._need_study()
+        self.measured = False
+        self._start("measure", "Measuring how each layer reacts", self._measure, lambda _: self._measured(study))
+
+    def _measure(self, stop: threading.Event) -> None:
+        study = self.study
+        builder = CurveBuilder()
+        started = self._clock()
+        seen: set[tuple[str, str, float]] = set()
+        n_layers, n_levels = len(study.layers), len(study.levels)
+        total = n_layers * n_levels * 2
+        for point in study.sensitivity_points(stop=stop):
+            builder.add(point)
+            if point.layer and point.sparsity > 0 and point.kind in ("kl", "latency_ms"):
+                seen.add((point.kind, point.layer, point.sparsity))
+            done = len(seen)
+            left = (self._clock() - started) / done * (total - done) if done else None
+            curves = builder.curves()
+            self._publisher.post("curves", functools.partial(setattr, self, "curves", curves))
+            self._progress(done=done, total=total, seconds_left=left)
+            self._stop_if_abandoned()
+
+    def _measured(self, study: Any) -> None:
+        self._refresh_layers()
+        if self._jobs.stop_event.is_set():
+            self._say("Measurement stopped; what was measured stays on the page.")
+            return
+        self.measured = True
+        self._refresh_limits()
+        self._refresh_prediction()
+        self._say(f"Measured {len(study.layers)} layers.")
+        self.solve(self.target)
+
+    # Distribution
+
+    @_guarded
+    def edit(self, values: Mapping[str, float], *, final: bool) -> None:
+        """Take sparsities by layer from the page; `final` when the gesture is over, which makes it a step of undo."""
+        distribution = self._need_distribution()
+        changed = {name: value for name, value in values.items() if abs(distribution[name] - value) > 1e-9}  # noqa: PLR2004
+        for name, value in changed.items():
+            if name in distribution.locked:
+                raise DistributionError(f"{name} is locked at {distribution[name]:.1%}; unlock it to change it.")
+            distribution = distribution.set(name, _checked_sparsity(value))
+        if changed:
+            self.distribution = distribution
+            self.origin = "mine"
+            self._refresh_prediction()
+        if final:
+            self._remember()
+
+    @_guarded
+    def type_sparsity(self, name: str, text: str) -> None:
+        """Take a sparsity that was typed, in per cent."""
+        number = _number(text.replace("%", ""), "a sparsity in per cent between 0 and 99")
+        self.edit({name: _checked_sparsity(number / 100)}, final=True)
+
+    @_guarded
+    def toggle_lock(self, name: str) -> None:
+        """Lock a layer at its sparsity, or unlock it."""
+        distribution = self._need_distribution()
+        locked = name in distribution.locked
+        self.distribution = distribution.unlock(name) if locked else distribution.lock(name)
+        self._remember()
+
+    @_guarded
+    def solve(self, target: Any) -> None:
+        """Find the distribution that reaches a speed-up with the least loss, in the worker."""
+        study = self._need_study()
+        lowest, highest = self.feasible
+        limits = f"between {lowest:.1f} and {highest:.1f}" if highest else "above 1"
+        speedup = _number(target, f"a speed-up {limits}")
+        if not self.measured:
+            raise DistributionError("A speed-up is solved from measured curves; press Measure first.")
+        if speedup < 1:
+            raise DistributionError(f"The speed-up asked for is {speedup:g}; give a number {limits}.")
+        self.target = speedup
+        current = self._need_distribution()
+        locked = {name: current[name] for name in current.locked}
+
+        def work(_stop: threading.Event) -> tuple[Any, Any]:
+            solved = study.solve(speedup=speedup, locked=locked)
+            return solved, _uniform_like(study, study.predict(solved).latency_ms)
+
+        def finished(found: tuple[Any, Any]) -> None:
+            solved, uniform = found
+            self.ghost = uniform
+            self._take(solved.lock(*locked) if locked else solved, "solved")
+            self._say(f"Solved for {speedup:g} ×: predicted {self.prediction.speedup:.2f} ×.")
+
+        self._start("solve", f"Solving for {speedup:g} ×", work, finished)
+
+    @_guarded
+    def make_uniform(self) -> None:
+        """Give all layers the same sparsity: that of the same latency where latency was measured, else 90 %."""
+        study = self._need_study()
+        current = self._need_distribution()
+        ghost = self.ghost if self.ghost is not None else study.uniform(0.9)
+        free = {name: value for name, value in ghost.items() if name not in current.locked}
+        for name, value in free.items():
+            current = current.set(name, value)
+        self._take(current, "uniform")
+
+    @_guarded
+    def undo(self) -> None:
+        """Step back to the distribution before the last change."""
+        self._show(self._history.undo())
+
+    @_guarded
+    def redo(self) -> None:
+        """Step forward again."""
+        self._show(self._history.redo())
+
+    # Runs
+
+    @_guarded
+    def set_options(self, given: Mapping[str, Any]) -> None:
+        """Take the settings of the next run from the page; what is missing or empty keeps its default."""
+        self.options = _checked_options(given)
+
+    @_guarded
+    def start_run(self) -> None:
+        """Prune the model to the distribution on the page while it trains."""
+        study = self._need_study()
+        distribution = self._need_distribution()
+        if getattr(study, "data", None) is None:
+            raise RunError("This study has no data to train on; make it with Study(model, data).")
+        number = self.run.number + 1 if self.run else 1
+        asked = _mean_sparsity(self.layers, distribution)
+        options = self.options
+        record = RunRecord(
+            number,
+            distribution,
+            asked,
+            options.epochs,
+            predicted_ms=self.prediction.latency_ms if self.prediction is not None else None,
+        )
+
+        def work(stop: threading.Event) -> RunRecord:
+            return self._prune(study, record, options, stop)
+
+        def finished(last: RunRecord) -> None:
+            self.run = last
+            words = "stopped" if last.status == "stopped" else "finished"
+            self._say(f"Run {last.number} {words}: accuracy {_percent(last.accuracy)}, sparsity {last.sparsity:.1%}.")
+
+        self._start("prune", f"Pruning, run {number}", work, finished)
+        if self.job.kind == "prune":
+            self.run = record
+
+    def _prune(self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event) -> RunRecord:
+        given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+        recorder = RunRecorder(record)
+        run = study.prune(record.distribution, **given)
+        self._pruning = run
+        try:
+            for event in run:
+                last = recorder.add(event)
+                if self.job.paused or stop.is_set():
+                    last = dataclasses.replace(last, status="stopping" if stop.is_set() else "paused") if last.active else last
+                self._publisher.post("run", functools.partial(setattr, self, "run", last))
+                self._progress(done=last.step, total=last.total_steps, seconds_left=last.seconds_left)
+                self._stop_if_abandoned()
+                if stop.is_set():
+                    run.stop()
+        finally:
+            self._pruning = None
+        return recorder.record
+
+    @_guarded
+    def pause(self) -> None:
+        """Hold the run after its current step."""
+        if self._pruning is None or self.run is None:
+            return
+        self._pruning.pause()
+        self.job = dataclasses.replace(self.job, paused=True)
+        self.run = dataclasses.replace(self.run, status="paused")
+        self._say("Paused.")
+
+    @_guarded
+    def resume(self) -> None:
+        """Let a paused run go on."""
+        if self._pruning is None or self.run is None:
+            return
+        self._pruning.resume()
+        self.job = dataclasses.replace(self.job, paused=False)
+        self.run = dataclasses.replace(self.run, status="running")
+        self._say("Resumed.")
+
+    @_guarded
+    def stop(self) -> None:
+        """Stop the job; what it has so far stays."""
+        self._stop_job()
+        if self.job.busy:
+            self.job = dataclasses.replace(self.job, stopping=True)
+        if self.run is not None and self.run.active:
+            self.run = dataclasses.replace(self.run, status="stopping")
+
+    def _stop_job(self) -> None:
+        self._jobs.stop()
+        if self._pruning is not None:
+            self._pruning.stop()
+
+    # Results
+
+    @_guarded
+    def pack(self) -> None:
+        """Pack the result of the latest run into a zip file and offer it to the page."""
+        study = self._need_study()
+        run = self.run
+        if run is None or run.result is None:
+            raise RunError("There is no result yet; start a run and let it finish, or stop it.")
+        result, number = run.result, run.number
+        filename = f"{_file_name(study.model.name)}-run{number}.zip"
+
+        def work(_stop: threading.Event) -> tuple[str, bytes | None]:
+            folder = Path(tempfile.mkdtemp(prefix="sparsity-explorer-"))
+            study.save(result, folder)
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in sorted(folder.iterdir()):
+                    archive.write(path, path.name)
+            content = buffer.getvalue()
+            if len(content) > MAX_DOWNLOAD:
+                return str(folder), None
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+            return "", content
+
+        def finished(packed: tuple[str, bytes | None]) -> None:
+            folder, content = packed
+            if content is None:
+                raise ExplorerError(
+                    f"The result is larger than {MAX_DOWNLOAD >> 20} MiB, the most that is sent through this page. "
+                    f"It is in the folder {folder} of the machine that runs the kernel; copy it from there."
+                )
+            self.package = Package((self.package.number if self.package else 0) + 1, filename, content)
+            self._say(f"Packed {filename}, {len(content) / 1e6:.1f} MB.")
+
+        self._start("pack", "Packing the result", work, finished)
+
+    def taken(self) -> None:
+        """Forget the content of the file that the page has taken."""
+        if self.package is not None:
+            self.package = dataclasses.replace(self.package, content=b"")
+
+    # Signs of life
+
+    def beat(self, *, leaving: bool = False) -> None:
+        """Note that a page is there, or that it is leaving; jobs of pages that do not come back are stopped."""
+        self._deadline = self._clock() + (GRACE if leaving else PATIENCE)
+
+    def _stop_if_abandoned(self) -> None:
+        """Stop the job when no page has been heard of for long; without any page ever, as in a script, nothing is stopped."""
+        if self._deadline is not None and self._clock() > self._deadline:
+            self._stop_job()
+
+    # Errors and log
+
+    def report(self, error: BaseException) -> None:
+        """Show an error to the user, and keep its origin in the log."""
+        if isinstance(error, ExplorerError):
+            self.error = str(error)
+            self._say(str(error))
+            return
+        self.error = f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            self._say(line)
+
+    def dismiss(self) -> None:
+        """Take the error away."""
+        self.error = ""
+
+    def _say(self, line: str) -> None:
+        stamp = time.strftime("%H:%M:%S")
+        self.log = (*self.log, f"{stamp}  {line}")[-LOG_LINES:]
+
+    # Inner workings
+
+    def _start(
+        self, kind: JobKind, text: str, work: Callable[[threading.Event], Any], finished: Callable[[Any], None]
+    ) -> None:
+        if self._jobs.running:
+            raise ExplorerError(f"{self.job.text or 'A job'} is still going on; stop it or let it finish first.")
+        self.error = ""
+        self.job = JobStatus(kind, text)
+
+        def end(result: Any) -> None:
+            # Idle first: what follows may start the next job.
+            self.job = IDLE
+            try:
+                finished(result)
+            except Exception as error:  # noqa: BLE001 - see `_guarded`
+                self.report(error)
+
+        def failed(error: BaseException) -> None:
+            self.job = IDLE
+            if self.run is not None and self.run.active:
+                self.run = dataclasses.replace(self.run, status="failed")
+            self.report(error)
+
+        self._jobs.start(work, end, failed)
+
+    def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:
+        def show() -> None:
+            if self.job.busy:
+                self.job = dataclasses.replace(self.job, done=done, total=total, seconds_left=seconds_left)
+
+        self._publisher.post("job", show)
+
+    def _need_study(self) -> Any:
+        if self.study is None:
+            raise ExplorerError("There is no model on the page yet; choose one first.")
+        return self.study
+
+    def _need_distribution(self) -> Any:
+        self._need_study()
+        return self.distribution
+
+    def _take(self, distribution: Any, origin: str) -> None:
+        self.origin = origin
+        self.distribution = distribution
+        self._refresh_prediction()
+        self._remember()
+
+    def _show(self, distribution: Any) -> None:
+        if distribution is not None:
+            self.distribution = distribution
+            self.origin = "mine"
+            self._refresh_prediction()
+        self._refresh_undo()
+
+    def _remember(self) -> None:
+        self._history.record(self.distribution)
+        self._refresh_undo()
+
+    def _refresh_undo(self) -> None:
+        self.can_undo = self._history.can_undo
+        self.can_redo = self._history.can_redo
+
+    def _refresh_prediction(self) -> None:
+        self.prediction = self.study.predict(self.distribution) if self.measured else None
+
+    def _refresh_limits(self) -> None:
+        self._refresh_layers()
+        if self.measured:
+            self.feasible = tuple(self.study.feasible_speedups())
+
+    def _refresh_layers(self) -> None:
+        """Take over what a measurement has added: each layer's dense time, and the dense baseline."""
+        study = self.study
+        self.layers = tuple(study.layers)
+        baseline = study.dense_baseline
+        if baseline is not None:
+            name, benchmark = baseline
+            self.dense = Dense(name, benchmark.latency_ms, benchmark.spread_ms)
+        self._refresh_facts()
+
+    def _refresh_facts(self) -> None:
+        study = self.study
+        threads = study.threads
+        parts = [study.model.name, f"{len(study.layers)} layers"]
+        if getattr(study, "data", None) is not None:
+            parts.insert(1, study.data.name)
+        parts.append(f"batch {study.batch_size}")
+        if threads:
+            parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        self.facts = " · ".join(parts)
+
+
+def _uniform_like(study: Any, latency_ms: float) -> Any:
+    """Return the uniform distribution whose predicted latency is closest to `latency_ms`, by bisection."""
+    low, high = 0.0, MAX_SPARSITY
+    for _ in range(12):
+        middle = (low + high) / 2
+        if study.predict(study.uniform(middle)).latency_ms > latency_ms:
+            low = middle
+        else:
+            high = middle
+    return study.uniform(round(high, 3))
+
+
+def _number(value: Any, accepted: str) -> float:
+    """Return `value` as a finite number, or raise an error that says what is accepted."""
+    try:
+        number = float(str(value).strip().rstrip("x×").replace(",", "."))
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DistributionError(f'"{value}" is not a number; give {accepted}.')
+    return number
+
+
+def _checked_sparsity(value: float) -> float:
+    if not 0 <= value <= MAX_SPARSITY + 1e-9:
+        raise DistributionError(f"{value:.1%} is out of range; give a sparsity between 0 and {MAX_SPARSITY:.0%}.")
+    return min(float(value), MAX_SPARSITY)
+
+
+_OPTION_LIMITS: dict[str, tuple[float, float, bool, str]] = {
+    "epochs": (0.1, 1000, False, "epochs between 0.1 and 1000"),
+    "learning_rate": (1e-6, 10, False, "a peak learning rate between 0.000001 and 10"),
+    "stabilise": (0, 0.9, False, "a share of the run between 0 and 0.9"),
+    "ramp": (0, 1, False, "a share of the run between 0 and 1"),
+    "update_every": (1, 100_000, True, "a whole number of steps, at least 1"),
+    "seed": (0, 2**31 - 1, True, "a whole number, at least 0"),
+}
+
+
+def _checked_options(given: Mapping[str, Any]) -> RunOptions:
+    """Return the options in `given`, texts as they were typed."""
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        if name not in _OPTION_LIMITS:
+            raise RunError(f"There is no setting {name!r}; there are {', '.join(_OPTION_LIMITS)}.")
+        if text is None or str(text).strip() == "":
+            continue
+        low, high, whole, accepted = _OPTION_LIMITS[name]
+        try:
+            number = float(str(text).strip().replace(",", "."))
+        except ValueError:
+            number = math.nan
+        if not (low <= number <= high) or (whole and number != int(number)):
+            raise RunError(f'{name.replace("_", " ")} is "{text}"; give {accepted}.')
+        values[name] = int(number) if whole else number
+    options = RunOptions(**values)
+    if options.stabilise + options.ramp > 1:
+        raise RunError(
+            f"stabilise {options.stabilise:g} and ramp {options.ramp:g} are shares of one run and add up to more than 1; lower one."
+        )
+    return options
+
+
+def _mean_sparsity(layers: Sequence[Any], distribution: Mapping[str, float]) -> float:
+    """Return the sparsity over all prunable weights, a fraction."""
+    total = sum(layer.n_params for layer in layers)
+    return sum(layer.n_params * distribution[layer.name] for layer in layers) / max(1, total)
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None or math.isnan(value) else f"{value:.2%}"
+
+
+def _file_name(name: str) -> str:
+    """Return `name` with only characters that every file system takes."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"

@@ -1,0 +1,83 @@
+// The top of the page: what it is about, the five steps, the theme.
+
+const STEPS = ["Model", "Sensitivity", "Distribution", "Prune", "Result"];
+const BEAT_MS = 20000;
+
+function render({ model, el, signal }) {
+  dress();
+  const root = make("div", { class: "se se-header" });
+  el.replaceChildren(root);
+  // The page around us cannot give its own box a role, so the first widget does: one main landmark, named.
+  const app = el.closest(".se-app");
+  if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": "Sparsity Explorer" });
+  if (document.body.dataset.voila !== undefined) document.title = "Sparsity Explorer";
+
+  const facts = make("p", { class: "se-facts" });
+  const list = make("ol", {});
+  const nav = make("nav", { "aria-label": "Steps" }, list);
+  STEPS.forEach((step, i) => {
+    const go = button("", () => {
+      const target = app?.querySelector(`[data-se-step="${i + 1}"]`);
+      const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      target?.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "center" });
+    }, signal, { class: "se-step" });
+    go.append(make("span", { class: "se-dot", "aria-hidden": "true" }), step, make("span", { class: "se-hidden" }));
+    list.append(make("li", {}, go));
+  });
+  const choice = make("select", { "aria-label": "Model and data", title: "Model and data. Loading another one starts afresh." });
+  choice.addEventListener("change", () => model.send({ do: "load", index: choice.selectedIndex }), { signal });
+  const toggle = button("", () => {
+    const next = theme() === "dark" ? "light" : "dark";
+    try {
+      localStorage.setItem(THEME_KEY, next);
+    } catch {
+      // Without storage the choice lasts as long as the page.
+    }
+    document.documentElement.dataset.seTheme = next;
+    dressed();
+  }, signal, { class: "se-square se-plain", title: "Light or dark" });
+  function dressed() {
+    const dark = document.documentElement.dataset.seTheme === "dark";
+    say(toggle, dark ? "☀" : "☾");
+    setOne(toggle, "aria-label", dark ? "Use light colours" : "Use dark colours");
+  }
+  dressed();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dress(); dressed(); }, { signal });
+
+  const title = make("div", { class: "se-title" }, logo(), make("h1", {}, "Sparsity Explorer"));
+  root.append(title, nav, make("div", { class: "se-head-right" }, facts, choice, toggle));
+
+  follow(model, ["view"], () => {
+    const view = model.get("view");
+    say(facts, view.facts ?? "");
+    const labels = view.choices ?? [];
+    setOne(choice, "hidden", labels.length < 1);
+    if (choice.childElementCount !== labels.length) choice.replaceChildren(...labels.map((label) => make("option", {}, label)));
+    choice.selectedIndex = view.choice ?? 0;
+    choice.disabled = Boolean(view.busy);
+    (view.steps ?? []).forEach((state, i) => {
+      const go = list.children[i].firstElementChild;
+      setOne(go, "data-state", state);
+      setOne(go, "aria-current", state === "now" ? "step" : null);
+      say(go.lastElementChild, { done: " (done)", now: " (current)", later: " (later)" }[state] ?? "");
+    });
+  }, signal);
+
+  // Signs of life: the kernel stops a job that nobody watches any more.
+  let beat = 0;
+  const live = () => model.send({ do: "beat", count: ++beat });
+  const timer = setInterval(live, BEAT_MS);
+  live();
+  addEventListener("pagehide", () => model.send({ do: "beat", leaving: true }), { signal });
+  addEventListener("pageshow", live, { signal });
+  signal.addEventListener("abort", () => clearInterval(timer));
+}
+
+function logo() {
+  const svg = draw("svg", { viewBox: "0 0 22 22", width: 24, height: 24, "aria-hidden": "true" });
+  const heights = [7, 16, 11, 19];
+  heights.forEach((height, i) => svg.append(draw("rect", { x: 1.5 + i * 5.1, y: 21 - height, width: 3.7, height, rx: 1.2, style: `fill:${rampColour([0.95, 0.6, 0.3, 0][i])}` })));
+  return svg;
+}
+
+export default { render };

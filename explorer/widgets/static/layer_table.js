@@ -1,0 +1,55 @@
+// What the model is made of: one row a layer, with the figures that decide whether pruning it pays.
+
+const COLUMNS = [
+  ["Layer", "Name of the layer in the model", "text"],
+  ["Shape", "Shape of the weight: outputs × inputs × kernel", "text"],
+  ["Weights", "Number of weights that can be pruned", "number"],
+  ["MACs", "Multiply-adds for one image", "number"],
+  ["Dense", "Time of the layer in the dense network, in milliseconds", "number"],
+  ["Share", "Share of the dense network's time", "number"],
+];
+
+function render({ model, el, signal }) {
+  const root = section(el, "Model", "se-card se-layers", 1);
+  const title = make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "1"), "Model");
+  const note = make("small", {});
+  const head = make("tr", {}, ...COLUMNS.map(([name, help, kind]) => make("th", { scope: "col", title: help, class: kind === "number" ? "se-num" : null }, name)));
+  const body = make("tbody");
+  const empty = make("div", { class: "se-empty" }, make("b", {}, "Loading the model"), make("p", {}, "Its layers will be listed here."));
+  const scroll = make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers that can be pruned"), make("thead", {}, head), body));
+  root.append(make("div", { class: "se-head" }, title, note), scroll, empty);
+  let drawn = null;
+
+  follow(model, ["view"], () => {
+    const view = model.get("view");
+    const rows = view.rows ?? [];
+    scroll.hidden = !rows.length;
+    empty.hidden = Boolean(rows.length);
+    say(note, view.note ?? "");
+    const key = JSON.stringify(rows);
+    if (key !== drawn) {
+      drawn = key;
+      body.replaceChildren(...rows.map(row));
+    }
+    [...body.children].forEach((line) => {
+      const now = line.dataset.layer === view.selected;
+      setOne(line, "class", now ? "se-selected" : null);
+      setOne(line.querySelector("button"), "aria-pressed", String(now));
+    });
+  }, signal);
+
+  function row(layer) {
+    const choose = button(layer.name, () => model.send({ do: "select", layer: layer.name }), signal, { class: "se-name", title: layer.name });
+    const share = make("td", { class: "se-num se-share" }, make("span", {}, layer.share === null ? "–" : words.percent(layer.share, 1)));
+    if (layer.share !== null) share.prepend(make("i", { style: `width:${(64 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
+    return make("tr", { "data-layer": layer.name },
+      make("th", { scope: "row" }, choose),
+      make("td", { class: "se-shape" }, layer.shape),
+      make("td", { class: "se-num" }, words.count(layer.n_params)),
+      make("td", { class: "se-num" }, words.count(layer.macs)),
+      make("td", { class: "se-num" }, layer.dense_ms === null ? "–" : `${words.ms(layer.dense_ms)} ms`),
+      share);
+  }
+}
+
+export default { render };

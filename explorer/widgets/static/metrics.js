@@ -1,0 +1,25 @@
+// Five numbers that always answer: how sparse, how fast, how much faster, how good, how small.
+
+function render({ model, el, signal }) {
+  const root = section(el, "Key figures", "se-card se-metrics");
+  const list = make("dl", {});
+  root.append(list);
+  follow(model, ["view"], () => {
+    const tiles = model.get("view").tiles ?? [];
+    while (list.childElementCount < tiles.length)
+      list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" })));
+    tiles.forEach((tile, i) => {
+      const [label, big, note, more] = list.children[i].children;
+      say(label, tile.label);
+      say(big.firstElementChild, tile.value);
+      say(big.lastElementChild, tile.unit);
+      say(note, tile.note);
+      say(more, tile.more ?? "");
+      setOne(list.children[i], "data-tone", tile.tone);
+      setOne(list.children[i], "title", tile.help);
+      setOne(list.children[i], "data-key", tile.key);
+    });
+  }, signal);
+}
+
+export default { render };

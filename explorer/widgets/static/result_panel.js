@@ -1,0 +1,52 @@
+// What came out, beside what went in; the file to keep; and the log.
+
+function render({ model, el, signal }) {
+  const root = section(el, "Result", "se-card se-result", 5);
+  const title = make("small", {});
+  const download = button("Download", () => model.send({ do: "pack" }), signal, { class: "se-primary", title: "Weights (safetensors), recipe (YAML) and measurements (JSON) in one zip file" });
+  const body = make("tbody");
+  const headRow = make("tr");
+  const table = make("table", {}, make("caption", { class: "se-hidden" }, "Before and after"), make("thead", {}, headRow), body);
+  const empty = make("div", { class: "se-empty" }, make("b", {}, "No result yet"), make("p", {}, "When a run has finished, or was stopped, its figures stand here beside those of the dense network, and the pruned model can be downloaded."));
+  const layersBody = make("tbody");
+  const layers = make("details", {}, make("summary", {}, "Sparsity of each layer, asked and achieved"),
+    make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers"), make("thead", {}, make("tr", {}, ...["Layer", "Asked", "Achieved", "Zeros"].map((name, i) => make("th", { scope: "col", class: i ? "se-num" : null }, name)))), layersBody)));
+  const lines = make("pre", { tabindex: 0, role: "log", "aria-label": "Log" });
+  const log = make("details", { class: "se-log" }, make("summary", {}, "Log"), lines);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), "Result"), title, make("div", { class: "se-push" }, download)), empty, table, layers, log);
+
+  follow(model, ["view"], () => {
+    const view = model.get("view");
+    const rows = view.rows ?? [];
+    empty.hidden = Boolean(rows.length);
+    table.hidden = layers.hidden = !rows.length;
+    download.disabled = !view.downloadable;
+    say(download, view.packing ? "Packing" : "Download");
+    say(title, view.title ?? "");
+    headRow.replaceChildren(...(view.columns ?? []).map((name, i) => make("th", { scope: "col", class: i ? "se-num" : null }, name)));
+    body.replaceChildren(...rows.map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", { class: "se-num" }, cell)))));
+    layersBody.replaceChildren(...(view.layers ?? []).map(([name, ...cells]) => make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", { class: "se-num" }, cell)))));
+  }, signal);
+  follow(model, ["log"], () => {
+    say(lines, (model.get("log") ?? []).join("\n"));
+    lines.scrollTop = lines.scrollHeight;
+  }, signal);
+
+  // A file arrives as bytes, is handed to the browser, and the kernel may forget it.
+  const take = () => {
+    const { number, filename } = model.get("file");
+    const content = model.get("content");
+    if (!number || !content?.byteLength) return;
+    const url = URL.createObjectURL(new Blob([content], { type: "application/zip" }));
+    const link = make("a", { href: url, download: filename, hidden: true });
+    root.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+    model.send({ do: "taken" });
+  };
+  model.on("change:content", take);
+  signal.addEventListener("abort", () => model.off("change:content", take));
+}
+
+export default { render };

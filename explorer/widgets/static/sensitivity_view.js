@@ -1,0 +1,125 @@
+// The two measured curves of each layer: what pruning costs it in loss, and what it gains in time.
+
+const KINDS = {
+  kl: { label: "KL", title: "Change of the outputs", unit: "KL to the dense outputs (nats, log scale)" },
+  accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
+  loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
+};
+const HEIGHT = 252;
+
+function render({ model, el, signal }) {
+  const root = section(el, "Sensitivity", "se-card se-sens", 2);
+  const measure = button("Measure", () => model.send({ do: "measure" }), signal, { class: "se-primary", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
+  let kind = "kl";
+  const seg = make("div", { class: "se-seg", role: "group", "aria-label": "Kind of loss" }, ...Object.entries(KINDS).map(([key, { label }]) =>
+    button(label, () => { kind = key; update(); }, signal, { "data-kind": key })));
+  const note = make("small", {});
+  const left = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
+  const right = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
+  const plots = make("div", { class: "se-pair" }, left, right);
+  const about = make("p", {});
+  const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
+  const legend = make("p", { class: "se-hint se-key" });
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, measure)), plots, legend, empty);
+
+  for (const figure of [left, right]) {
+    const host = figure.lastElementChild;
+    onResize(host, update, signal);
+    const tip = make("div", { class: "se-tip", hidden: true });
+    figure.append(tip);
+    host.addEventListener("pointermove", (event) => hover(figure, tip, event), { signal });
+    host.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
+    host.addEventListener("click", () => figure.near && model.send({ do: "select", layer: figure.near }), { signal });
+  }
+
+  follow(model, ["view", "curves"], update, signal);
+
+  function update() {
+    const view = model.get("view");
+    const curves = model.get("curves");
+    const any = Object.keys(curves).length > 0;
+    plots.hidden = legend.hidden = !any;
+    empty.hidden = any;
+    seg.hidden = !any;
+    say(about, view.ready
+      ? "Measuring prunes one layer at a time and looks how much the outputs change, then times each layer on the sparse engine. Nothing is trained, and every weight is put back."
+      : "There is no model yet.");
+    say(measure, any ? "Measure again" : "Measure");
+    setOne(measure, "class", any ? null : "se-primary");
+    measure.disabled = Boolean(view.busy) || !view.ready;
+    say(note, view.note ?? "");
+    for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
+    if (!any) return;
+    say(legend, view.selected ? `${view.selected} is drawn strong, with its place in the distribution. Point at a line to see its layer; click to choose it.` : "");
+    paint(left, kind, curves, view);
+    paint(right, "latency_ms", curves, view);
+  }
+
+  function paint(figure, what, curves, view) {
+    const host = figure.lastElementChild.classList.contains("se-plot") ? figure.lastElementChild : figure.children[1];
+    const width = Math.max(240, host.clientWidth);
+    const all = curves[what] ?? [];
+    const chosen = view.layers.indexOf(view.selected);
+    const shown = what === "kl" ? (v) => Math.max(v, 1e-4) : what === "accuracy" ? (v) => 100 * v : (v) => v;
+    const values = all.flatMap((curve) => curve[1]).map(shown);
+    const y = axis(what, values);
+    const line = (curve, i) => ({
+      points: curve[0].map((s, k) => [s, shown(curve[1][k])]).filter(([s]) => what !== "kl" || s > 0),
+      colour: i === chosen ? "var(--se-accent)" : rampColour(tone(between(curves.kl?.[i], 0.9))),
+      width: i === chosen ? 2.8 : 1.5,
+      opacity: i === chosen ? 1 : 0.8,
+      dots: i === chosen ? 2.6 : 0,
+      name: view.layers[i],
+    });
+    const lines = all.map(line).filter((entry) => entry.points.length);
+    lines.sort((a, b) => a.width - b.width);
+    const at = view.sparsities?.[chosen];
+    const here = chosen >= 0 && all[chosen] && at !== undefined ? between(all[chosen], at) : null;
+    const marks = here === null || (what === "kl" && at === 0) ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
+    const x = what === "kl" ? { ...compression, domain: [0.4, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
+    const spec = { width, height: HEIGHT, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, marks, name: `${figureTitle(what)}, one line a layer` };
+    const { svg, place } = chart(spec);
+    host.replaceChildren(svg);
+    figure.lines = lines;
+    figure.place = place;
+    figure.what = what;
+    figure.width = width;
+    figure.firstElementChild.replaceChildren(make("b", {}, figureTitle(what)), " ", make("span", {}, what === "latency_ms" ? "ms, on the sparse engine" : KINDS[what].unit));
+  }
+
+  function figureTitle(what) {
+    return what === "latency_ms" ? "Time of the layer" : KINDS[what].title;
+  }
+
+  function axis(what, values) {
+    const top = Math.max(...values, 0);
+    if (what === "kl") {
+      const decades = [1e-4, 1e-3, 0.01, 0.1, 1, 10].filter((v) => v <= Math.max(1, top * 1.6));
+      return { domain: [1e-4, Math.max(1, top * 1.3)], ticks: decades.map((v) => [v, v === 1e-4 ? "≤ 0.0001" : String(v)]), map: Math.log10 };
+    }
+    const high = what === "accuracy" ? 100 : top * 1.08 || 1;
+    return { domain: [0, high], ticks: ticks(0, high, 5).map((v) => [v, String(v)]) };
+  }
+
+  function hover(figure, tip, event) {
+    if (!figure.lines) return;
+    const box = figure.children[1].getBoundingClientRect();
+    const [px, py] = [((event.clientX - box.left) * figure.width) / box.width, event.clientY - box.top];
+    let best = null;
+    for (const entry of figure.lines)
+      for (const [s, v] of entry.points) {
+        const [x, y] = figure.place(s, v);
+        const distance = Math.hypot(x - px, y - py);
+        if (distance < 28 && (!best || distance < best.distance)) best = { distance, x, y, s, v, name: entry.name };
+      }
+    tip.hidden = !best;
+    figure.near = best?.name ?? null;
+    if (!best) return;
+    const value = figure.what === "latency_ms" ? `${words.ms(best.v)} ms` : figure.what === "accuracy" ? `${best.v.toFixed(1)} % accurate` : `${figure.what === "kl" ? "KL" : "loss"} ${words.small(best.v)}`;
+    tip.replaceChildren(make("b", {}, best.name), `${words.percent(best.s, 0)} sparse: ${value}`);
+    const shift = best.x > box.width / 2 ? "translate(calc(-100% - 12px), -110%)" : "translate(12px, -110%)";
+    Object.assign(tip.style, { left: `${(best.x * box.width) / figure.width}px`, top: `${best.y + figure.children[1].offsetTop}px`, transform: shift });
+  }
+}
+
+export default { render };

@@ -1,0 +1,269 @@
+"""A study without a network: the interface of `explorer.Study` over formulas, so that the state behind the page is tested in milliseconds.
+
+Loss and latency follow simple laws per layer, so the expected numbers of a test can be written down.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    n_params: int
+    macs: int
+    dense_ms: float | None = None
+    share: float | None = None
+    tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    layer: str
+    sparsity: float
+    kind: str
+    value: float
+    refreshed: bool = False
+    std_error: float | None = None
+
+
+class Distribution(Mapping[str, float]):
+    def __init__(self, values: Mapping[str, float], locked: frozenset[str] = frozenset()) -> None:
+        self._values, self.locked = dict(values), locked
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Distribution) and (self._values, self.locked) == (other._values, other.locked)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self._values.items()), self.locked))
+
+    def set(self, name: str, value: float) -> Distribution:
+        return Distribution({**self._values, name: value}, self.locked)
+
+    def lock(self, *names: str) -> Distribution:
+        return Distribution(self._values, self.locked | set(names))
+
+    def unlock(self, *names: str) -> Distribution:
+        return Distribution(self._values, self.locked - set(names))
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    step: int
+    total_steps: int
+    phase: str
+    loss: float
+    learning_rate: float
+    sparsity: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    step: int
+    accuracy: float
+    loss: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class LatencyEvent:
+    step: int
+    latency_ms: float
+    spread_ms: float
+    dense_ms: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class DoneEvent:
+    result: Any
+
+
+LAYERS = (
+    ("stem.conv", (48, 1, 3, 3), 196),
+    ("block1.conv1", (48, 48, 3, 3), 196),
+    ("block1.conv2", (48, 48, 3, 3), 196),
+    ("block2.conv1", (96, 48, 3, 3), 49),
+    ("block2.conv2", (96, 96, 3, 3), 49),
+    ("block2.shortcut.conv", (96, 48, 1, 1), 49),
+    ("block3.conv1", (192, 96, 3, 3), 16),
+    ("block3.conv2", (192, 192, 3, 3), 16),
+    ("block3.shortcut.conv", (192, 96, 1, 1), 16),
+    ("fc", (10, 192), 1),
+)
+FIXED_MS = 0.03
+
+
+@dataclass
+class FakeStudy:
+    """See `explorer.Study`; `pause_s` slows the long work so that a person or a browser can watch."""
+
+    pause_s: float = 0.0
+    steps_per_epoch: int = 20
+    threads: int = 1
+    batch_size: int = 1
+    fail_at: int | None = None
+    levels: tuple[float, ...] = LEVELS
+    table: Any = None
+    dense_baseline: Any = None
+    model: Any = field(default_factory=lambda: SimpleNamespace(name="fashion-resnet"))
+    data: Any = field(default_factory=lambda: SimpleNamespace(name="fashion"))
+    calls: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = tuple(
+            Layer(name, "linear" if name == "fc" else "conv2d", shape, math.prod(shape), math.prod(shape) * pixels)
+            for name, shape, pixels in LAYERS
+        )
+
+    def ms(self, layer: Layer, sparsity: float) -> float:
+        dense = layer.macs / 2.4e7
+        return dense if sparsity < 0.5 else dense * (1.75 * (1 - sparsity) + 0.06)
+
+    def kl(self, layer: Layer, sparsity: float) -> float:
+        place = [entry.name for entry in self.layers].index(layer.name)
+        return 2.0 * math.exp(-0.35 * place) * sparsity ** (4 + place)
+
+    def sensitivity_points(self, stop: threading.Event | None = None, **_: Any) -> Iterator[Point]:
+        points: list[Point] = []
+        for kind in ("kl", "latency_ms"):
+            for sparsity in (0.0, 0.9, 0.5, 0.98, 0.7, 0.8, 0.95, 0.97, 0.99):
+                for layer in self.layers:
+                    if stop is not None and stop.is_set():
+                        return
+                    time.sleep(self.pause_s)
+                    value = self.kl(layer, sparsity) if kind == "kl" else self.ms(layer, sparsity)
+                    points.append(Point(layer.name, sparsity, kind, value))
+                    yield points[-1]
+                    if kind == "kl":
+                        yield Point(layer.name, sparsity, "accuracy", 0.93 - 0.4 * min(1.0, value))
+        total = self.dense_ms
+        self.layers = tuple(
+            Layer(*(getattr(layer, key) for key in ("name", "kind", "weight_shape", "n_params", "macs")),
+                  dense_ms=self.ms(layer, 0.0), share=self.ms(layer, 0.0) / total)
+            for layer in self.layers
+        )  # fmt: skip
+        self.dense_baseline = ("engine, dense", SimpleNamespace(latency_ms=total, spread_ms=0.02))
+        self.table = SimpleNamespace(to_points=lambda: tuple(points))
+
+    @property
+    def dense_ms(self) -> float:
+        return FIXED_MS + sum(self.ms(layer, 0.0) for layer in self.layers)
+
+    def uniform(self, sparsity: float) -> Distribution:
+        ends = {self.layers[0].name, self.layers[-1].name}
+        return Distribution({layer.name: 0.0 if layer.name in ends else sparsity for layer in self.layers})
+
+    def feasible_speedups(self) -> tuple[float, float]:
+        return 1.0, self.dense_ms / (FIXED_MS + sum(self.ms(layer, 0.99) for layer in self.layers))
+
+    def solve(self, *, speedup: float, locked: Mapping[str, float] | None = None) -> Distribution:
+        from explorer.errors import InfeasibleTarget
+
+        if speedup > self.feasible_speedups()[1]:
+            raise InfeasibleTarget(f"{speedup:g} × cannot be reached; the highest is {self.feasible_speedups()[1]:.2f} ×.")
+        self.calls.append(("solve", speedup, locked))
+        best = self.uniform(0.0)
+        for i in range(100):
+            place = {layer.name: (i / 100) * (0.99 - 0.02 * (9 - j)) for j, layer in enumerate(self.layers)}
+            best = Distribution({**place, **(locked or {})})
+            if self.predict(best).speedup >= speedup:
+                break
+        return best
+
+    def predict(self, distribution: Mapping[str, float]) -> Any:
+        latency = FIXED_MS + sum(self.ms(layer, distribution[layer.name]) for layer in self.layers)
+        loss = sum(self.kl(layer, distribution[layer.name]) for layer in self.layers)
+        n_params = sum(layer.n_params for layer in self.layers)
+        zeros = sum(round(layer.n_params * distribution[layer.name]) for layer in self.layers)
+        return SimpleNamespace(
+            loss=loss, accuracy=0.93 * math.exp(-0.2 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
+            speedup=self.dense_ms / latency, nnz=n_params - zeros, n_params=n_params, sparsity=zeros / n_params,
+            size_bytes=4 * (n_params - zeros) + n_params // 8,
+        )  # fmt: skip
+
+    def prune(self, distribution: Distribution, *, epochs: float = 6, **options: Any) -> FakeRun:
+        self.calls.append(("prune", distribution, {"epochs": epochs, **options}))
+        return FakeRun(self, distribution, epochs)
+
+    def save(self, result: Any, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"\0" * 64)
+        (folder / "recipe.yaml").write_text("model: fashion-resnet\n")
+        (folder / "result.json").write_text(json.dumps({"pruned": {"accuracy": result.accuracy}}))
+
+
+class FakeRun:
+    def __init__(self, study: FakeStudy, distribution: Distribution, epochs: float) -> None:
+        self.study, self.distribution = study, distribution
+        self.total = max(1, round(epochs * study.steps_per_epoch))
+        self._stop, self._go = threading.Event(), threading.Event()
+        self._go.set()
+
+    def pause(self) -> None:
+        self._go.clear()
+
+    def resume(self) -> None:
+        self._go.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._go.set()
+
+    def __iter__(self) -> Iterator[Any]:
+        from explorer.errors import RunError
+
+        study, final = self.study, self.study.predict(self.distribution)
+        yield EvalEvent(0, 0.931, 0.2, 0.0)
+        accuracy, sparsity, step = 0.931, 0.0, 0
+        for step in range(1, self.total + 1):
+            self._go.wait()
+            if self._stop.is_set():
+                break
+            if study.fail_at == step:
+                raise RunError("The loss is not a number any more; lower the learning rate and start again.")
+            time.sleep(study.pause_s)
+            done = step / self.total
+            grown = min(1.0, max(0.0, (done - 0.1) / 0.4))
+            sparsity = final.sparsity * (1 - (1 - grown) ** 3)
+            phase = "stabilise" if done <= 0.1 else "prune" if done <= 0.5 else "fine-tune"
+            yield StepEvent(step, self.total, phase, 0.4 + 0.3 * grown * (1 - done), 0.1 * (1 - done), sparsity, (1 - done) * 10)
+            if step % max(1, self.total // 12) == 0:
+                accuracy = 0.931 - 0.06 * grown * max(0.12, 1.4 - 1.4 * done)
+                scaled = {name: value * sparsity / max(1e-9, final.sparsity) for name, value in self.distribution.items()}
+                ms = study.predict(scaled).latency_ms
+                yield EvalEvent(step, accuracy, 0.3, sparsity)
+                yield LatencyEvent(step, ms, 0.02, study.dense_ms, study.dense_ms / ms)
+        stopped = step < self.total or self._stop.is_set()
+        achieved = {
+            layer.name: (math.ceil(layer.n_params * self.distribution[layer.name]), layer.n_params) for layer in study.layers
+        }
+        yield DoneEvent(
+            SimpleNamespace(
+                accuracy=accuracy, dense_accuracy=0.931, stopped=stopped, achieved=achieved, sparsity=sparsity,
+                measured_on="test", n_evaluated=2000, seconds=3.0, module=None,
+            )
+        )  # fmt: skip
