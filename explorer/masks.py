@@ -87,7 +87,9 @@ def keep_mask(scores: Tensor, zeros: int) -> Tensor:
     tensor([False, False,  True,  True])
     """
     if not 0 <= zeros <= scores.numel():
-        raise DistributionError(f"Cannot remove {zeros} of {scores.numel()} weights; the count must lie between the two.")
+        raise DistributionError(
+            f"Cannot remove {zeros} of {scores.numel()} weights; the count must lie between the two."
+        )
     flat = scores.detach().reshape(-1)
     if bool(torch.isnan(flat).any()):
         raise ModelError(

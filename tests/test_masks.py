@@ -47,14 +47,18 @@ def test_count_is_never_short_and_never_the_whole_layer(numel: int, sparsity: fl
     assert zeros < exact + 1
 
 
-@pytest.mark.parametrize(("numel", "percent"), [(100, 7), (1000, 29), (300, 57), (25_600, 98), (2_359_296, 90)])
+@pytest.mark.parametrize(
+    ("numel", "percent"), [(100, 7), (1000, 29), (300, 57), (25_600, 98), (2_359_296, 90)]
+)
 def test_a_percentage_that_divides_the_layer_is_met_exactly(numel: int, percent: int) -> None:
     assert n_zeros(numel, percent / 100) == math.ceil(Fraction(numel * percent, 100))
 
 
 @settings(max_examples=100, deadline=None)
 @given(WEIGHTS, SPARSITY, SPARSITY)
-def test_masks_are_nested_and_a_second_pruning_changes_nothing(weight: np.ndarray, a: float, b: float) -> None:
+def test_masks_are_nested_and_a_second_pruning_changes_nothing(
+    weight: np.ndarray, a: float, b: float
+) -> None:
     low, high = sorted((a, b))
     tensor = torch.from_numpy(weight)
     mask_low, mask_high = magnitude_mask(tensor, low), magnitude_mask(tensor, high)

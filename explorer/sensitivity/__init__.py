@@ -1,0 +1,22 @@
+"""How much each layer minds being pruned: in loss, and in time.
+
+Measuring yields points (`measure_loss`, `measure_latency`); a `SensitivityTable` holds them. Nothing here knows the model that is
+measured but by its layers' names, and nothing here changes it.
+"""
+
+from __future__ import annotations
+
+from explorer.sensitivity.latency import measure_latency
+from explorer.sensitivity.loss import measure_loss
+from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
+from explorer.sensitivity.table import SensitivityTable
+
+__all__ = [
+    "DEFAULT_LEVELS",
+    "KINDS",
+    "WHOLE_NETWORK",
+    "SensitivityPoint",
+    "SensitivityTable",
+    "measure_latency",
+    "measure_loss",
+]

@@ -1,0 +1,143 @@
+"""Measures how long each layer takes on the sparse engine at each sparsity.
+
+All layers are pruned to one level together and timed inside the running network, so one pass a level serves every layer, caches and
+threads behave as in use, and the cost does not depend on the depth. The network is compiled once; other levels only bring new
+weights into the same program.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from explorer.errors import EngineError
+from explorer.masks import magnitude_mask
+from explorer.models import PrunableLayer
+from explorer.sensitivity.loss import choose_layers
+from explorer.sensitivity.points import (
+    DEFAULT_LEVELS,
+    WHOLE_NETWORK,
+    SensitivityPoint,
+    check_levels,
+    level_order,
+)
+
+__all__ = ["measure_latency"]
+
+
+def measure_latency(
+    module: nn.Module,
+    example_input: Tensor,
+    *,
+    layers: Iterable[str | PrunableLayer] | None = None,
+    levels: Sequence[float] = DEFAULT_LEVELS,
+    threads: int | None = None,
+    repeats: int = 30,
+    stop: threading.Event | None = None,
+) -> Iterator[SensitivityPoint]:
+    """Time the network on the sparse engine at each level and yield every layer's median.
+
+    Weights are pruned by magnitude, in one shot, on a copy. Points are of kind "latency_ms"; level 0 comes first, then levels in an order
+    that makes the picture useful early. A point with layer "" is the median of the whole network, timed apart from the layers.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Not changed.
+    example_input : Tensor
+        Fixes shape and batch size.
+    layers : iterable of str or PrunableLayer, optional
+        Layers to report; all by default. All prunable layers are pruned in any case, as they are in use.
+    levels : sequence of float
+        Sparsities in [0, 1).
+    threads : int, optional
+        Threads of the engine; its default otherwise.
+    repeats : int
+        Timed passes a level.
+    stop : threading.Event, optional
+        When set, the scan ends before the next level.
+
+    Yields
+    ------
+    SensitivityPoint
+
+    Raises
+    ------
+    EngineError
+        If the engine cannot compile the network, or does not report a layer.
+    ModelError
+        Unknown layer names.
+    DistributionError
+        A level outside [0, 1).
+    """
+    ordered = (0.0, *level_order(check_levels(levels)))
+    if repeats < 1:
+        raise EngineError(
+            f"repeats={repeats}: at least one timed pass is needed, and 20 or more for a steady median."
+        )
+    reported = choose_layers(module, example_input, layers)
+    everything = choose_layers(module, example_input, None)
+    return _points(module, example_input, reported, everything, ordered, threads, repeats, stop)
+
+
+def _points(
+    module: nn.Module,
+    example_input: Tensor,
+    reported: tuple[PrunableLayer, ...],
+    everything: tuple[PrunableLayer, ...],
+    levels: tuple[float, ...],
+    threads: int | None,
+    repeats: int,
+    stop: threading.Event | None,
+) -> Iterator[SensitivityPoint]:
+    from explorer import inference  # brings torch.export and llvmlite, which only this function needs
+
+    pruned = copy.deepcopy(module).eval()
+    dense = {
+        layer.name: pruned.get_submodule(layer.name).get_parameter("weight").detach().clone()
+        for layer in everything
+    }
+    program: inference.SparseModule | None = None
+    for level in levels:
+        if stop is not None and stop.is_set():
+            return
+        n_removed = _prune(pruned, dense, level)
+        if program is None:
+            program = inference.compile(pruned, example_input, threads=threads)
+        else:
+            program.update_weights(pruned)
+        whole = program.benchmark(example_input, repeats=repeats)
+        timings = program.profile(example_input, repeats=repeats)
+        milliseconds: dict[str, float] = {}
+        for timing in timings:
+            # A layer that is called twice, or done in several steps, costs the sum.
+            milliseconds[timing.name] = milliseconds.get(timing.name, 0.0) + timing.ms
+        is_one_layer = [layer.name for layer in everything] == [WHOLE_NETWORK]
+        for layer in () if is_one_layer else reported:
+            found = [milliseconds[name] for name in (layer.name, *layer.tied) if name in milliseconds]
+            if not found:
+                raise EngineError(
+                    f"The engine's profile has no step for layer {layer.name!r}; it has {', '.join(milliseconds)}. "
+                    "Leave the layer out of `layers`, or report the network as a bug."
+                )
+            yield SensitivityPoint(
+                layer.name, level, "latency_ms", sum(found), n_removed=n_removed[layer.name]
+            )
+        yield SensitivityPoint(
+            WHOLE_NETWORK, level, "latency_ms", whole.latency_ms, std_error=whole.spread_ms
+        )
+
+
+def _prune(module: nn.Module, dense: dict[str, Tensor], level: float) -> dict[str, int]:
+    """Set each layer to its dense weight pruned to `level`; returns how many non-zero weights that removed from each."""
+    removed: dict[str, int] = {}
+    with torch.no_grad():
+        for name, weight in dense.items():
+            kept = weight * magnitude_mask(weight, level)
+            module.get_submodule(name).get_parameter("weight").copy_(kept)
+            removed[name] = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(kept))
+    return removed

@@ -1,0 +1,405 @@
+"""Everything that was measured, in one immutable object that charts, solver and files read.
+
+Invariants: raw points are kept as they came, the latest of equal keys counts; a table never changes, it is replaced by a
+larger one. Values between levels are read from monotone curves, since noise must not tell the solver that more zeros cost less loss
+or more time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explorer.errors import DistributionError, FormatError
+from explorer.sensitivity.points import KINDS, WHOLE_NETWORK, SensitivityPoint
+
+_FORMAT = "sparsity-explorer/sensitivity"
+_FORMAT_VERSION = 1
+# Loss-like values can only rise with sparsity, these can only fall.
+_FALLING = frozenset({"accuracy", "latency_ms"})
+
+_Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class SensitivityTable:
+    """Measured sensitivity of each layer, immutable.
+
+    Build one with `from_points`, grow it with `merge`. Two tables are equal when they hold the same points, layers in the same order,
+    and the same metadata.
+
+    Examples
+    --------
+    >>> table = SensitivityTable.from_points(
+    ...     [
+    ...         SensitivityPoint("conv1", 0.0, "kl", 0.0),
+    ...         SensitivityPoint("conv1", 0.5, "kl", 0.2),
+    ...         SensitivityPoint("conv1", 0.9, "kl", 0.1),
+    ...     ]
+    ... )
+    >>> table.value("conv1", 0.25, "kl"), table.value("conv1", 0.9, "kl")
+    (0.1, 0.2)
+    """
+
+    __slots__ = ("_cells", "_curves", "_layers", "_metadata")
+
+    def __init__(
+        self,
+        points: Iterable[SensitivityPoint],
+        *,
+        layers: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        cells: dict[tuple[str, str, bool, float], SensitivityPoint] = {}
+        for point in points:
+            if point.kind not in KINDS:
+                raise FormatError(
+                    f"Point of layer {point.layer!r} has kind {point.kind!r}; known kinds are {', '.join(KINDS)}."
+                )
+            if not 0.0 <= point.sparsity < 1.0:
+                raise FormatError(
+                    f"Point of layer {point.layer!r} has sparsity {point.sparsity!r}; it must lie in [0, 1)."
+                )
+            cells[point.kind, point.layer, point.refreshed, point.sparsity] = point
+        self._cells = cells
+        order = list(layers or ())
+        known = set(order)
+        for kind, layer, _, _ in cells:
+            # A latency without a layer is the whole network's; any other value without a name is of a network that is one layer.
+            if layer not in known and (layer != WHOLE_NETWORK or kind != "latency_ms"):
+                known.add(layer)
+                order.append(layer)
+        self._layers = tuple(order)
+        self._metadata = MappingProxyType(dict(metadata or {}))
+        self._curves: dict[tuple[str, str, bool], _Curve] | None = None
+
+    @classmethod
+    def from_points(
+        cls,
+        points: Iterable[SensitivityPoint],
+        *,
+        layers: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Collect points.
+
+        Parameters
+        ----------
+        points : iterable of SensitivityPoint
+            In any order; of two with the same layer, sparsity, kind and refresh the later one counts.
+        layers : sequence of str, optional
+            Order of the layers; by default that of their first points.
+        metadata : mapping, optional
+            What the points belong to, JSON values: "baseline_latency_ms", threads, number of images ...
+
+        Raises
+        ------
+        FormatError
+            If a point has an unknown kind or a sparsity outside [0, 1).
+        """
+        return cls(points, layers=layers, metadata=metadata)
+
+    # What is there
+
+    @property
+    def points(self) -> tuple[SensitivityPoint, ...]:
+        """Raw points, as they came."""
+        return tuple(self._cells.values())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names, in order."""
+        return self._layers
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the points belong to (read only)."""
+        return self._metadata
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of which there is at least one point."""
+        present = {key[0] for key in self._cells}
+        return tuple(kind for kind in KINDS if kind in present)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(self.kinds) or "no points"
+        return f"SensitivityTable({len(self._layers)} layers, {len(self)} points: {kinds})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SensitivityTable):
+            return NotImplemented
+        return (
+            self._layers == other._layers
+            and self._cells == other._cells
+            and self._metadata == other._metadata
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._layers, frozenset(self._cells.items())))
+
+    def levels(
+        self, kind: str = "kl", layer: str | None = None, *, refreshed: bool = False
+    ) -> tuple[float, ...]:
+        """Return the measured sparsities of a kind, ascending; of one layer, or of any of them."""
+        return tuple(
+            sorted(
+                {s for k, name, r, s in self._cells if k == kind and r == refreshed and layer in (None, name)}
+            )
+        )
+
+    def point(
+        self, layer: str, sparsity: float, kind: str, *, refreshed: bool = False
+    ) -> SensitivityPoint | None:
+        """Return the raw point at exactly this sparsity, or None."""
+        return self._cells.get((kind, layer, refreshed, sparsity))
+
+    def no_ops(self) -> tuple[tuple[str, float], ...]:
+        """Return the (layer, sparsity) pairs at which pruning removed nothing, because the layer was already that sparse."""
+        return tuple(
+            dict.fromkeys(
+                (p.layer, p.sparsity) for p in self._cells.values() if p.sparsity > 0 and p.n_removed == 0
+            )
+        )
+
+    # Values
+
+    def values(self, kind: str, *, refreshed: bool = False) -> NDArray[np.float64]:
+        """Return raw values.
+
+        Returns
+        -------
+        ndarray
+            ``(len(layers), len(levels(kind)))`` float64; NaN where nothing was measured.
+        """
+        return self._matrix(kind, refreshed, "value")
+
+    def std_errors(self, kind: str, *, refreshed: bool = False) -> NDArray[np.float64]:
+        """Return standard errors, shaped like `values`; NaN where unknown."""
+        return self._matrix(kind, refreshed, "std_error")
+
+    def _matrix(self, kind: str, refreshed: bool, attribute: str) -> NDArray[np.float64]:
+        self._check_kind(kind)
+        column = {level: i for i, level in enumerate(self.levels(kind, refreshed=refreshed))}
+        row = {layer: i for i, layer in enumerate(self._layers)}
+        out = np.full((len(row), len(column)), np.nan)
+        for (k, layer, r, sparsity), point in self._cells.items():
+            value = getattr(point, attribute)
+            if k == kind and r == refreshed and layer in row and value is not None:
+                out[row[layer], column[sparsity]] = value
+        return out
+
+    def curve(self, layer: str, kind: str, *, refreshed: bool = False) -> _Curve:
+        """Return a layer's monotone curve through its measured levels.
+
+        Loss-like kinds are a running maximum over sparsity, accuracy and latency a running minimum.
+
+        Returns
+        -------
+        levels, values : ndarray
+            ``(n,)`` float64 each, levels ascending.
+
+        Raises
+        ------
+        DistributionError
+            If the layer has no such points; the message says which layers and kinds there are.
+        """
+        if self._curves is None:
+            self._curves = self._build_curves()
+        found = self._curves.get((layer, kind, refreshed))
+        if found is None:
+            self._check_kind(kind)
+            if layer not in self._layers and not (layer == WHOLE_NETWORK and kind == "latency_ms"):
+                raise DistributionError(
+                    f"The table has no layer {layer!r}; it has {', '.join(self._layers) or 'none'}."
+                )
+            how = " with refreshed BatchNorm statistics" if refreshed else ""
+            raise DistributionError(
+                f"{kind!r} of layer {layer!r}{how} has not been measured; measure the sensitivity first."
+            )
+        return found
+
+    def _build_curves(self) -> dict[tuple[str, str, bool], _Curve]:
+        gathered: dict[tuple[str, str, bool], list[tuple[float, float]]] = {}
+        for (kind, layer, refreshed, sparsity), point in self._cells.items():
+            gathered.setdefault((layer, kind, refreshed), []).append((sparsity, point.value))
+        curves: dict[tuple[str, str, bool], _Curve] = {}
+        for key, pairs in gathered.items():
+            array = np.asarray(sorted(pairs), dtype=np.float64)
+            levels, values = array[:, 0], array[:, 1]
+            running = np.minimum if key[1] in _FALLING else np.maximum
+            curves[key] = (levels, running.accumulate(values))
+        return curves
+
+    def has(self, layer: str, kind: str, *, refreshed: bool = False) -> bool:
+        """Tell whether the layer has at least one point of the kind."""
+        if self._curves is None:
+            self._curves = self._build_curves()
+        return (layer, kind, refreshed) in self._curves
+
+    def value(self, layer: str, sparsity: float, kind: str = "kl", *, refreshed: bool = False) -> float:
+        """Read a layer's monotone curve at one sparsity, linear between measured levels.
+
+        Outside the measured range the nearest measured level's value is returned.
+        """
+        return float(self.values_at(layer, np.asarray([sparsity]), kind, refreshed=refreshed)[0])
+
+    def values_at(
+        self, layer: str, sparsities: NDArray[np.float64], kind: str = "kl", *, refreshed: bool = False
+    ) -> NDArray[np.float64]:
+        """Read a layer's monotone curve at many sparsities: ``(n,)`` float64 in and out."""
+        levels, values = self.curve(layer, kind, refreshed=refreshed)
+        return np.interp(sparsities, levels, values)
+
+    def std_error_at(
+        self, layer: str, sparsity: float, kind: str, *, refreshed: bool = False
+    ) -> float | None:
+        """Return the larger standard error of the two measured levels around `sparsity`, None when it is unknown."""
+        levels = self.levels(kind, layer, refreshed=refreshed)
+        if not levels:
+            return None
+        at = int(np.searchsorted(levels, sparsity))
+        around = {levels[min(at, len(levels) - 1)]}
+        if at > 0 and sparsity not in around:
+            around.add(levels[at - 1])
+        errors = [self._cells[kind, layer, refreshed, level].std_error for level in around]
+        known = [error for error in errors if error is not None]
+        return max(known) if known else None
+
+    def baseline(self, kind: str) -> float | None:
+        """Return the dense network's value: of its outputs for losses, of the engine's dense run for latency. None if not measured."""
+        self._check_kind(kind)
+        if kind == "latency_ms":
+            whole = self.point(WHOLE_NETWORK, 0.0, kind)
+            return None if whole is None else whole.value
+        for layer in self._layers:
+            point = self.point(layer, 0.0, kind)
+            if point is not None:
+                return point.value
+        return None
+
+    # Latency of the whole
+
+    @property
+    def baseline_latency_ms(self) -> float | None:
+        """Latency that a speed-up is counted against.
+
+        It is the metadata's "baseline_latency_ms" (the fastest way to run the dense network that was measured on this machine); a table
+        without it counts against the engine's own dense run.
+        """
+        given = self._metadata.get("baseline_latency_ms")
+        return float(given) if given is not None else self.baseline("latency_ms")
+
+    def _network_minus_layers(self) -> NDArray[np.float64]:
+        rests = []
+        layers = [layer for layer in self._layers if layer != WHOLE_NETWORK]
+        for level in self.levels("latency_ms", WHOLE_NETWORK):
+            whole = self._cells["latency_ms", WHOLE_NETWORK, False, level].value
+            parts = [self.point(layer, level, "latency_ms") for layer in layers]
+            if layers and all(part is not None for part in parts):
+                rests.append(whole - sum(part.value for part in parts if part is not None))
+        if not layers and self.has(WHOLE_NETWORK, "latency_ms"):
+            rests = [0.0]  # the network is its one layer
+        return np.asarray(rests, dtype=np.float64)
+
+    @property
+    def fixed_latency_ms(self) -> float | None:
+        """Time of the network outside its prunable layers.
+
+        The median over the measured levels of the whole network's time less the sum of its layers' times. None before one
+        level is complete.
+        """
+        rests = self._network_minus_layers()
+        return float(np.median(rests)) if rests.size else None
+
+    @property
+    def additive_error_ms(self) -> float | None:
+        """How far the sum of layers plus the fixed time misses the whole network, root mean square over levels; None if unknown."""
+        rests = self._network_minus_layers()
+        if rests.size < 2:
+            return None
+        return float(np.sqrt(np.mean((rests - np.median(rests)) ** 2)))
+
+    # New tables from old
+
+    def merge(self, other: SensitivityTable) -> SensitivityTable:
+        """Return a table with the points of both; where both have one, that of `other` counts, as does its metadata."""
+        order = list(dict.fromkeys([*self._layers, *other._layers]))
+        return SensitivityTable(
+            [*self.points, *other.points], layers=order, metadata={**self._metadata, **other._metadata}
+        )
+
+    def with_points(self, points: Iterable[SensitivityPoint]) -> SensitivityTable:
+        """Return a table with these points as well."""
+        return SensitivityTable([*self.points, *points], layers=self._layers, metadata=self._metadata)
+
+    def with_metadata(self, **entries: Any) -> SensitivityTable:
+        """Return a table whose metadata have these entries as well."""
+        return SensitivityTable(self.points, layers=self._layers, metadata={**self._metadata, **entries})
+
+    # In and out
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one dictionary a point, tidy: ``pandas.DataFrame(table.to_records())`` is a data frame."""
+        return [asdict(point) for point in self._cells.values()]
+
+    def to_json(self) -> str:
+        """Return the table as a JSON text; `from_json` gives an equal table."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "version": _FORMAT_VERSION,
+                "layers": list(self._layers),
+                "metadata": dict(self._metadata),
+                "points": self.to_records(),
+            },
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        FormatError
+            If the text is not such a table.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FormatError(
+                f"This is not JSON: {error}. Pass the text that SensitivityTable.to_json() wrote."
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise FormatError(f"This JSON is no sensitivity table: its 'format' must be {_FORMAT!r}.")
+        if content.get("version") != _FORMAT_VERSION:
+            raise FormatError(
+                f"Sensitivity table version {content.get('version')!r}; this release reads version {_FORMAT_VERSION}."
+            )
+        names = {field.name for field in fields(SensitivityPoint)}
+        points = []
+        for record in content.get("points", []):
+            unknown = set(record) - names
+            if unknown:
+                raise FormatError(
+                    f"A point has unknown entries {sorted(unknown)}; known are {sorted(names)}."
+                )
+            try:
+                points.append(SensitivityPoint(**record))
+            except TypeError as error:
+                raise FormatError(f"A point lacks entries: {record!r}.") from error
+        return cls(points, layers=content.get("layers"), metadata=content.get("metadata"))
+
+    @staticmethod
+    def _check_kind(kind: str) -> None:
+        if kind not in KINDS:
+            raise DistributionError(f"Unknown kind {kind!r}; known are {', '.join(KINDS)}.")
