@@ -21,7 +21,7 @@ help:  ## list these commands
 setup: $(STAMP)  ## make the environment in .venv (every command below does it when needed)
 
 $(STAMP): pyproject.toml constraints.txt .ci/setup
-	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash .ci/setup app test
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash .ci/setup app test bench
 	@touch $@
 
 app: $(STAMP)  ## open the app on the bundled demo
@@ -47,7 +47,6 @@ format: $(STAMP)  ## let ruff fix and format what it can, and strip the notebook
 	@echo "Formatted."
 
 bench: $(STAMP)  ## time this engine beside the alternatives on this machine
-	@$(BIN)/python -c "import onnxruntime, onnxscript" 2>/dev/null || bash .ci/setup bench
 	@$(BIN)/python -m explorer.bench $(ARGS)
 
 clean:  ## remove the environment and everything that was made
