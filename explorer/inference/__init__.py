@@ -7,7 +7,15 @@ driver's helpers), `module` (what the user holds), `timing`.
 
 from __future__ import annotations
 
-from explorer.inference.module import SparseModule, compile  # noqa: A004 - the public name is a contract
+from explorer.inference.module import SparseModule, compile
 from explorer.inference.timing import Benchmark, EngineCall, LayerTiming, compare_latency, dense_contestants
 
-__all__ = ["Benchmark", "EngineCall", "LayerTiming", "SparseModule", "compare_latency", "compile", "dense_contestants"]
+__all__ = [
+    "Benchmark",
+    "EngineCall",
+    "LayerTiming",
+    "SparseModule",
+    "compare_latency",
+    "compile",
+    "dense_contestants",
+]

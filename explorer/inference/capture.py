@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.graph import Graph, Operation, Ref
@@ -65,13 +66,18 @@ def _reason(error: Exception) -> str:
 
 
 def _base(target: Any) -> str:
-    """ "relu_" of torch.ops.aten.relu_.default."""
+    """Return the bare name of an operator: relu_ of torch.ops.aten.relu_.default."""
     return str(getattr(target, "_schema", target)).split("::")[-1].split("(")[0].split(".")[0]
 
 
 def _is_inplace(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    return bool(schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write)
+    return bool(
+        schema
+        and schema.arguments
+        and schema.arguments[0].alias_info
+        and schema.arguments[0].alias_info.is_write
+    )
 
 
 def _writes_through_views(graph: torch.fx.Graph) -> bool:
@@ -99,7 +105,11 @@ def _read(exported: Any) -> Graph:
         if isinstance(item, torch.fx.Node):
             return Ref(renamed.get(item.name, item.name))
         if isinstance(item, list | tuple):
-            return type(item)(reference(part) for part in item) if type(item) in (list, tuple) else [reference(p) for p in item]
+            return (
+                type(item)(reference(part) for part in item)
+                if type(item) in (list, tuple)
+                else [reference(p) for p in item]
+            )
         if isinstance(item, dict):
             return {k: reference(v) for k, v in item.items()}
         return item
@@ -115,7 +125,9 @@ def _read(exported: Any) -> Graph:
             elif node.name in signature.user_inputs:
                 graph.inputs.append(node.name)
             else:
-                raise EngineError(f"The input {node.name!r} of the captured network is of a kind that the engine does not know.")
+                raise EngineError(
+                    f"The input {node.name!r} of the captured network is of a kind that the engine does not know."
+                )
         elif node.op == "call_function":
             args, kwargs = reference(node.args), reference(node.kwargs)
             operation = _operation(node, args, kwargs, graph)
@@ -127,10 +139,12 @@ def _read(exported: Any) -> Graph:
             wanted = [n for n in flat if not isinstance(n, torch.fx.Node) or n.name in signature.user_outputs]
             graph.outputs = [reference(n) for n in wanted]
         elif node.op == "get_attr":
-            raise EngineError("The module uses a higher-order operator (cond, while, map), which the engine cannot run.")
+            raise EngineError(
+                "The module uses a higher-order operator (cond, while, map), which the engine cannot run."
+            )
     spec = exported.call_spec.out_spec
     if spec is not None:
-        graph.unflatten = lambda values: torch.utils._pytree.tree_unflatten(values, spec)
+        graph.unflatten = lambda values: pytree.tree_unflatten(values, spec)
     return graph
 
 
@@ -140,6 +154,7 @@ def _module_name(node: torch.fx.Node) -> str:
 
 
 def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Operation:
+    assert callable(node.target)
     operation = Operation("torch", node.name, [], _module_name(node), node.target, tuple(args), dict(kwargs))
     reader = _READERS.get(_base(node.target).rstrip("_"))
     names = [a.name for a in args if isinstance(a, Ref)]
@@ -152,7 +167,7 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
 def _bound(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by name, defaults filled in."""
     bound = {}
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(target._schema.arguments):  # noqa: SLF001 - the only way to name arguments
         if i < len(args):
             bound[argument.name] = args[i]
         else:
@@ -229,7 +244,9 @@ def _add(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     left, right = a["self"], a["other"]
     if not (isinstance(left, Ref) and isinstance(right, Ref)) or a.get("alpha", 1) != 1:
         return
-    if {left.name, right.name} & set(graph.constants) or graph.shapes.get(left.name) != graph.shapes.get(right.name):
+    if {left.name, right.name} & set(graph.constants) or graph.shapes.get(left.name) != graph.shapes.get(
+        right.name
+    ):
         return
     operation.kind, operation.inputs = "add", [left.name, right.name]
 

@@ -79,7 +79,12 @@ class Planes:
     @property
     def elements(self) -> int:
         """Elements to reserve in all. Lanes that are no pixels may read (never write) up to two rows past the last plane."""
-        return self.before + self.images * self.image + _round_up(self.guard + 2 * self.pitch, self.lanes) + 4 * self.lanes
+        return (
+            self.before
+            + self.images * self.image
+            + _round_up(self.guard + 2 * self.pitch, self.lanes)
+            + 4 * self.lanes
+        )
 
     def view(self, storage: torch.Tensor) -> torch.Tensor:
         """The tensor, as a torch view of `storage` (whose element 0 is the first reserved one)."""
@@ -165,7 +170,15 @@ class PitchClasses:
         self.gap[root] = max(self.gap[root], columns)
 
     def planes(
-        self, name: str, shape: tuple[int, ...], images: int, channels: int, rows: int, columns: int, lanes: int, tokens: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        images: int,
+        channels: int,
+        rows: int,
+        columns: int,
+        lanes: int,
+        tokens: bool = False,
     ) -> Planes:
         """The layout of tensor `name`, once all ties and paddings are known."""
         root = self.find(name)

@@ -11,7 +11,7 @@ from explorer.inference.graph import Graph, Operation, Ref
 
 
 def lower(graph: Graph) -> Graph:
-    """A new graph in which
+    """Return a new graph that computes the same with less work.
 
     - "same" operations are gone,
     - a batch norm after a convolution or linear layer is folded into its weight and bias,
@@ -20,7 +20,9 @@ def lower(graph: Graph) -> Graph:
     What has no native form any more (a batch norm on its own) runs through torch. The captured graph is left as it was, so that it can be
     lowered again with new weights.
     """
-    lowered = replace(graph, operations=[copy.copy(o) for o in graph.operations], constants=dict(graph.constants))
+    lowered = replace(
+        graph, operations=[copy.copy(o) for o in graph.operations], constants=dict(graph.constants)
+    )
     lowered.outputs = list(graph.outputs)
     _drop_same(lowered)
     _fold_batch_norm(lowered)

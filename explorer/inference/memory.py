@@ -5,7 +5,9 @@ Measured on ResNet-50 prototypes: weights on ordinary pages cost about 10 % more
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -23,7 +25,7 @@ class Memory:
         self._chunks: list[NDArray[np.uint8]] = []
         self.n_bytes = 0
 
-    def zeros(self, size: int, dtype: DTypeLike = np.float32, align: int = 64) -> NDArray[np.generic]:
+    def zeros(self, size: int, dtype: DTypeLike = np.float32, align: int = 64) -> NDArray[Any]:
         """A zeroed array of `size` elements, starting on a multiple of `align` bytes."""
         dtype = np.dtype(dtype)
         wanted = max(size * dtype.itemsize, 1)
@@ -36,14 +38,14 @@ class Memory:
         self.n_bytes += wanted
         return self._chunk[start : start + size * dtype.itemsize].view(dtype)
 
-    def put(self, array: NDArray[np.generic], align: int = 64) -> int:
+    def put(self, array: NDArray[Any], align: int = 64) -> int:
         """Copy `array` here; its address."""
         mine = self.zeros(array.size, array.dtype, align)
         mine[:] = array.reshape(-1)
         return address(mine)
 
 
-def address(array: NDArray[np.generic]) -> int:
+def address(array: NDArray[Any]) -> int:
     """The address of the first element."""
     return int(array.ctypes.data)
 
@@ -52,10 +54,8 @@ def _map(n_bytes: int) -> NDArray[np.uint8]:
     """At least `n_bytes` zeroed bytes that start on a huge page."""
     region = mmap.mmap(-1, -(-n_bytes // _HUGE) * _HUGE + _HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages: slower, not wrong
     whole = np.frombuffer(region, np.uint8)
     skip = -whole.ctypes.data % _HUGE
     return whole[skip:]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from explorer.errors import EngineError
@@ -21,15 +22,20 @@ from explorer.inference.capture import capture
 from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower
 from explorer.inference.native import current_isa
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, Steps, TorchSegment
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.steps import Steps, build_steps
 from explorer.inference.threads import Runner, cycles_per_ms
 from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_threads
 
 Mode = Literal["auto", "dense", "sparse"]
 
 
-def compile(  # noqa: A001 - the public name is a contract, as torch.compile's
-    module: nn.Module, example_input: Tensor | tuple[Any, ...], *, threads: int | None = None, sparse: Mode = "auto"
+def compile(
+    module: nn.Module,
+    example_input: Tensor | tuple[Any, ...],
+    *,
+    threads: int | None = None,
+    sparse: Mode = "auto",
 ) -> SparseModule:
     """Compile a module for fast inference on this CPU, skipping the zeros in its weights.
 
@@ -63,7 +69,9 @@ def compile(  # noqa: A001 - the public name is a contract, as torch.compile's
     True
     """
     if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise EngineError(f"threads={threads!r} was passed; give a whole number of at least 1, or None for one thread.")
+        raise EngineError(
+            f"threads={threads!r} was passed; give a whole number of at least 1, or None for one thread."
+        )
     if sparse not in ("auto", "dense", "sparse"):
         raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -103,7 +111,9 @@ class SparseModule:
         self._batch = self._plan.images
         self._runner: Runner | None = None
         self._steps: Steps | None = None
-        self._example = {n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in graph.inputs if n in graph.shapes}
+        self._example = {
+            n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in graph.inputs if n in graph.shapes
+        }
         self._choose()
 
     # ---- description
@@ -162,7 +172,12 @@ class SparseModule:
             if wanted is None or not isinstance(value, Tensor):
                 continue
             shape = tuple(value.shape)
-            if position == 0 and len(shape) == len(wanted) and shape[1:] == wanted[1:] and 0 < shape[0] <= wanted[0]:
+            if (
+                position == 0
+                and len(shape) == len(wanted)
+                and shape[1:] == wanted[1:]
+                and 0 < shape[0] <= wanted[0]
+            ):
                 images = shape[0]
             elif shape != wanted and (shape[1:] != wanted[1:] or shape[:1] != (images,)):
                 raise EngineError(
@@ -207,15 +222,17 @@ class SparseModule:
             self._steps.set_batch(images)
             self._batch = images
             return inputs
-        padded = []
-        for name, value in zip(self._graph.inputs, inputs, strict=True):
-            wanted = self._graph.shapes.get(name)
-            if wanted is not None and value.shape[0] == images and wanted[0] == self.batch_size:
-                full = torch.zeros(wanted, dtype=value.dtype)
-                full[:images] = value
-                value = full
-            padded.append(value)
-        return tuple(padded)
+        return tuple(
+            self._padded(name, value, images) for name, value in zip(self._graph.inputs, inputs, strict=True)
+        )
+
+    def _padded(self, name: str, value: Tensor, images: int) -> Tensor:
+        wanted = self._graph.shapes.get(name)
+        if wanted is None or value.shape[0] != images or wanted[0] != self.batch_size:
+            return value
+        full = torch.zeros(wanted, dtype=value.dtype)
+        full[:images] = value
+        return full
 
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         if name in values:
@@ -249,7 +266,7 @@ class SparseModule:
     # ---- kernels
 
     def _install(self, choices: Mapping[int, Choice]) -> None:
-        steps = self._plan.steps(self._graph, choices)
+        steps = build_steps(self._plan, self._graph, choices)
         n_steps = len(self._plan.native)
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self._isa, self.threads, n_steps, steps.scratch_bytes)
@@ -276,7 +293,7 @@ class SparseModule:
             self._choices = {i: c[0] for i, c in candidates.items()}
         self._install(self._choices)
 
-    def _step_times(self, repeats: int) -> Any:
+    def _step_times(self, repeats: int) -> NDArray[np.float64]:
         """The fastest of `repeats` runs of each step, in milliseconds (noise only ever adds)."""
         runs = []
         inputs = tuple(self._example[n] for n in self._graph.inputs if n in self._example)
@@ -286,9 +303,10 @@ class SparseModule:
             for _ in range(repeats + 2):
                 self._run(inputs, self.batch_size)
                 runs.append(self._ticks())
-        return np.min(runs[2:], axis=0) / cycles_per_ms(self._isa)
+        fastest: NDArray[np.int64] = np.min(runs[2:], axis=0)
+        return fastest / cycles_per_ms(self._isa)
 
-    def _ticks(self) -> Any:
+    def _ticks(self) -> NDArray[np.int64]:
         """Cycles of each step in the last run."""
         assert self._runner is not None
         return self._runner.stamps[:, 1] - self._runner.stamps[:, 0]
@@ -307,7 +325,10 @@ class SparseModule:
         EngineError
             When a parameter is missing or has another shape.
         """
-        state = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+        state = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
         fresh = {}
         for constant, name in self._captured.parameter_names.items():
             old = self._captured.constants.get(constant)
@@ -316,7 +337,9 @@ class SparseModule:
                 continue
             if new is None or new.shape != old.shape:
                 found = "is missing" if new is None else f"has shape {tuple(new.shape)}"
-                raise EngineError(f"{name} {found}; the compiled network has {tuple(old.shape)}. Compile the new module instead.")
+                raise EngineError(
+                    f"{name} {found}; the compiled network has {tuple(old.shape)}. Compile the new module instead."
+                )
             fresh[constant] = new.detach().clone()
         with self._lock:
             self._captured.constants.update(fresh)
@@ -361,11 +384,16 @@ class SparseModule:
         for segment, ms in zip(self._plan.segments, segment_ms, strict=True):
             if isinstance(segment, TorchSegment):
                 o = segment.operation
-                rows.append(LayerTiming(o.name or "model", _operator(o.target), float(ms), "torch", 0.0, 0, False))
+                rows.append(
+                    LayerTiming(o.name or "model", _operator(o.target), float(ms), "torch", 0.0, 0, False)
+                )
             elif isinstance(segment, ImportSegment):
                 rows.append(LayerTiming(segment.value, "copy", float(ms), "copy", 0.0, 0, False))
             else:
-                rows += [self._row(step, float(step_ms[step]), images) for step in range(segment.first, segment.last)]
+                rows += [
+                    self._row(step, float(step_ms[step]), images)
+                    for step in range(segment.first, segment.last)
+                ]
         return tuple(rows)
 
     def _row(self, step: int, ms: float, images: int) -> LayerTiming:
@@ -376,9 +404,8 @@ class SparseModule:
         if prunable:
             weight = self._graph.constants[o.weight or ""]
             sparsity = float((weight == 0).float().mean())
-            out = self._graph.shapes[o.output]
-            pixels = int(np.prod(out)) // len(weight)
-            macs = pixels * weight[0].numel() * images // self.batch_size
+            outputs = int(np.prod(self._graph.shapes[o.output])) * images // self.batch_size
+            macs = outputs * weight[0].numel()
         return LayerTiming(o.name or "model", o.kind, ms, self._steps.labels[step], sparsity, macs, prunable)
 
 

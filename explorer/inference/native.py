@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,14 @@ class Isa:
     features: str
 
 
-@lru_cache(maxsize=None)
+@cache
 def _initialise() -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()
 
 
-@lru_cache(maxsize=None)
+@cache
 def host_isa(override: str | None = None) -> Isa:
     """The CPU this process runs on, or a narrower one that it can also run.
 
@@ -111,7 +111,7 @@ def cache_folder() -> Path | None:
     return base / "sparsity-explorer" / "kernels"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _generator_version() -> str:
     """Changes when any generator's text or llvmlite does."""
     digest = hashlib.sha256(f"llvmlite {llvmlite.__version__} {llvm.get_process_triple()}".encode())
@@ -145,7 +145,7 @@ class _ObjectFile:
             handle, name = tempfile.mkstemp(dir=self.path.parent)
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
-            os.replace(name, self.path)
+            Path(name).replace(self.path)
         except OSError:
             # A full or read-only disk costs the next process some compile time, nothing else.
             return
@@ -192,7 +192,9 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
         engine.finalize_object()
         address = int(engine.get_function_address(symbol))
         if not address:
-            raise EngineError(f"The kernel {signature!r} was compiled but could not be loaded. Please report this.")
+            raise EngineError(
+                f"The kernel {signature!r} was compiled but could not be loaded. Please report this."
+            )
         _loaded[key] = (address, engine)
         return address
 

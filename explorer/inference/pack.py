@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class Block:
             groups, n_groups = memory.put(self.groups), self.groups.size // 2
         # Weights are prefetched past their end, which never faults; the entries need no padding.
         tables = [memory.put(self.sources), memory.put(self.offsets), memory.put(self.entries)]
-        return [self.n_rows, *tables, rows, groups, int(n_groups), self.first_channel]  # type: ignore[list-item]
+        return [self.n_rows, *tables, rows, groups, int(n_groups), self.first_channel]
 
 
 ENTRY = np.dtype([("offset", "<i4"), ("weight", "<f4")])
@@ -112,16 +113,22 @@ def conv_blocks(
     bounds = [min(m, -(-m * p // parts // step) * step) for p in range(parts)] + [m]
     where = direct_offsets.reshape(depth, -1)
     result = []
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in pairwise(bounds):
         blocks = []
-        for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for i, (start, stop) in enumerate(pairwise(edges)):
             piece = flat[low:high, start:stop]
             sources = where[start:stop].reshape(-1).astype(np.int64)
-            offsets = where[start:stop, 0] if kernel.reach == "direct" else np.arange(stop - start, dtype=np.int64) * row_bytes
+            offsets = (
+                where[start:stop, 0]
+                if kernel.reach == "direct"
+                else np.arange(stop - start, dtype=np.int64) * row_bytes
+            )
             if kernel.dense_rows:
                 blocks.append(_dense_block(piece, offsets, sources, low, kernel.dense_rows))
             else:
-                entries, rows, counts = sparse_rows(piece, offsets, np.arange(low, high), i == 0 or i == n_blocks - 1)
+                entries, rows, counts = sparse_rows(
+                    piece, offsets, np.arange(low, high), i == 0 or i == n_blocks - 1
+                )
                 blocks.append(Block(stop - start, sources, np.empty(0, np.int32), entries, rows, counts))
         result.append(blocks)
     return result
@@ -141,13 +148,20 @@ def _dense_block(
 
 
 def _grouped_blocks(
-    weight: NDArray[np.float32], groups: int, where: NDArray[np.int64], kernel: conv.ConvKernel, row_bytes: int, parts: int
+    weight: NDArray[np.float32],
+    groups: int,
+    where: NDArray[np.int64],
+    kernel: conv.ConvKernel,
+    row_bytes: int,
+    parts: int,
 ) -> list[list[Block]]:
     """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only."""
     m, cg, taps = weight.shape
     per_group = m // groups
     channels = np.arange(m)
-    inputs = (channels // per_group)[:, None] * cg + np.arange(cg)  # (M, C / groups): input channels of each output channel
+    inputs = (channels // per_group)[:, None] * cg + np.arange(
+        cg
+    )  # (M, C / groups): input channels of each output channel
     flat = weight.reshape(m, cg * taps)
     empty = np.empty(0, np.int32)
     result = []

@@ -10,14 +10,14 @@ import ctypes
 import threading
 import time
 import weakref
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
 from explorer.inference.kernels import driver
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, machine_code
-from explorer.inference.plan import Steps
+from explorer.inference.steps import Steps
 
 _SPINS = 20_000
 """Looks at the gate before a helper goes to sleep: some hundred microseconds."""
@@ -88,7 +88,8 @@ class Runner:
             state.set(name, address(array))
         self._steps: Steps | None = None
         self._helpers = [
-            threading.Thread(target=_helper, args=(state, me), name=f"explorer-helper-{me}", daemon=True) for me in range(1, threads)
+            threading.Thread(target=_helper, args=(state, me), name=f"explorer-helper-{me}", daemon=True)
+            for me in range(1, threads)
         ]
         for helper in self._helpers:
             helper.start()
@@ -114,10 +115,12 @@ class Runner:
             state.wake.clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def cycles_per_ms(isa: Isa) -> float:
     """Ticks of the driver's clock per millisecond, calibrated against the system's clock once per process."""
-    clock = ctypes.CFUNCTYPE(ctypes.c_int64)(machine_code(isa, "driver clock", lambda: driver.build("clock", isa)))
+    clock = ctypes.CFUNCTYPE(ctypes.c_int64)(
+        machine_code(isa, "driver clock", lambda: driver.build("clock", isa))
+    )
     start, ticks = time.perf_counter_ns(), clock()
     while (elapsed := time.perf_counter_ns() - start) < 10_000_000:
         pass

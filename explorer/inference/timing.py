@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +84,7 @@ def summarise(times_ms: list[float], *, threads: int, batch_size: int, isa: str)
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """torch uses this many threads inside the block."""
+    """Let torch use this many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -139,12 +142,16 @@ def compare_latency(
                     call()
                 times[name].append((time.perf_counter() - start) / n * 1e3)
     return {
-        name: summarise(t, threads=threads, batch_size=batch_size, isa=str(getattr(contestants[name], "isa", "torch")))
+        name: summarise(
+            t, threads=threads, batch_size=batch_size, isa=str(getattr(contestants[name], "isa", "torch"))
+        )
         for name, t in times.items()
     }
 
 
-def dense_contestants(module: nn.Module, example_input: torch.Tensor, threads: int = 1) -> dict[str, Callable[[], Any]]:
+def dense_contestants(
+    module: nn.Module, example_input: torch.Tensor, threads: int = 1
+) -> dict[str, Callable[[], Any]]:
     """The dense ways to run `module` that a speed-up must be measured against.
 
     Returns
@@ -153,9 +160,6 @@ def dense_contestants(module: nn.Module, example_input: torch.Tensor, threads: i
         "torch eager", "torch channels_last" (4-D inputs), "torch jit" (traced, frozen and optimised for inference), and "engine dense"
         (this engine with dense kernels only). What torch cannot do with this module is left out.
     """
-    import copy
-    import warnings
-
     from explorer.inference.module import compile as compile_module
 
     plain = copy.deepcopy(module).eval()
@@ -166,14 +170,12 @@ def dense_contestants(module: nn.Module, example_input: torch.Tensor, threads: i
         x = example_input.contiguous(memory_format=torch.channels_last)
         last, x_last = model, x
         contestants["torch channels_last"] = lambda: last(x_last)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
-            traced(x)
+    # Many modules cannot be traced, and each fails in its own way; eager remains as the contestant.
+    with contextlib.suppress(Exception), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
+        traced(x)
         contestants["torch jit"] = lambda: traced(x)
-    except Exception:  # noqa: BLE001 - many modules cannot be traced; eager remains as the contestant
-        pass
     engine = compile_module(module, example_input, threads=threads, sparse="dense")
     contestants["engine dense"] = EngineCall(engine, example_input)
     return contestants

@@ -48,7 +48,9 @@ class Function:
         Number of float32 in one vector register (16, 8 or 4).
     """
 
-    def __init__(self, module: Value, name: str, returns: Value, parameters: Sequence[Value], lanes: int) -> None:
+    def __init__(
+        self, module: Value, name: str, returns: Value, parameters: Sequence[Value], lanes: int
+    ) -> None:
         self.module, self.lanes = module, lanes
         self.native = ir.Function(module, ir.FunctionType(returns, parameters), name)
         self.native.attributes.add("nounwind")
@@ -112,7 +114,9 @@ class Function:
         bits = self.b.and_(self.b.bitcast(value, self.int_vector), mask)
         return self.b.bitcast(bits, self.vector)
 
-    def gather(self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None) -> Value:
+    def gather(
+        self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None
+    ) -> Value:
         """``base[indices]`` as a float32 vector; lanes whose mask is false give `otherwise`."""
         addresses = self.b.gep(base, [indices], source_etype=F32)
         addresses.type = ir.VectorType(PTR, self.lanes)  # llvmlite infers a scalar pointer

@@ -121,7 +121,9 @@ class _Generator:
 
     def _inner(self, name: str) -> Function:
         """An inner kernel: (block, operands, sums, bias, out, out_plane, residual, residual_plane, mask, low, high)."""
-        f = Function(self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa.lanes)
+        f = Function(
+            self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa.lanes
+        )
         f.native.linkage = "internal"
         for argument in (0, 1, 2, 3, 4, 8):
             f.native.args[argument].add_attribute("noalias")
@@ -154,7 +156,7 @@ class _Generator:
 
     def _sparse(self, first: int, last: int) -> str:
         name = f"sparse_{first}{last}"
-        f, k, b = self._inner(name), self.k, None
+        f, k = self._inner(name), self.k
         b = f.b
         block, operands, sums, bias, *_, low, high = f.arguments
         low, high = f.splat(low), f.splat(high)
@@ -171,7 +173,8 @@ class _Generator:
                 offset, weight = b.sext(f.load(entry, I32), I64), f.splat(f.load(entry, F32, 4))
                 pointer = f.opaque(f.at(operands, offset))
                 new = [
-                    f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total) for i, total in enumerate(totals)
+                    f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total)
+                    for i, total in enumerate(totals)
                 ]
                 return [f.at(entry, 8), *new]
 
@@ -223,8 +226,13 @@ class _Generator:
                 f.prefetch(weight, 512)
                 new = list(totals)
                 pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
-                load_x = lambda i: f.load(pointer, f.vector, self.width * i, align)  # noqa: E731
-                load_w = lambda r: f.splat(f.load(weight, F32, 4 * r))  # noqa: E731
+
+                def load_x(i: int) -> Value:
+                    return f.load(pointer, f.vector, self.width * i, align)
+
+                def load_w(r: int) -> Value:
+                    return f.splat(f.load(weight, F32, 4 * r))
+
                 # Hold the smaller of the two sets of operands in registers, stream the other.
                 if n_rows <= tile:
                     held = [load_w(r) for r in range(n_rows)]
@@ -257,7 +265,9 @@ class _Generator:
 
     # ---- one job
 
-    def _pack(self, f: Function, block: Value, x: Value, buffer: Value, table: Value, table_tap: Value) -> None:
+    def _pack(
+        self, f: Function, block: Value, x: Value, buffer: Value, table: Value, table_tap: Value
+    ) -> None:
         """Operands of one K block into the L1 buffer: row k holds T aligned vectors."""
         b = f.b
         sources = f.field(block, BLOCK, "sources", PTR)

@@ -63,7 +63,13 @@ def _work(module: Value, lanes: int) -> Value:
     def get(name: str, type_: Value = I64) -> Value:
         return f.field(state, STATE, name, type_)
 
-    steps, tickets, done, threads, stamps = get("steps", PTR), get("tickets", PTR), get("done", PTR), get("threads"), get("stamps", PTR)
+    steps, tickets, done, threads, stamps = (
+        get("steps", PTR),
+        get("tickets", PTR),
+        get("done", PTR),
+        get("threads"),
+        get("stamps", PTR),
+    )
     first = get("first")
 
     def one_step(index: Value, before: Value) -> list[Value]:
@@ -108,7 +114,13 @@ def _run(module: Value, work: Value, lanes: int) -> None:
     def get(name: str, type_: Value = I64) -> Value:
         return f.field(state, STATE, name, type_)
 
-    first, last, threads, done, tickets = get("first"), get("last"), get("threads"), get("done", PTR), get("tickets", PTR)
+    first, last, threads, done, tickets = (
+        get("first"),
+        get("last"),
+        get("threads"),
+        get("done", PTR),
+        get("tickets", PTR),
+    )
     f.store(I64(0), f.at(done, b.mul(first, I64(_LINE))), 0, 8)
 
     def clear(index: Value) -> None:

@@ -63,7 +63,12 @@ class PoolKernel:
         maximum = self.kind == "max"
         low, high = f.splat(low), f.splat(high)
         start = ir.Constant(f.vector, [float("-inf") if maximum else 0.0] * f.lanes)
-        table, mask, step, n_taps = field("table", PTR), field("mask", PTR), field("table_tap"), field("n_taps")
+        table, mask, step, n_taps = (
+            field("table", PTR),
+            field("mask", PTR),
+            field("table_tap"),
+            field("n_taps"),
+        )
 
         def one_vector(i: Value) -> None:
             at = b.mul(i, I64(width))
