@@ -19,45 +19,28 @@ import explorer
 PACKAGE = Path(explorer.__file__).parent
 ROOT = PACKAGE.parent
 
-# What each room (a folder, or a module at the top) may import besides itself. `errors` is open to all.
+# What each room (a folder, or a module at the top) may import besides itself and the floor that all of them stand on.
+# The engine stands on the errors alone, so that it could leave as a package of its own.
+FLOOR = {"errors", "masks"}
+STEPS = {"models", "data", "inference", "sensitivity", "distribution", "pruning", "formats"}
 MAY_IMPORT = {
     "errors": set(),
-    "masks": set(),
-    "inference": set(),
-    "models": set(),
-    "data": {"models"},
-    "sensitivity": {"masks", "models", "data", "inference"},
-    "distribution": {"masks", "models", "sensitivity"},
-    "pruning": {"masks", "models", "data", "inference", "sensitivity", "distribution"},
-    "formats": {"models", "data", "sensitivity", "distribution", "pruning"},
-    "plots": {"models", "inference", "sensitivity", "distribution", "pruning"},
-    "study": {"models", "data", "inference", "sensitivity", "distribution", "pruning", "formats"},
-    "bench": {"models", "data", "inference", "sensitivity", "distribution", "pruning", "formats", "study"},
-    "cli": {
-        "models",
-        "data",
-        "inference",
-        "sensitivity",
-        "distribution",
-        "pruning",
-        "formats",
-        "study",
-        "bench",
-        "plots",
-    },
-    "widgets": {
-        "models",
-        "data",
-        "inference",
-        "sensitivity",
-        "distribution",
-        "pruning",
-        "formats",
-        "study",
-        "plots",
-    },
-    "__main__": {"cli"},
+    "masks": {"errors"},
+    "inference": {"errors"},
+    "models": FLOOR,
+    "data": FLOOR | {"models"},
+    "sensitivity": FLOOR | {"models", "data", "inference"},
+    "distribution": FLOOR | {"models", "sensitivity"},
+    "pruning": FLOOR | {"models", "data", "inference", "sensitivity", "distribution"},
+    "formats": FLOOR | {"models", "data", "sensitivity", "distribution", "pruning"},
+    "plots": FLOOR | {"models", "inference", "sensitivity", "distribution", "pruning"},
+    "study": FLOOR | STEPS,
+    "bench": FLOOR | STEPS | {"study"},
+    "cli": FLOOR | STEPS | {"study", "bench", "plots"},
+    "widgets": FLOOR | STEPS | {"study", "plots"},
+    "__main__": {"cli", "errors"},
 }
+
 # The command that opens the app needs to know where the notebook lies; it imports that when it is given, not before.
 MAY_IMPORT_LATE = {"cli": {"widgets"}}
 
@@ -90,7 +73,7 @@ def imported_modules(node: ast.AST, path: Path) -> list[str]:
 def rooms_imported(tree: ast.AST, path: Path) -> set[str]:
     names = [name for node in ast.walk(tree) for name in imported_modules(node, path)]
     rooms = {name.split(".")[1] for name in names if name.startswith("explorer.")}
-    return rooms - {"errors", "__version__"}
+    return rooms - {"__version__"}
 
 
 def module_name(path: Path) -> str:
