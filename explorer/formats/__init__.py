@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from explorer.formats.recipe import Recipe
 from explorer.formats.result import FinalLatency, result_document, write_result
+from explorer.formats.size import dense_bytes, packed_bytes
 from explorer.formats.weights import load_weights, read_weights, save_weights
 
 __all__ = [
     "FinalLatency",
     "Recipe",
+    "dense_bytes",
     "load_weights",
+    "packed_bytes",
     "read_weights",
     "result_document",
     "save_weights",

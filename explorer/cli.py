@@ -1,0 +1,537 @@
+"""The command line: every button of the app has a command, and every command is a few calls of `Study`.
+
+What a person reads goes to standard output, progress and errors to standard error, so that output can be kept. Exit codes: 0 done,
+2 an error the user can act on (one line, no traceback unless `--debug`), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from explorer import __version__
+from explorer.errors import ExplorerError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from explorer.distribution import SparsityDistribution
+    from explorer.formats import Recipe
+    from explorer.pruning import PruningRun
+    from explorer.sensitivity import SensitivityTable
+    from explorer.study import Study
+
+_INTERRUPTED = 130
+_FAILED = 2
+
+# Enough to rank layers (the divergence needs few images), quick enough to leave the time to training.
+_SOLVE_IMAGES = 256
+
+# One upload in the app is one message.
+_WEBSOCKET_BYTES = 200 * 2**20
+_APP_MODULES = ("voila", "ipywidgets", "anywidget", "plotly", "ipykernel")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; those of this process when not given.
+    """
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except ExplorerError as error:
+        if parsed.debug:
+            raise
+        print(f"sparsity-explorer: {' '.join(str(error).split())}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        if parsed.debug:
+            raise
+        print("sparsity-explorer: interrupted, nothing was written.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparsity-explorer",
+        description="See what pruning does to a network, and make it smaller and faster on a CPU.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparsity-explorer {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    inspect = commands.add_parser("inspect", parents=[common], help="list the layers that can be pruned")
+    _add_study(inspect, data=False)
+    inspect.add_argument("--no-latency", action="store_true", help="do not measure each layer's time")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the layers as JSON")
+    inspect.set_defaults(command=_inspect)
+
+    sensitivity = commands.add_parser(
+        "sensitivity", parents=[common], help="measure how much each layer minds being pruned"
+    )
+    _add_study(sensitivity, data=True)
+    sensitivity.add_argument(
+        "--levels", type=_levels, metavar="S,S,...", help="sparsities, such as 0.5,0.9,0.98"
+    )
+    sensitivity.add_argument(
+        "--images", type=_count, default=500, metavar="N", help="validation images (default 500)"
+    )
+    sensitivity.add_argument(
+        "--no-refresh", action="store_true", help="do not measure with refreshed batch norm statistics"
+    )
+    sensitivity.add_argument("--no-latency", action="store_true", help="measure the loss only")
+    sensitivity.add_argument("--csv", type=Path, metavar="FILE", help="write all points as CSV")
+    sensitivity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    sensitivity.set_defaults(command=_sensitivity)
+
+    prune = commands.add_parser(
+        "prune", parents=[common], help="prune while training, and leave weights, recipe and result"
+    )
+    _add_prune(prune)
+    prune.set_defaults(command=_prune)
+
+    app = commands.add_parser("app", parents=[common], help="open the app in a browser, on this machine only")
+    app.add_argument("--port", type=_count, default=8866, help="default 8866")
+    app.add_argument("--no-browser", action="store_true", help="only print the address")
+    app.set_defaults(command=_app)
+    return parser
+
+
+def _add_study(parser: argparse.ArgumentParser, *, data: bool) -> None:
+    parser.add_argument("--model", default="demo:fashion-resnet", help="default demo:fashion-resnet")
+    if data:
+        parser.add_argument("--data", default="demo:fashion", help="default demo:fashion, or fashion-mnist")
+    parser.add_argument("--threads", type=_count, default=None, help="threads of latencies (default 1)")
+    parser.add_argument("--batch-size", type=_count, default=1, help="samples an inference (default 1)")
+
+
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="such as demo:fashion-resnet")
+    parser.add_argument("--data", help="such as demo:fashion")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="repeat a run from its recipe.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
+    parser.add_argument("--overwrite", action="store_true", help="write even if the folder is not empty")
+    target = parser.add_argument_group("target, one of")
+    target.add_argument(
+        "--speedup", type=float, metavar="X", help="times faster than the fastest dense network"
+    )
+    target.add_argument("--latency-ms", type=float, metavar="MS", help="median latency")
+    target.add_argument("--sparsity", type=float, metavar="S", help="zeros over all prunable weights")
+    solver = parser.add_argument_group("distribution")
+    solver.add_argument(
+        "--lock",
+        action="append",
+        type=_lock,
+        default=[],
+        metavar="LAYER=S",
+        help="fix a layer's sparsity; may be given several times",
+    )
+    solver.add_argument("--score", help="what the solver minimises")
+    training = parser.add_argument_group("run")
+    training.add_argument("--method", help="default gmp")
+    training.add_argument("--epochs", type=float, help="default 6")
+    training.add_argument("--seed", type=int, help="default 0")
+    training.add_argument("--learning-rate", type=float)
+    training.add_argument(
+        "--distillation", type=float, metavar="W", help="weight of the dense outputs in the loss"
+    )
+    training.add_argument("--training-threads", type=_count, help="default: all that torch takes")
+    latency = parser.add_argument_group("latency")
+    latency.add_argument("--threads", type=_count, help="threads of latencies (default 1)")
+    latency.add_argument("--batch-size", type=_count, help="samples an inference (default 1)")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from explorer.study import Study
+
+    study = Study(options.model, threads=options.threads, batch_size=options.batch_size)
+    if not options.no_latency:
+        _show_dense(study)
+    rows = [
+        (
+            layer.name or "model",
+            layer.kind,
+            "×".join(map(str, layer.weight_shape)),
+            f"{layer.n_params:,}",
+            f"{layer.macs:,}",
+            "" if layer.dense_ms is None else f"{layer.dense_ms:.3f}",
+            "" if layer.share is None else f"{layer.share:.1%}",
+        )
+        for layer in study.layers
+    ]
+    total = (
+        "all",
+        "",
+        "",
+        f"{sum(layer.n_params for layer in study.layers):,}",
+        f"{sum(layer.macs for layer in study.layers):,}",
+        "",
+        "",
+    )
+    _print_table(("layer", "kind", "weight", "weights", "MACs", "dense ms", "share"), [*rows, total], left=3)
+    if options.json:
+        from explorer.formats.atomic import write_atomically
+
+        fields = ("name", "kind", "weight_shape", "n_params", "macs", "dense_ms", "share", "tied")
+        layers = [{field: getattr(layer, field) for field in fields} for layer in study.layers]
+        write_atomically(options.json, (json.dumps(layers, indent=2) + "\n").encode())
+    return 0
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from explorer.formats.atomic import write_atomically
+    from explorer.study import Study
+
+    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    table = _measured(
+        study,
+        levels=options.levels,
+        n_images=options.images,
+        refresh=not options.no_refresh,
+        latency=not options.no_latency,
+    )
+    dense = table.baseline("accuracy")
+    images = min(options.images, len(study.data.validation_tensors()[0])) if study.data else 0
+    print(f"\nAccuracy on {images} validation images with one layer pruned (dense {dense:.1%})")
+    _print_levels(table, "accuracy", "{:.1%}")
+    if not options.no_refresh and table.levels("accuracy", refreshed=True):
+        print("\nThe same after a refresh of the batch norm statistics")
+        _print_levels(table, "accuracy", "{:.1%}", refreshed=True)
+    print("\nKullback-Leibler divergence from the dense outputs, nats")
+    _print_levels(table, "kl", "{:.4f}")
+    if not options.no_latency:
+        print(f"\nLatency, ms (median, {study.threads} thread(s), batch {study.batch_size})")
+        _print_levels(table, "latency_ms", "{:.3f}")
+    if options.json:
+        write_atomically(options.json, table.to_json().encode())
+    if options.csv:
+        write_atomically(options.csv, _as_csv(table).encode())
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from explorer.study import prepared_folder
+
+    # Before anything long begins.
+    prepared_folder(options.out, overwrite=options.overwrite)
+    clock = _Clock()
+    with clock("load"):
+        study, recipe, settings = _prepared(options)
+    print(f"{study.model.name} on {study.data_source}: {len(study.layers)} prunable layers")
+    with clock("dense latency"):
+        _show_dense(study)
+    if recipe is not None:
+        distribution = study.adopt(recipe)
+    else:
+        with clock("sensitivity"):
+            _measured(study, levels=None, n_images=_SOLVE_IMAGES, refresh=False, latency=True)
+        with clock("solve"):
+            distribution = _solved(study, options)
+    run = study.prune(distribution, **settings)
+    _follow(run)
+    result = run.result
+    with clock("final latency"):
+        study.final_latency(result)
+    # It has no clock: the figures that are written must contain it.
+    document = study.save(result, options.out, overwrite=True, seconds=clock.seconds)
+    _show_result(document, options.out)
+    if result.stopped:
+        print("The run was stopped; this is what it had reached.")
+        return _INTERRUPTED
+    return 0
+
+
+def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[str, Any]]:
+    """Return study, recipe if there is one, and the settings that the command line or the recipe give."""
+    import dataclasses
+
+    from explorer.formats import Recipe
+    from explorer.study import Study
+
+    given = {
+        "method": options.method,
+        "epochs": options.epochs,
+        "seed": options.seed,
+        "learning_rate": options.learning_rate,
+        "distillation": options.distillation,
+        "threads": options.training_threads,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    targets = [name for name in ("speedup", "latency_ms", "sparsity") if getattr(options, name) is not None]
+    if options.recipe is None:
+        if len(targets) != 1:
+            raise ExplorerError(
+                "Give exactly one target, --speedup X, --latency-ms MS or --sparsity S, or a run to repeat with --recipe FILE."
+            )
+        if options.model is None or options.data is None:
+            raise ExplorerError(
+                "Give --model and --data, for instance --model demo:fashion-resnet --data demo:fashion."
+            )
+        study = Study(
+            options.model, options.data, threads=options.threads, batch_size=options.batch_size or 1
+        )
+        return study, None, settings
+    if targets or options.lock or options.score:
+        raise ExplorerError(
+            "A recipe has its own distribution; leave out --speedup, --latency-ms, --sparsity, --lock and --score."
+        )
+    recipe = Recipe.load(options.recipe)
+    study = Study(
+        options.model or recipe.model,
+        options.data or recipe.data,
+        threads=options.threads or recipe.threads,
+        batch_size=options.batch_size or recipe.batch_size,
+    )
+    return study, recipe, dataclasses.asdict(recipe.settings) | settings
+
+
+def _solved(study: Study, options: argparse.Namespace) -> SparsityDistribution:
+    distribution = study.solve(
+        speedup=options.speedup,
+        latency_ms=options.latency_ms,
+        sparsity=options.sparsity,
+        locked=dict(options.lock) or None,
+        score=options.score,
+    )
+    predicted = study.predict(distribution)
+    print(
+        f"solved: sparsity {predicted.sparsity:.1%}, predicted {predicted.latency_ms:.3f} ms "
+        f"({predicted.speedup:.2f} × faster)"
+    )
+    print("  " + ", ".join(f"{name or 'model'} {sparsity:.0%}" for name, sparsity in distribution.items()))
+    return distribution
+
+
+def _measured(
+    study: Study, *, levels: tuple[float, ...] | None, n_images: int, refresh: bool, latency: bool
+) -> SensitivityTable:
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from tqdm import tqdm
+
+    passes = 1 + latency
+    if refresh and any(isinstance(part, _BatchNorm) for part in study.model.module.modules()):
+        passes += 1
+    n_levels = 1 + len(levels if levels is not None else study.levels)
+    total = len(study.layers) * n_levels * passes
+    with tqdm(total=total, desc="sensitivity", unit="cell", leave=False, disable=None) as bar:
+        for point in study.sensitivity_points(levels, n_images, refresh_batchnorm=refresh, latency=latency):
+            # Of the kinds that one measurement gives, one is counted.
+            if point.kind in ("kl", "latency_ms"):
+                bar.update()
+    table = study.table
+    assert table is not None
+    return table
+
+
+def _follow(run: PruningRun) -> None:
+    """Iterate a run with a bar; the first Ctrl-C stops it, so that its result is kept."""
+    from tqdm import tqdm
+
+    from explorer.pruning import EvalEvent, LatencyEvent, StepEvent
+
+    shown = {"accuracy": "", "latency": ""}
+    with (
+        _stopped_by_interrupt(run),
+        tqdm(total=run.total_steps, desc="pruning", unit="step", leave=False, disable=None) as bar,
+    ):
+        for event in run:
+            if isinstance(event, StepEvent):
+                bar.set_description(event.phase, refresh=False)
+                bar.set_postfix_str(
+                    f"sparsity {event.sparsity:.1%}{shown['accuracy']}{shown['latency']}, "
+                    f"{event.seconds_left:.0f} s left",
+                    refresh=False,
+                )
+                bar.update()
+            elif isinstance(event, EvalEvent):
+                shown["accuracy"] = f", accuracy {event.accuracy:.1%}"
+                bar.write(
+                    f"step {event.step:5d}  sparsity {event.sparsity:6.1%}  validation accuracy {event.accuracy:.2%}",
+                    file=sys.stdout,
+                )
+            elif isinstance(event, LatencyEvent):
+                shown["latency"] = f", {event.speedup:.2f} ×"
+                bar.write(
+                    f"            latency {event.latency_ms:.3f} ± {event.spread_ms:.3f} ms, {event.speedup:.2f} × faster",
+                    file=sys.stdout,
+                )
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(run: PruningRun) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        # Signals belong to the main thread; elsewhere the caller stops the run.
+        yield
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        run.stop()
+        print("stopping after this step; once more to leave without a result", file=sys.stderr)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_dense(study: Study) -> None:
+    timings = study.dense_latency()
+    assert study.dense_baseline is not None
+    baseline = study.dense_baseline[0]
+    print(f"dense latency, {study.threads} thread(s), batch {study.batch_size}:")
+    for name, timed in timings.items():
+        mark = "  <- baseline" if name == baseline else ""
+        print(f"  {name:20s} {timed.latency_ms:8.3f} ± {timed.spread_ms:.3f} ms{mark}")
+
+
+def _show_result(document: dict[str, Any], folder: Path) -> None:
+    dense, pruned, part = document["dense"], document["pruned"], document["accuracy_measured_on"]
+    print(
+        f"accuracy  {dense['accuracy']:.2%} dense, {pruned['accuracy']:.2%} pruned "
+        f"({part['samples']} {part['part']} samples)"
+    )
+    print(
+        f"latency   {dense['latency_ms']:.3f} ms dense ({dense['baseline']}), {pruned['latency_ms']:.3f} ± "
+        f"{pruned['spread_ms']:.3f} ms pruned: {pruned['speedup']:.2f} × faster"
+    )
+    print(
+        f"sparsity  {pruned['sparsity']:.2%}; {dense['size_bytes']:,} bytes dense, {pruned['size_bytes']:,} without the zeros"
+    )
+    print(f"written to {folder}: model.safetensors, recipe.yaml, result.json")
+
+
+def _app(options: argparse.Namespace) -> int:
+    missing = [name for name in _APP_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExplorerError(
+            f"The app needs {', '.join(missing)}, which is not installed. "
+            "Install the extra: pip install 'sparsity-explorer[app]'."
+        )
+    from explorer.widgets.notebook_path import app_notebook
+
+    command = app_command(app_notebook(), options.port, browser=not options.no_browser)
+    print(f"The app is at http://127.0.0.1:{options.port}/ ; Ctrl-C ends it.", flush=True)
+    with subprocess.Popen(command) as server:  # noqa: S603 - our own Python with arguments of ours
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            # The server is in the same terminal and has had the interrupt too.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=10)
+            server.terminate()
+            return 0
+
+
+def app_command(notebook: Path, port: int, *, browser: bool) -> list[str]:
+    """Return the command that serves `notebook` with Voila, to this machine only.
+
+    Pages that are left keep their kernel, 130 MB and more, so idle kernels are ended; those with an open page are spared.
+    """
+    settings = {"websocket_max_message_size": _WEBSOCKET_BYTES}
+    return [
+        sys.executable,
+        "-m",
+        "voila",
+        str(notebook),
+        "--Voila.ip=127.0.0.1",
+        f"--port={port}",
+        f"--Voila.open_browser={browser}",
+        f"--Voila.tornado_settings={settings}",
+        "--VoilaConfiguration.show_tracebacks=False",
+        "--MappingKernelManager.cull_interval=60",
+        "--MappingKernelManager.cull_idle_timeout=300",
+    ]
+
+
+class _Clock:
+    """Seconds by name of what was done under it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - started
+
+
+def _print_levels(table: SensitivityTable, kind: str, form: str, *, refreshed: bool = False) -> None:
+    levels = table.levels(kind, refreshed=refreshed)
+    rows = []
+    for layer in table.layers:
+        points = [table.point(layer, level, kind, refreshed=refreshed) for level in levels]
+        rows.append(
+            (layer or "model", *("" if point is None else form.format(point.value) for point in points))
+        )
+    _print_table(("layer", *(f"{level:.0%}" for level in levels)), rows, left=1)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
+    """Print aligned columns, the first `left` of them to the left."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _as_csv(table: SensitivityTable) -> str:
+    records = table.to_records()
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or not all(0.0 <= level < 1.0 for level in levels):
+        raise argparse.ArgumentTypeError(f"{text!r} are not sparsities; give fractions such as 0.5,0.9,0.98")
+    return levels
+
+
+def _lock(text: str) -> tuple[str, float]:
+    name, equals, value = text.rpartition("=")
+    try:
+        sparsity = float(value)
+    except ValueError:
+        sparsity = -1.0
+    if not equals or not 0.0 <= sparsity < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER=SPARSITY, such as stem.conv=0 or fc=0.5")
+    return name, sparsity

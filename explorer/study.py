@@ -1,0 +1,672 @@
+"""One model under study, held together: what the command line, a notebook and the widgets share.
+
+A study knows its model, its data, what has been measured of them, and how latency is measured. It owns no widget, prints nothing and
+starts no thread. Everything long is an iterator of points or events. Invariant: every speed-up that leaves it refers to the
+fastest dense way to run the network, measured on the same threads and batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from explorer.data import LoadedData, check_compatible, load_data
+from explorer.distribution import Prediction, SparsityDistribution, Target
+from explorer.distribution import feasible_range as feasible_latencies
+from explorer.distribution import predict as predict_distribution
+from explorer.distribution import solve as solve_distribution
+from explorer.distribution import uniform as uniform_distribution
+from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, RunError
+from explorer.formats import (
+    FinalLatency,
+    Recipe,
+    dense_bytes,
+    packed_bytes,
+    result_document,
+    save_weights,
+    write_result,
+)
+from explorer.masks import magnitude_mask
+from explorer.models import LoadedModel, PrunableLayer, load_model
+from explorer.pruning import PruningRun, RunResult
+from explorer.sensitivity import (
+    DEFAULT_LEVELS,
+    SensitivityPoint,
+    SensitivityTable,
+    measure_latency,
+    measure_loss,
+)
+
+if TYPE_CHECKING:
+    # The engine loads torch.export and llvmlite, which nobody waits for until a latency is asked for.
+    from explorer.inference import Benchmark, SparseModule
+
+# Timing noise and the last percent of training: a solved distribution is to be this much faster than asked when it is checked.
+_RESERVE = 0.03
+# Each round corrects the budget by what was measured; the error shrinks a lot each time, and more rounds only chase noise.
+_CHECKS = 4
+
+
+class Study:
+    """A model, its data and everything measured of them.
+
+    Parameters
+    ----------
+    model : LoadedModel, nn.Module or str
+        Loaded, or what `load_model` takes. A plain module takes its example input from the data.
+    data : LoadedData, str, (train, validation) or None
+        Loaded, or what `load_data` takes. Without data there is latency, but no loss and no pruning run.
+    threads : int, optional
+        Threads that latencies are measured with, dense and sparse alike; 1 when not given, which is what one request on a busy
+        server, or one core of a small device, sees.
+    batch_size : int
+        Samples an inference, at least 1.
+
+    Raises
+    ------
+    ModelError, DataError
+        If model or data cannot be loaded, or do not belong together.
+    RunError
+        If `threads` or `batch_size` is below 1.
+
+    Examples
+    --------
+    >>> study = Study("demo:fashion-resnet", "demo:fashion")
+    >>> len(study.layers), study.threads
+    (10, 1)
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel | nn.Module | str,
+        data: LoadedData | str | Sequence[Any] | None = None,
+        *,
+        threads: int | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        self.threads = 1 if threads is None else threads
+        self.batch_size = batch_size
+        for name in ("threads", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise RunError(f"{name} is {value!r}; give a whole number of at least 1.")
+        self.data: LoadedData | None = None if data is None else load_data(data)
+        if isinstance(model, nn.Module):
+            example = None if self.data is None else self.data.validation_tensors(1)[0]
+            self.model = load_model(model, example)
+        else:
+            self.model = load_model(model)
+        if self.data is not None:
+            check_compatible(self.model, self.data)
+        # What a recipe calls them; a name is what can be loaded again.
+        self.model_source = model if isinstance(model, str) else self.model.name
+        self.data_source = data if isinstance(data, str) else self.data.name if self.data else ""
+        self._layers = self.model.layers
+        self._table: SensitivityTable | None = None
+        self._dense: dict[str, Benchmark] | None = None
+        self._contestants: dict[str, Callable[[], object]] | None = None
+        self._engine: SparseModule | None = None
+        # The engine is one object with one set of weights: two threads must not re-pack it at once.
+        self._engine_lock = threading.RLock()
+        self._targets: dict[SparsityDistribution, dict[str, float]] = {}
+        self._final: tuple[RunResult, FinalLatency] | None = None
+
+    @property
+    def layers(self) -> tuple[PrunableLayer, ...]:
+        """The prunable layers in forward order; `dense_ms` and `share` are filled once `dense_latency` was measured."""
+        return self._layers
+
+    @property
+    def table(self) -> SensitivityTable | None:
+        """What has been measured so far; replaced by a larger one as points arrive."""
+        return self._table
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The sparsity levels that are measured unless others are asked for."""
+        return DEFAULT_LEVELS
+
+    @property
+    def example_input(self) -> Tensor:
+        """What latency is measured on: the example input, repeated to `batch_size` samples."""
+        example = self.model.example_input
+        repeats = -(-self.batch_size // len(example))
+        return torch.cat([example] * repeats)[: self.batch_size].contiguous()
+
+    # Latency
+
+    def dense_latency(self) -> dict[str, Benchmark]:
+        """Measure every dense way to run the network, in turn, once; later calls return the same.
+
+        Also tells `layers` what share of the dense time each of them takes.
+
+        Returns
+        -------
+        dict of str to Benchmark
+            By name: torch as it is, torch in other forms, and this engine without zeros.
+
+        Raises
+        ------
+        EngineError
+            If the engine cannot capture the network.
+        """
+        if self._dense is None:
+            from explorer.inference import compare_latency
+
+            with self._engine_lock:
+                calls = self._dense_calls()
+                self._dense = compare_latency(calls, threads=self.threads, batch_size=self.batch_size)
+                self._layers = self._timed_layers(calls["engine dense"])
+            if self._table is not None:
+                self._table = self._table.with_metadata(**self._facts())
+        return dict(self._dense)
+
+    @property
+    def dense_baseline(self) -> tuple[str, Benchmark] | None:
+        """Name and latency of the fastest dense contestant, None before `dense_latency` was measured."""
+        if self._dense is None:
+            return None
+        name = min(self._dense, key=lambda name: self._dense[name].latency_ms if self._dense else 0.0)
+        return name, self._dense[name]
+
+    def latency(self, module: nn.Module) -> Benchmark:
+        """Measure a network that differs from the model in its weights only, on the sparse engine.
+
+        Parameters
+        ----------
+        module : nn.Module
+            In evaluation mode; it is not changed.
+
+        Raises
+        ------
+        EngineError
+            If the engine cannot capture the network.
+        """
+        with self._engine_lock:
+            engine = self._packed(module)
+            return engine.benchmark(self.example_input)
+
+    def speedup_of(self, distribution: Mapping[str, float]) -> float:
+        """Measure what a distribution is worth before any training: prune a copy by magnitude and time it beside the dense network.
+
+        Training moves zeros about but keeps their number in each layer, on which the time depends.
+
+        Returns
+        -------
+        float
+            Latency of the fastest dense contestant over that of the pruned copy, timed in turn.
+        """
+        from explorer.inference import compare_latency
+
+        pruned = copy.deepcopy(self.model.module)
+        with torch.no_grad():
+            for name, sparsity in distribution.items():
+                weight = pruned.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
+        self.dense_latency()
+        assert self.dense_baseline is not None
+        baseline = self.dense_baseline[0]
+        x = self.example_input
+        with self._engine_lock:
+            engine = self._packed(pruned)
+            calls: dict[str, Callable[[], object]] = {
+                "dense": self._dense_calls()[baseline],
+                "pruned": lambda: engine(x),
+            }
+            timed = compare_latency(calls, threads=self.threads, batch_size=self.batch_size, seconds=1.0)
+        return timed["dense"].latency_ms / timed["pruned"].latency_ms
+
+    def final_latency(self, result: RunResult) -> FinalLatency:
+        """Time a result and every dense contestant in turn, in one run; measured once for a result.
+
+        Raises
+        ------
+        EngineError
+            If the engine cannot capture the network.
+        """
+        if self._final is None or self._final[0] is not result:
+            from explorer.inference import EngineCall, compare_latency
+
+            with self._engine_lock:
+                pruned = EngineCall(self._packed(result.module), self.example_input)
+                timed = compare_latency(
+                    {"engine sparse": pruned, **self._dense_calls()},
+                    threads=self.threads,
+                    batch_size=self.batch_size,
+                    repeats=60,
+                    seconds=3.0,
+                )
+            self._final = (result, FinalLatency(timed.pop("engine sparse"), timed))
+        return self._final[1]
+
+    def _dense_calls(self) -> dict[str, Callable[[], object]]:
+        if self._contestants is None:
+            from explorer.inference import dense_contestants
+
+            self._contestants = dense_contestants(self.model.module, self.example_input, self.threads)
+        return self._contestants
+
+    def _timed_layers(self, dense: Callable[[], object]) -> tuple[PrunableLayer, ...]:
+        """Return the layers with their time inside this engine's dense run, and its share of that run."""
+        from explorer.inference import EngineCall
+
+        assert isinstance(dense, EngineCall)
+        steps = dense.engine.profile(self.example_input)
+        whole = sum(step.ms for step in steps)
+        layers = []
+        for layer in self._layers:
+            names = (layer.name or "model", *layer.tied)
+            ms = sum(step.ms for step in steps if step.name in names)
+            layers.append(dataclasses.replace(layer, dense_ms=ms, share=ms / whole))
+        return tuple(layers)
+
+    def _packed(self, module: nn.Module) -> SparseModule:
+        """Return the engine with the weights of `module`; the graph is captured once."""
+        if self._engine is None:
+            from explorer.inference import compile as compile_module
+
+            self._engine = compile_module(module, self.example_input, threads=self.threads)
+        else:
+            self._engine.update_weights(module)
+        return self._engine
+
+    # Sensitivity
+
+    def sensitivity_points(
+        self,
+        levels: Sequence[float] | None = None,
+        n_images: int = 500,
+        stop: threading.Event | None = None,
+        *,
+        refresh_batchnorm: bool = True,
+        latency: bool = True,
+    ) -> Iterator[SensitivityPoint]:
+        """Measure loss and latency layer by layer and yield each point as it is measured; `table` grows meanwhile.
+
+        The first level of the loss comes first, because it makes a useful picture within seconds; then a level of latency and one
+        of loss take turns, so that both curves grow.
+
+        Parameters
+        ----------
+        levels : sequence of float, optional
+            Sparsities in (0, 1); `levels` when not given. The dense network is always measured.
+        n_images : int
+            Validation images for the loss.
+        stop : threading.Event, optional
+            Ends the measurement early when set; what was measured stays in `table`.
+        refresh_batchnorm : bool
+            Measure also with batch norm statistics estimated anew, which about doubles the time.
+        latency : bool
+            Measure latency as well as loss.
+
+        Raises
+        ------
+        DataError
+            If the study has no data.
+        """
+        chosen = tuple(levels) if levels is not None else self.levels
+        loss = measure_loss(
+            self.model.module,
+            self._need_data(),
+            layers=self.model.layers,
+            levels=chosen,
+            n_images=n_images,
+            refresh_batchnorm=refresh_batchnorm,
+            stop=stop,
+        )
+        return self._collected(loss, chosen, stop, n_images=n_images, latency=latency)
+
+    def measure_sensitivity(
+        self,
+        levels: Sequence[float] | None = None,
+        n_images: int = 500,
+        *,
+        refresh_batchnorm: bool = True,
+        latency: bool = True,
+    ) -> SensitivityTable:
+        """Measure all points and return the table; see `sensitivity_points`."""
+        for _ in self.sensitivity_points(
+            levels, n_images, refresh_batchnorm=refresh_batchnorm, latency=latency
+        ):
+            pass
+        return self._need_table()
+
+    def _collected(
+        self,
+        loss: Iterator[SensitivityPoint],
+        levels: tuple[float, ...],
+        stop: threading.Event | None,
+        *,
+        n_images: int,
+        latency: bool,
+    ) -> Iterator[SensitivityPoint]:
+        pending: list[SensitivityPoint] = []
+
+        def taken(points: Iterable[SensitivityPoint]) -> Iterator[SensitivityPoint]:
+            try:
+                for point in points:
+                    pending.append(point)
+                    yield point
+            finally:
+                self._take(pending, n_images)
+                pending.clear()
+
+        loss_levels = itertools.groupby(loss, key=lambda point: point.sparsity)
+        # Level 0, then the coarse level of all layers.
+        for _, points in itertools.islice(loss_levels, 2):
+            yield from taken(points)
+        if latency and not (stop and stop.is_set()):
+            self.dense_latency()
+            times = measure_latency(
+                self.model.module,
+                self.example_input,
+                layers=self.model.layers,
+                levels=levels,
+                threads=self.threads,
+                stop=stop,
+            )
+            for _, points in itertools.groupby(times, key=lambda point: point.sparsity):
+                yield from taken(points)
+                for _, loss_points in itertools.islice(loss_levels, 1):
+                    yield from taken(loss_points)
+        for _, points in loss_levels:
+            yield from taken(points)
+
+    def _take(self, points: list[SensitivityPoint], n_images: int) -> None:
+        names = [layer.name for layer in self.model.layers]
+        old = self._table or SensitivityTable.from_points([], layers=names)
+        self._table = old.with_points(points).with_metadata(n_images=n_images, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "model": self.model.name,
+            "threads": self.threads,
+            "batch_size": self.batch_size,
+        }
+        if self.dense_baseline is not None:
+            name, timed = self.dense_baseline
+            facts |= {"baseline": name, "baseline_latency_ms": timed.latency_ms}
+        return facts
+
+    # Distributions
+
+    def uniform(self, sparsity: float, *, dense_first_last: bool = True) -> SparsityDistribution:
+        """Return the same sparsity for every layer, by default but for the first and the last, which stay dense."""
+        return uniform_distribution(self.model.layers, sparsity, dense_first_last=dense_first_last)
+
+    def solve(
+        self,
+        *,
+        speedup: float | None = None,
+        latency_ms: float | None = None,
+        sparsity: float | None = None,
+        locked: Mapping[str, float] | None = None,
+        score: str | None = None,
+        check: bool = True,
+        **options: Any,
+    ) -> SparsityDistribution:
+        """Find the distribution that reaches a target at the least expected loss.
+
+        Parameters
+        ----------
+        speedup, latency_ms, sparsity : float
+            Exactly one: times faster than the fastest dense contestant, median milliseconds, or fraction of zeros over all
+            prunable weights.
+        locked : mapping of str to float, optional
+            Sparsities that are fixed.
+        score : str, optional
+            What is minimised, see `explorer.distribution.solve`.
+        check : bool
+            Measure what was solved for a speed-up or a latency on the engine, and solve again with a corrected budget where the
+            prediction was off.
+        **options
+            Further options of `explorer.distribution.solve`.
+
+        Raises
+        ------
+        DistributionError
+            If the sensitivity has not been measured, or not exactly one target is given.
+        InfeasibleTarget
+            If no distribution reaches the target.
+        """
+        target = Target(speedup=speedup, latency_ms=latency_ms, sparsity=sparsity)
+        if score is not None:
+            options["score"] = score
+        table = self._need_table()
+
+        def solved(wanted: Target) -> SparsityDistribution:
+            return solve_distribution(self.model.layers, table, wanted, locked=locked, **options)
+
+        found = solved(target)
+        if sparsity is None and check:
+            found = self._checked(found, speedup, latency_ms, solved)
+        name, value = next(
+            (name, value)
+            for name, value in (("speedup", speedup), ("latency_ms", latency_ms), ("sparsity", sparsity))
+            if value is not None
+        )
+        self._targets[found] = {name: value}
+        return found
+
+    def _checked(
+        self,
+        found: SparsityDistribution,
+        speedup: float | None,
+        latency_ms: float | None,
+        solved: Callable[[Target], SparsityDistribution],
+    ) -> SparsityDistribution:
+        self.dense_latency()
+        assert self.dense_baseline is not None
+        dense_ms = self.dense_baseline[1].latency_ms
+        wanted = speedup if speedup is not None else dense_ms / (latency_ms or dense_ms)
+        aimed = wanted
+        for _ in range(_CHECKS):
+            reached = self.speedup_of(found)
+            if reached >= wanted * (1.0 + _RESERVE):
+                break
+            aimed *= wanted * (1.0 + 1.5 * _RESERVE) / reached
+            try:
+                found = solved(Target(speedup=aimed))
+            except InfeasibleTarget:
+                # The last one is the nearest there is; what it reaches is measured again at the end, and reported as measured.
+                break
+        return found
+
+    def predict(self, distribution: Mapping[str, float]) -> Prediction:
+        """Return what is to be expected of `distribution`: loss, accuracy, latency, speed-up and size, with their errors.
+
+        Raises
+        ------
+        DistributionError
+            If the sensitivity has not been measured.
+        """
+        return predict_distribution(self.model.layers, self._need_table(), distribution)
+
+    def feasible_speedups(self) -> tuple[float, float]:
+        """Return the smallest and the largest predicted speed-up that `solve` can reach.
+
+        Raises
+        ------
+        DistributionError
+            If the latency has not been measured.
+        """
+        table = self._need_table()
+        dense_ms = table.baseline_latency_ms
+        if dense_ms is None:
+            raise DistributionError("The latency has not been measured; run measure_sensitivity() first.")
+        fastest, slowest = feasible_latencies(self.model.layers, table)
+        return dense_ms / slowest, dense_ms / fastest
+
+    # Pruning
+
+    def prune(
+        self,
+        distribution: Mapping[str, float],
+        method: str = "gmp",
+        epochs: float = 6,
+        *,
+        latency: bool = True,
+        **options: Any,
+    ) -> PruningRun:
+        """Return a run that prunes a copy of the model to `distribution`; iterate it, or call its `finish`.
+
+        Parameters
+        ----------
+        distribution : mapping of str to float
+            Final sparsity by layer.
+        method : str
+            Pruning method.
+        epochs : float
+            Passes over the training data.
+        latency : bool
+            Measure the latency of the pruned network at each evaluation.
+        **options
+            Further fields of `explorer.pruning.RunSettings`.
+
+        Raises
+        ------
+        DataError
+            If the study has no data.
+        RunError, DistributionError
+            If the run cannot start.
+        """
+        data = self._need_data()
+        dense_ms = None
+        if latency:
+            self.dense_latency()
+            dense_ms = self.dense_baseline[1].latency_ms if self.dense_baseline else None
+        return PruningRun(
+            self.model,
+            data,
+            distribution,
+            measure_latency=self.latency if latency else None,
+            dense_ms=dense_ms,
+            method=method,
+            epochs=epochs,
+            **options,
+        )
+
+    def adopt(self, recipe: Recipe) -> SparsityDistribution:
+        """Return the distribution of a recipe for this study's model, and remember the target that it was solved for.
+
+        Raises
+        ------
+        DistributionError
+            If the recipe names a layer that the model does not have.
+        """
+        names = [layer.name for layer in self.model.layers]
+        unknown = [name for name in recipe.distribution if name not in names]
+        if unknown:
+            raise DistributionError(
+                f"The recipe does not fit {self.model.name!r}: it names {', '.join(unknown)}, and the layers are "
+                f"{', '.join(names)}. Use a recipe of this model."
+            )
+        distribution = SparsityDistribution(dict(recipe.distribution), recipe.locked)
+        if recipe.target is not None:
+            self._targets[distribution] = dict(recipe.target)
+        return distribution
+
+    def recipe(self, result: RunResult) -> Recipe:
+        """Return the recipe that makes `result` again."""
+        asked = SparsityDistribution(result.asked, result.locked)
+        return Recipe(
+            model=self.model_source,
+            data=self.data_source,
+            distribution=dict(result.asked),
+            locked=result.locked,
+            target=self._targets.get(asked),
+            settings=result.settings,
+            threads=self.threads,
+            batch_size=self.batch_size,
+        )
+
+    def save(
+        self,
+        result: RunResult,
+        folder: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        seconds: Mapping[str, float] | None = None,
+    ) -> dict[str, Any]:
+        """Write `model.safetensors`, `recipe.yaml` and `result.json` to `folder` and return the content of the last.
+
+        The latency is measured for this, beside the dense contestants, unless `final_latency` has done so already.
+
+        Parameters
+        ----------
+        result : RunResult
+        folder : path
+            Made when it does not exist.
+        overwrite : bool
+            Write even if there is something in the folder.
+        seconds : mapping of str to float, optional
+            What other parts of the work took, for the record.
+
+        Raises
+        ------
+        FormatError
+            If the folder is not empty, or cannot be written to.
+        """
+        target = prepared_folder(folder, overwrite=overwrite)
+        recipe = self.recipe(result)
+        latency = self.final_latency(result)
+        predicted = None
+        if self._table is not None and set(result.asked) == {layer.name for layer in self.model.layers}:
+            predicted = dataclasses.asdict(self.predict(SparsityDistribution(result.asked)))
+        metadata = {"format": "sparsity-explorer", "model": self.model_source}
+        file_bytes = save_weights(result.module, target / "model.safetensors", metadata)
+        recipe.save(target / "recipe.yaml")
+        document = result_document(
+            result,
+            latency=latency,
+            dense_bytes=dense_bytes(self.model.module),
+            pruned_bytes=packed_bytes(result.module),
+            file_bytes=file_bytes,
+            target=recipe.target,
+            predicted=predicted,
+            seconds=seconds,
+        )
+        write_result(document, target / "result.json")
+        return document
+
+    def _need_data(self) -> LoadedData:
+        if self.data is None:
+            raise DataError(
+                "This study has no data; make it with Study(model, data) to measure loss or to prune."
+            )
+        return self.data
+
+    def _need_table(self) -> SensitivityTable:
+        if self._table is None:
+            raise DistributionError("The sensitivity has not been measured; run measure_sensitivity() first.")
+        return self._table
+
+
+def prepared_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Make `folder` and refuse one that holds something, unless it may be overwritten.
+
+    Raises
+    ------
+    FormatError
+        If the folder is not empty, is a file, or cannot be made.
+    """
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if not overwrite and any(target.iterdir()):
+            raise FormatError(f"{target} is not empty; choose another folder, or ask to overwrite it.")
+    except OSError as error:
+        raise FormatError(
+            f"Cannot use {target} as a folder: {error.strerror or error}. Choose another one."
+        ) from error
+    return target

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import explorer.inference
+from explorer.data import LoadedData, load_data
+from explorer.distribution import SparsityDistribution
+from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, RunError
+from explorer.formats import Recipe, load_weights
+from explorer.inference import Benchmark
+from explorer.masks import n_zeros
+from explorer.models import LoadedModel, load_model
+from explorer.pruning import EvalEvent, LatencyEvent, evaluate
+from explorer.sensitivity import SensitivityPoint, SensitivityTable
+from explorer.study import Study
+from tests.pruning.tiny import TinyNet, quadrants
+
+LEVELS = (0.5, 0.9)
+
+
+@pytest.fixture(scope="module")
+def data() -> LoadedData:
+    return load_data(quadrants(256, 0), quadrants(128, 1), name="quadrants")
+
+
+@pytest.fixture(scope="module")
+def model(data: LoadedData) -> LoadedModel:
+    """A network that has learnt something: sensitivity of a random one is noise."""
+    torch.manual_seed(0)
+    loaded = load_model(TinyNet(), torch.zeros(1, 1, 8, 8), name="tiny")
+    trained = Study(loaded, data).prune({}, epochs=4, batch_size=32, latency=False).finish().module
+    return load_model(trained, torch.zeros(1, 1, 8, 8), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def measured(model: LoadedModel, data: LoadedData) -> Study:
+    """A study with everything measured; tests must not change it."""
+    study = Study(model, data)
+    study.measure_sensitivity(LEVELS, n_images=64)
+    return study
+
+
+class KnownTimes:
+    """Stands in for the engine: a network takes 1 ms and 1 ms for each tenth of its second convolution that is left."""
+
+    def __init__(self, study: Study, monkeypatch: pytest.MonkeyPatch, dense_ms: float = 11.0) -> None:
+        self.bias = 1.0
+        study._dense = {"torch eager": timed(20.0), "engine dense": timed(dense_ms)}
+        monkeypatch.setattr(study, "latency", self.latency)
+        monkeypatch.setattr(study, "_dense_calls", lambda: {"engine dense": lambda: None})
+        monkeypatch.setattr(study, "_packed", lambda module: lambda _: module)
+        self.dense_ms = dense_ms
+        monkeypatch.setattr(explorer.inference, "compare_latency", self.compare)
+
+    def latency(self, module: nn.Module) -> Benchmark:
+        weight = module.get_submodule("conv2").weight
+        assert isinstance(weight, Tensor)
+        return timed(self.bias * (1.0 + 10.0 * float((weight != 0).float().mean())))
+
+    def compare(self, calls: dict[str, object], **_: object) -> dict[str, Benchmark]:
+        pruned = calls["pruned"]
+        assert callable(pruned)
+        return {"dense": timed(self.dense_ms), "pruned": self.latency(pruned())}
+
+
+def timed(ms: float) -> Benchmark:
+    return Benchmark(ms, 0.0, ms, 1, 1, 1, "test")
+
+
+def known_table() -> SensitivityTable:
+    """The times of `KnownTimes`, and a loss that rises with sparsity, alike in all layers."""
+    points = []
+    for level in (0.0, 0.5, 0.9, 0.99):
+        points.append(SensitivityPoint("", level, "latency_ms", 1.0 + 10.0 * (1.0 - level)))
+        for name in ("conv1", "conv2", "fc"):
+            points.append(SensitivityPoint(name, level, "kl", level**2))
+            points.append(SensitivityPoint(name, level, "removed_energy", level**2))
+            ms = 10.0 * (1.0 - level) if name == "conv2" else 0.0
+            points.append(SensitivityPoint(name, level, "latency_ms", ms))
+    return SensitivityTable.from_points(
+        points, layers=["conv1", "conv2", "fc"], metadata={"baseline_latency_ms": 11.0}
+    )
+
+
+def test_measuring_fills_the_table_with_both_curves_and_the_layers_with_their_share(measured: Study) -> None:
+    table = measured.table
+    assert table is not None
+    names = [layer.name for layer in measured.layers]
+    assert names == ["conv1", "conv2", "fc"]
+    for kind in ("kl", "accuracy", "latency_ms"):
+        values = table.values(kind)
+        assert values.shape == (3, 3)
+        assert bool(np.isfinite(values).all())
+    assert table.metadata["threads"] == 1
+    assert measured.dense_baseline is not None
+    name, best = measured.dense_baseline
+    assert all(best.latency_ms <= other.latency_ms for other in measured.dense_latency().values())
+    assert table.metadata["baseline"] == name
+    assert table.baseline_latency_ms == best.latency_ms
+    shares = [layer.share for layer in measured.layers]
+    assert all(share is not None and 0.0 < share < 1.0 for share in shares)
+    assert sum(share or 0.0 for share in shares) < 1.0
+
+
+def test_points_come_so_that_both_curves_grow_and_the_table_grows_with_them(
+    model: LoadedModel, data: LoadedData
+) -> None:
+    study = Study(model, data)
+    points = []
+    for point in study.sensitivity_points(LEVELS, n_images=64, refresh_batchnorm=False):
+        if point.kind == "latency_ms" and not any(seen.kind == "latency_ms" for seen in points):
+            # The first level of the loss was there for every layer before the first latency.
+            assert study.table is not None
+            assert {seen.layer for seen in points if seen.sparsity == 0.9} == {"conv1", "conv2", "fc"}
+            assert not study.table.levels("latency_ms")
+            assert study.table.levels("kl") == (0.0, 0.9)
+        points.append(point)
+    kinds = [point.kind for point in points if point.kind in ("kl", "latency_ms")]
+    switches = sum(first != second for first, second in itertools.pairwise(kinds))
+    assert switches >= 3
+    assert study.table is not None
+    assert set(study.table.points) == set(points)
+
+
+def test_stopping_a_measurement_keeps_what_was_measured(model: LoadedModel, data: LoadedData) -> None:
+    study = Study(model, data)
+    stop = threading.Event()
+    n = 0
+    for n, _ in enumerate(study.sensitivity_points(LEVELS, n_images=64, stop=stop), 1):
+        if n == 20:
+            stop.set()
+    assert study.table is not None
+    assert 20 <= n < 40
+    assert len(study.table) == n
+
+
+def test_a_consumer_that_goes_away_leaves_the_table_with_what_it_saw(
+    model: LoadedModel, data: LoadedData
+) -> None:
+    study = Study(model, data)
+    points = study.sensitivity_points(LEVELS, n_images=64)
+    seen = [next(points) for _ in range(5)]
+    points.close()  # type: ignore[attr-defined]
+    assert study.table is not None
+    assert set(study.table.points) == set(seen)
+
+
+def test_a_solved_distribution_is_corrected_until_the_measured_speedup_is_reached(
+    model: LoadedModel, data: LoadedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(model, data)
+    study._table = known_table()
+    times = KnownTimes(study, monkeypatch)
+    believed = study.solve(speedup=3.0, check=False)
+    assert study.predict(believed).speedup >= 3.0
+    # The engine is a quarter slower than the table says.
+    times.bias = 1.25
+    assert study.speedup_of(believed) < 3.0
+    checked = study.solve(speedup=3.0)
+    assert study.speedup_of(checked) >= 3.0
+    assert study.speedup_of(study.solve(latency_ms=11.0 / 3.0)) >= 3.0
+
+
+def test_a_speedup_refers_to_the_fastest_dense_contestant(
+    model: LoadedModel, data: LoadedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(model, data)
+    KnownTimes(study, monkeypatch)
+    assert study.dense_baseline is not None
+    assert study.dense_baseline[0] == "engine dense"
+    speedup = study.speedup_of({"conv2": 0.5})
+    assert speedup == pytest.approx(11.0 / 6.0)
+    run = study.prune({"conv2": 0.5}, epochs=1, batch_size=64)
+    assert all(event.dense_ms == 11.0 for event in run if isinstance(event, LatencyEvent))
+
+
+def test_the_range_of_speedups_is_that_of_the_solver(model: LoadedModel, data: LoadedData) -> None:
+    study = Study(model, data)
+    study._table = known_table()
+    low, high = study.feasible_speedups()
+    assert low == pytest.approx(1.0, rel=0.05)
+    study.solve(speedup=high * 0.98, check=False)
+    with pytest.raises(InfeasibleTarget):
+        study.solve(speedup=high * 1.1, check=False)
+
+
+def test_latency_of_a_pruned_network_is_measured_on_that_network(measured: Study) -> None:
+    # Whatever memory layout the weights come in, the engine computes what the network computes.
+    for seed in range(2):
+        torch.manual_seed(seed)
+        other = TinyNet().eval().to(memory_format=torch.channels_last)
+        assert measured.latency(other).latency_ms > 0
+        x = torch.randn(1, 1, 8, 8)
+        assert measured._engine is not None
+        with torch.no_grad():
+            torch.testing.assert_close(measured._engine(x), other(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_input_has_the_asked_batch_size(model: LoadedModel) -> None:
+    assert Study(model, batch_size=5).example_input.shape == (5, 1, 8, 8)
+    assert Study(model).example_input.shape == (1, 1, 8, 8)
+
+
+def test_the_main_job_from_measurement_to_files(measured: Study, tmp_path: Path) -> None:
+    study = measured
+    distribution = study.solve(sparsity=0.7, locked={"conv1": 0.25})
+    assert distribution["conv1"] == 0.25
+    run = study.prune(distribution, epochs=4, batch_size=32, update_every=3)
+    events = list(run)
+    assert any(isinstance(event, EvalEvent) for event in events)
+    assert any(isinstance(event, LatencyEvent) for event in events)
+    result = run.result
+
+    document = study.save(result, tmp_path / "run", seconds={"load": 1.5})
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "model.safetensors",
+        "recipe.yaml",
+        "result.json",
+    ]
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == document
+    assert document["pruned"]["sparsity"] >= 0.7
+    assert document["pruned"]["sparsity"] == result.sparsity
+    assert document["pruned"]["size_bytes"] < document["dense"]["size_bytes"]
+    dense = document["dense"]
+    assert dense["latency_ms"] == min(entry["latency_ms"] for entry in dense["contestants"].values())
+    assert document["pruned"]["speedup"] == dense["latency_ms"] / document["pruned"]["latency_ms"]
+    assert document["target"] == {"sparsity": 0.7}
+    assert document["predicted"]["sparsity"] == pytest.approx(result.sparsity)
+    assert document["seconds"]["load"] == 1.5
+    for layer in study.layers:
+        entry = document["layers"][layer.name]
+        assert entry["asked"] == distribution[layer.name]
+        assert entry["zeros"] == n_zeros(layer.n_params, distribution[layer.name])
+
+    fresh = TinyNet().eval()
+    load_weights(fresh, tmp_path / "run" / "model.safetensors")
+    assert study.data is not None
+    assert evaluate(fresh, *study.data.validation_tensors()).accuracy == result.accuracy
+
+    # The recipe makes the same weights again, without any measurement.
+    recipe = Recipe.load(tmp_path / "run" / "recipe.yaml")
+    assert recipe == study.recipe(result)
+    assert recipe.target == {"sparsity": 0.7}
+    again = Study(study.model, study.data)
+    settings = recipe.settings
+    repeated = again.prune(
+        again.adopt(recipe),
+        latency=False,
+        **{name: getattr(settings, name) for name in type(settings).__dataclass_fields__},
+    ).finish()
+    ours, theirs = result.module.state_dict(), repeated.module.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert again.recipe(repeated).distribution == recipe.distribution
+
+    with pytest.raises(FormatError, match="is not empty"):
+        study.save(result, tmp_path / "run")
+    study.save(result, tmp_path / "run", overwrite=True)
+
+
+def test_a_layer_that_stays_as_it_is_needs_no_entry(measured: Study) -> None:
+    run = measured.prune({"fc": 0.5}, epochs=0.5, batch_size=32, latency=False)
+    recipe = measured.recipe(run.finish())
+    assert dict(measured.adopt(recipe)) == {"fc": 0.5}
+
+
+def test_what_a_study_cannot_do_it_says(model: LoadedModel, data: LoadedData) -> None:
+    study = Study(model)
+    with pytest.raises(DataError, match="has no data"):
+        study.prune({"fc": 0.5})
+    with pytest.raises(DataError, match="has no data"):
+        study.measure_sensitivity()
+    with pytest.raises(DistributionError, match="has not been measured"):
+        study.solve(speedup=2.0)
+    with pytest.raises(DistributionError, match="has not been measured"):
+        study.predict(study.uniform(0.5))
+    with pytest.raises(RunError, match="threads is 0"):
+        Study(model, threads=0)
+    with pytest.raises(RunError, match="batch_size is -1"):
+        Study(model, batch_size=-1)
+    with pytest.raises(DistributionError, match="names other, and the layers are conv1"):
+        study.adopt(Recipe("x", "y", {"other": 0.5}))
+    with pytest.raises(DataError, match="shape"):
+        Study(
+            model,
+            load_data(
+                (torch.zeros(8, 3, 8, 8), torch.zeros(8).long()),
+                (torch.zeros(8, 3, 8, 8), torch.zeros(8).long()),
+            ),
+        )
+
+
+def test_a_module_takes_its_example_input_from_the_data(data: LoadedData) -> None:
+    study = Study(TinyNet(), data)
+    assert study.example_input.shape == (1, 1, 8, 8)
+    assert isinstance(study.uniform(0.5), SparsityDistribution)
