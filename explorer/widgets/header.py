@@ -13,17 +13,16 @@ class Header(StateView):
 
     _esm = assets.module("header")
     _css = assets.style("header")
-    watches = ("facts", "choice", "study", "measured", "run", "job", "curves")
+    watches = ("choice", "study", "measured", "run", "job", "curves")
     gestures = {
         "load": lambda state, said: state.load(int(said["index"])),
         "beat": lambda state, said: state.beat(leaving=bool(said.get("leaving"))),
     }
 
     def make_view(self) -> dict[str, Any]:
-        """Return facts, choices and the state of the five steps."""
+        """Return the choices and the state of the five steps."""
         state = self.state
         return {
-            "facts": state.facts,
             "choices": [choice.label for choice in state.choices],
             "choice": state.choice,
             "busy": state.job.busy,

@@ -72,6 +72,8 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     measured = run.latency if run is not None else None
     if measured is not None:
         value, spread = measured
+        if run is not None and run.dense is not None:
+            dense = f"dense {_ms(run.dense[1])} ms"
         return tile | {
             "label": "Latency, measured",
             "value": _ms(value),
@@ -103,6 +105,8 @@ def _speedup(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     reach = f"within reach: up to {highest:.1f} ×" if highest else ""
     if run is not None and run.speedup is not None:
         predicted = f"predicted {state.prediction.speedup:.2f} ×" if state.prediction is not None else ""
+        if run.dense is not None and run.dense[0]:
+            against = f"against {run.dense[0]}"
         return tile | {"label": "Speed-up, measured", "value": f"{run.speedup:.2f}", "note": against, "more": predicted}
     if state.prediction is None:
         return _nothing(tile, "predicted once it is measured", against)
@@ -129,7 +133,7 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     }
 
 
-def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:  # noqa: ARG001 - all tiles are made alike
+def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "size",
         "label": "File, compressed",
@@ -140,6 +144,8 @@ def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:  # noq
         return _nothing(tile)
     dense = WEIGHT_BYTES * sum(layer.n_params for layer in state.layers)
     size = getattr(state.prediction, "size_bytes", None)
+    if run is not None and run.sizes is not None:
+        dense, size = run.sizes
     if size is None:
         return _nothing(tile, "predicted once it is measured", f"dense {_megabytes(dense)} MB")
     return tile | {"value": _megabytes(size), "note": f"dense {_megabytes(dense)} MB", "more": f"{dense / size:.1f} × smaller"}
@@ -150,7 +156,9 @@ def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, 
 
 
 def _ms(value: float) -> str:
-    """Return milliseconds with three significant digits: more is noise."""
+    """Return milliseconds with three significant digits, and nothing below a tenth of a microsecond: more is noise."""
+    if value < 0.1:  # noqa: PLR2004
+        return f"{value:.4f}"
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")  # noqa: PLR2004
 
 

@@ -13,7 +13,7 @@ class Notice(StateView):
 
     _esm = assets.module("notice")
     _css = assets.style("notice")
-    watches = ("job", "error", "study", "measured", "run", "distribution")
+    watches = ("job", "error", "facts", "study", "measured", "run", "distribution")
     gestures = {
         "stop": lambda state, _: state.stop(),
         "pause": lambda state, _: state.pause(),
@@ -35,6 +35,7 @@ class Notice(StateView):
             "pausable": job.kind == "prune" and not job.stopping,
             "paused": job.paused,
             "error": state.error,
+            "facts": state.facts,
         }
 
     def _text(self) -> str:

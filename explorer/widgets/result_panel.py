@@ -44,17 +44,21 @@ class ResultPanel(StateView):
             return base
         result = run.result
         latency = run.latency
-        dense_ms = run.dense_ms
+        dense = run.dense
         stopped = ", stopped early" if run.status == "stopped" else ""
         rows = [
             ["Accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.accuracy:.2f} %", f"{100 * (result.accuracy - result.dense_accuracy):+.2f} points"],
             ["Sparsity", "0 %", f"{100 * result.sparsity:.2f} %", f"asked {100 * run.asked:.2f} %"],
         ]
-        if latency is not None and dense_ms:
+        if latency is not None and dense is not None:
             value, spread = latency
-            rows.append(["Latency", f"{dense_ms:.3f} ms", f"{value:.3f} ± {spread:.3f} ms", f"{dense_ms / value:.2f} × faster"])
+            rows.append(["Latency", f"{dense[1]:.3f} ms", f"{value:.3f} ± {spread:.3f} ms", f"{dense[1] / value:.2f} × faster"])
+        if run.sizes is not None:
+            before, after = run.sizes
+            rows.append(["Weights, zeros left out", f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", f"{before / after:.1f} × smaller"])
         return base | {
             "downloadable": not state.job.busy,
+            "note": f"Dense is the fastest of those tried: {dense[0]}." if dense is not None and dense[0] else "",
             "title": f"run {run.number}{stopped}, {result.n_evaluated:,} {result.measured_on} images",
             "columns": ["", "Dense", "Pruned", "Change"],
             "rows": rows,

@@ -16,7 +16,7 @@ class RunMonitor(StateView):
 
     _esm = assets.module("run_monitor", "chart")
     _css = assets.style("run_monitor")
-    watches = ("study", "layers", "distribution", "prediction", "dense", "run", "job", "options")
+    watches = ("study", "layers", "distribution", "prediction", "dense", "run", "job", "options", "measured")
     gestures = {
         "options": lambda state, said: state.set_options(said["options"]),
         "start": lambda state, _: state.start_run(),
@@ -52,6 +52,7 @@ class RunMonitor(StateView):
             "paused": state.job.paused,
             "options": {"epochs": options.epochs},
             "plan": {"stabilise": options.stabilise, "ramp": options.ramp, "final": asked},
+            "dense_accuracy": self._dense_accuracy(),
             "dense_ms": state.dense.latency_ms if state.dense is not None else None,
             "predicted_ms": state.prediction.latency_ms if state.prediction is not None else None,
             "run": self._run(),
@@ -73,6 +74,12 @@ class RunMonitor(StateView):
             "dense_ms": run.dense_ms,
             "predicted_ms": run.predicted_ms,
         }
+
+    def _dense_accuracy(self) -> float | None:
+        """Return the accuracy that the measurement found without any pruning."""
+        state = self.state
+        curve = state.curves.of("accuracy", state.layers[0].name) if state.layers else ()
+        return curve[0][1] if curve and curve[0][0] == 0 else None
 
     def _title(self) -> str:
         run = self.state.run

@@ -36,6 +36,10 @@ class RunRecord:
     latencies : tuple of (step, latency_ms, spread_ms)
     result : object
         The `RunResult` at the end.
+    final : object
+        The `FinalLatency` at the end: the result and all dense contestants, timed in turn.
+    sizes : (int, int) or None
+        Bytes of the weights before, and after with zeros left out.
     """
 
     number: int
@@ -57,6 +61,8 @@ class RunRecord:
     phases: tuple[tuple[str, int, int], ...] = ()
     predicted_ms: float | None = None
     result: Any = None
+    final: Any = None
+    sizes: tuple[int, int] | None = None
 
     @property
     def active(self) -> bool:
@@ -80,13 +86,22 @@ class RunRecord:
     @property
     def latency(self) -> tuple[float, float] | None:
         """Latest measured latency and its spread, in milliseconds."""
+        if self.final is not None:
+            return self.final.pruned.latency_ms, self.final.pruned.spread_ms
         return self.latencies[-1][1:] if self.latencies else None
 
     @property
     def speedup(self) -> float | None:
         """Dense time over the latest measured time."""
-        latency = self.latency
-        return self.dense_ms / latency[0] if latency and self.dense_ms else None
+        latency, dense = self.latency, self.dense
+        return dense[1] / latency[0] if latency and dense else None
+
+    @property
+    def dense(self) -> tuple[str, float] | None:
+        """Name and latency in milliseconds of the dense network that `speedup` refers to; the name is empty during the run."""
+        if self.final is not None:
+            return self.final.baseline, self.final.dense[self.final.baseline].latency_ms
+        return ("", self.dense_ms) if self.dense_ms else None
 
 
 class RunRecorder:

@@ -40,6 +40,9 @@ MAX_SPARSITY = 0.99
 MAX_DOWNLOAD = 96 * 2**20
 """Largest file in bytes that is sent through the notebook's connection; a larger one is left in a folder and named."""
 
+EVALUATIONS = 12
+"""Evaluations of a run: enough to see a curve, few enough to leave the time to training."""
+
 LOG_LINES = 200
 PATIENCE = 180.0
 """Seconds without a sign of life from any page after which a job is stopped; browsers slow the timers of hidden pages to one a minute."""
@@ -206,7 +209,7 @@ class ExplorerState(t.HasTraits):
         """Put `study` on the page, with what it knows already."""
         builder = CurveBuilder()
         if study.table is not None:
-            for point in study.table.to_points():
+            for point in study.table.points:
                 builder.add(point)
         self.study = study
         self.run = None
@@ -396,6 +399,7 @@ class ExplorerState(t.HasTraits):
     def _prune(self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event) -> RunRecord:
         given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
         recorder = RunRecorder(record)
+        given["evaluate_every"] = _evaluate_every(study, options.epochs)
         run = study.prune(record.distribution, **given)
         self._pruning = run
         try:
@@ -408,9 +412,20 @@ class ExplorerState(t.HasTraits):
                 self._stop_if_abandoned()
                 if stop.is_set():
                     run.stop()
+        except RunError:
+            # The last good weights are worth keeping: they stay on the page, and can be downloaded, beside the error.
+            kept = dataclasses.replace(recorder.record, status="failed", result=run.result)
+            self._publisher.post("run", functools.partial(setattr, self, "run", kept))
+            raise
         finally:
             self._pruning = None
-        return recorder.record
+        last = recorder.record
+        self._publisher.post("job", functools.partial(self._tell, "Timing the result beside the dense network"))
+        return dataclasses.replace(last, final=study.final_latency(last.result), sizes=_sizes(study, last.result))
+
+    def _tell(self, text: str) -> None:
+        if self.job.busy:
+            self.job = dataclasses.replace(self.job, text=text, done=0, total=0, seconds_left=None)
 
     @_guarded
     def pause(self) -> None:
@@ -675,6 +690,21 @@ def _checked_options(given: Mapping[str, Any]) -> RunOptions:
             f"stabilise {options.stabilise:g} and ramp {options.ramp:g} are shares of one run and add up to more than 1; lower one."
         )
     return options
+
+
+def _evaluate_every(study: Any, epochs: float) -> int:
+    """Return after how many steps to evaluate, so that a chart of a run has about a dozen points whatever its length."""
+    from explorer.pruning import RunSettings
+
+    steps = epochs * len(study.data.train) / RunSettings().batch_size
+    return max(5, round(steps / EVALUATIONS))
+
+
+def _sizes(study: Any, result: Any) -> tuple[int, int]:
+    """Return the bytes of the weights before, and after with zeros left out."""
+    from explorer.formats import dense_bytes, packed_bytes
+
+    return dense_bytes(study.model.module), packed_bytes(result.module)
 
 
 def _mean_sparsity(layers: Sequence[Any], distribution: Mapping[str, float]) -> float:

@@ -102,6 +102,16 @@ class DoneEvent:
     result: Any
 
 
+def _network(sparsity: float) -> Any:
+    """Return a small network of 1,000 weights, of which the share `sparsity` is zero."""
+    import torch
+
+    network = torch.nn.Linear(100, 10, bias=False)
+    with torch.no_grad():
+        network.weight.fill_(1.0).view(-1)[: round(1000 * sparsity)] = 0.0
+    return network
+
+
 LAYERS = (
     ("stem.conv", (48, 1, 3, 3), 196),
     ("block1.conv1", (48, 48, 3, 3), 196),
@@ -129,8 +139,8 @@ class FakeStudy:
     levels: tuple[float, ...] = LEVELS
     table: Any = None
     dense_baseline: Any = None
-    model: Any = field(default_factory=lambda: SimpleNamespace(name="fashion-resnet"))
-    data: Any = field(default_factory=lambda: SimpleNamespace(name="fashion"))
+    model: Any = field(default_factory=lambda: SimpleNamespace(name="fashion-resnet", module=_network(0.0)))
+    data: Any = field(default_factory=lambda: SimpleNamespace(name="fashion", train=range(8000)))
     calls: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -167,7 +177,7 @@ class FakeStudy:
             for layer in self.layers
         )  # fmt: skip
         self.dense_baseline = ("engine, dense", SimpleNamespace(latency_ms=total, spread_ms=0.02))
-        self.table = SimpleNamespace(to_points=lambda: tuple(points))
+        self.table = SimpleNamespace(points=tuple(points))
 
     @property
     def dense_ms(self) -> float:
@@ -209,6 +219,13 @@ class FakeStudy:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))
         return FakeRun(self, distribution, epochs)
 
+    def final_latency(self, result: Any) -> Any:
+        ms = self.predict(result.asked).latency_ms
+        timed = SimpleNamespace(latency_ms=self.dense_ms, spread_ms=0.02)
+        return SimpleNamespace(
+            pruned=SimpleNamespace(latency_ms=ms, spread_ms=0.01), dense={"engine, dense": timed}, baseline="engine, dense"
+        )
+
     def save(self, result: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
@@ -219,6 +236,7 @@ class FakeStudy:
 class FakeRun:
     def __init__(self, study: FakeStudy, distribution: Distribution, epochs: float) -> None:
         self.study, self.distribution = study, distribution
+        self.result: Any = None
         self.total = max(1, round(epochs * study.steps_per_epoch))
         self._stop, self._go = threading.Event(), threading.Event()
         self._go.set()
@@ -264,6 +282,6 @@ class FakeRun:
         yield DoneEvent(
             SimpleNamespace(
                 accuracy=accuracy, dense_accuracy=0.931, stopped=stopped, achieved=achieved, sparsity=sparsity,
-                measured_on="test", n_evaluated=2000, seconds=3.0, module=None,
+                measured_on="test", module=_network(0.9), asked=self.distribution, n_evaluated=2000, seconds=3.0,
             )
         )  # fmt: skip

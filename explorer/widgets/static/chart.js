@@ -1,6 +1,6 @@
 // Small charts in SVG: axes with units, lines, bands and marks. Put behind dom.js in front of the modules that draw.
 
-const PAD = { left: 46, right: 14, top: 12, bottom: 38 };
+const PAD = { left: 46, right: 14, top: 24, bottom: 38 };
 
 /**
  * Draw a chart and return its SVG element, with `place(x, y)` giving pixels.
@@ -32,7 +32,7 @@ function chart(spec) {
     if (band.shade)
       svg.append(draw("rect", { x: from, y: pad.top, width: Math.max(0, to - from), height: height - pad.top - pad.bottom, class: "se-band" }));
     if (band.label && to - from > band.label.length * 6)
-      svg.append(draw("text", { x: (from + to) / 2, y: pad.top + 12, "text-anchor": "middle", class: "se-band-label" }, band.label));
+      svg.append(draw("text", { x: (from + to) / 2, y: pad.top - 8, "text-anchor": "middle", class: "se-band-label" }, band.label));
   }
   for (const [value, text] of spec.y.ticks) {
     svg.append(draw("line", { x1: pad.left, x2: width - pad.right, y1: y(value), y2: y(value), class: "se-axis" }));

@@ -82,8 +82,8 @@ function dress() {
 }
 
 const words = {
-  /** Three significant digits: a latency is not known better. */
-  ms: (value) => (value === null || value === undefined ? "–" : value >= 100 ? value.toFixed(0) : value.toPrecision(3)),
+  /** Three significant digits, and nothing below a tenth of a microsecond: a latency is not known better. */
+  ms: (value) => (value === null || value === undefined ? "–" : value >= 100 ? value.toFixed(0) : value >= 0.1 ? value.toPrecision(3) : value.toFixed(value >= 0.01 ? 3 : 4)),
   percent: (fraction, digits = 1) =>
     fraction === null || fraction === undefined ? "–" : `${(100 * fraction).toFixed(digits)} %`,
   /** 1234567 as "1.23 M". */

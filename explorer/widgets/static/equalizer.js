@@ -127,7 +127,7 @@ function render({ model, el, signal }) {
       if (layer.even !== null) even.style.bottom = `${100 * layer.even}%`;
       ghost.hidden = layer.ghost === null;
       if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
-      say(text, shortPercent(value));
+      say(text, shortPercent(value, grow > 0.04));
       setAll(bar, {
         tabindex: i === active ? 0 : -1,
         "aria-label": layer.name,
@@ -159,8 +159,9 @@ function render({ model, el, signal }) {
     return parts.join(" · ");
   }
 
-  function shortPercent(value) {
-    return value === 0 ? "0" : (100 * value).toFixed(value > 0.9 ? 1 : 0);
+  /** A wide bar has room for a decimal, which matters near 100 %. */
+  function shortPercent(value, wide) {
+    return value === 0 ? "0" : (100 * value).toFixed(wide && value > 0.9 ? 1 : 0);
   }
 
   function send(now) {

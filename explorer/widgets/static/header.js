@@ -12,7 +12,6 @@ function render({ model, el, signal }) {
   if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": "Sparsity Explorer" });
   if (document.body.dataset.voila !== undefined) document.title = "Sparsity Explorer";
 
-  const facts = make("p", { class: "se-facts" });
   const list = make("ol", {});
   const nav = make("nav", { "aria-label": "Steps" }, list);
   STEPS.forEach((step, i) => {
@@ -45,11 +44,10 @@ function render({ model, el, signal }) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dress(); dressed(); }, { signal });
 
   const title = make("div", { class: "se-title" }, logo(), make("h1", {}, "Sparsity Explorer"));
-  root.append(title, nav, make("div", { class: "se-head-right" }, facts, choice, toggle));
+  root.append(title, nav, make("div", { class: "se-head-right" }, choice, toggle));
 
   follow(model, ["view"], () => {
     const view = model.get("view");
-    say(facts, view.facts ?? "");
     const labels = view.choices ?? [];
     setOne(choice, "hidden", labels.length < 1);
     if (choice.childElementCount !== labels.length) choice.replaceChildren(...labels.map((label) => make("option", {}, label)));

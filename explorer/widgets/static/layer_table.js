@@ -5,7 +5,7 @@ const COLUMNS = [
   ["Shape", "Shape of the weight: outputs × inputs × kernel", "text"],
   ["Weights", "Number of weights that can be pruned", "number"],
   ["MACs", "Multiply-adds for one image", "number"],
-  ["Dense", "Time of the layer in the dense network, in milliseconds", "number"],
+  ["Dense, ms", "Time of the layer in the dense network, in milliseconds", "number"],
   ["Share", "Share of the dense network's time", "number"],
 ];
 
@@ -40,14 +40,14 @@ function render({ model, el, signal }) {
 
   function row(layer) {
     const choose = button(layer.name, () => model.send({ do: "select", layer: layer.name }), signal, { class: "se-name", title: layer.name });
-    const share = make("td", { class: "se-num se-share" }, make("span", {}, layer.share === null ? "–" : words.percent(layer.share, 1)));
-    if (layer.share !== null) share.prepend(make("i", { style: `width:${(64 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
+    const share = make("td", { class: "se-num se-share" }, make("span", {}, layer.share === null ? "–" : words.percent(layer.share, layer.share < 0.1 ? 1 : 0)));
+    if (layer.share !== null) share.prepend(make("i", { style: `width:${(40 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
     return make("tr", { "data-layer": layer.name },
       make("th", { scope: "row" }, choose),
       make("td", { class: "se-shape" }, layer.shape),
       make("td", { class: "se-num" }, words.count(layer.n_params)),
       make("td", { class: "se-num" }, words.count(layer.macs)),
-      make("td", { class: "se-num" }, layer.dense_ms === null ? "–" : `${words.ms(layer.dense_ms)} ms`),
+      make("td", { class: "se-num" }, layer.dense_ms === null ? "–" : words.ms(layer.dense_ms)),
       share);
   }
 }

@@ -2,7 +2,7 @@
 
 function render({ model, el, signal }) {
   const root = section(el, "Key figures", "se-card se-metrics");
-  const list = make("dl", {});
+  const list = make("dl", { class: "se-metrics-list" });
   root.append(list);
   follow(model, ["view"], () => {
     const tiles = model.get("view").tiles ?? [];

@@ -8,18 +8,20 @@ function render({ model, el, signal }) {
   const headRow = make("tr");
   const table = make("table", {}, make("caption", { class: "se-hidden" }, "Before and after"), make("thead", {}, headRow), body);
   const empty = make("div", { class: "se-empty" }, make("b", {}, "No result yet"), make("p", {}, "When a run has finished, or was stopped, its figures stand here beside those of the dense network, and the pruned model can be downloaded."));
+  const note = make("p", { class: "se-hint" });
   const layersBody = make("tbody");
-  const layers = make("details", {}, make("summary", {}, "Sparsity of each layer, asked and achieved"),
+  const layers = make("div", {}, make("h3", {}, "Each layer"),
     make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers"), make("thead", {}, make("tr", {}, ...["Layer", "Asked", "Achieved", "Zeros"].map((name, i) => make("th", { scope: "col", class: i ? "se-num" : null }, name)))), layersBody)));
   const lines = make("pre", { tabindex: 0, role: "log", "aria-label": "Log" });
   const log = make("details", { class: "se-log" }, make("summary", {}, "Log"), lines);
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), "Result"), title, make("div", { class: "se-push" }, download)), empty, table, layers, log);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), "Result"), title, make("div", { class: "se-push" }, download)), empty, make("div", { class: "se-two" }, make("div", {}, table, note), layers), log);
 
   follow(model, ["view"], () => {
     const view = model.get("view");
     const rows = view.rows ?? [];
     empty.hidden = Boolean(rows.length);
-    table.hidden = layers.hidden = !rows.length;
+    table.parentElement.parentElement.hidden = !rows.length;
+    say(note, view.note ?? "");
     download.disabled = !view.downloadable;
     say(download, view.packing ? "Packing" : "Download");
     say(title, view.title ?? "");

@@ -77,7 +77,7 @@ function render({ model, el, signal }) {
 
     // Accuracy
     const accuracy = (run?.evaluations ?? []).map(([step, value]) => [toEpoch(step), 100 * value]);
-    const dense = run?.dense_accuracy ?? null;
+    const dense = run?.dense_accuracy ?? view.dense_accuracy ?? null;
     const all = accuracy.map(([, v]) => v).concat(dense === null ? [] : [100 * dense]);
     const floor = all.length ? Math.min(...all, Math.max(...all) - 4) : 80;
     const low = Math.max(0, Math.floor((floor - 1) / 2) * 2);
@@ -85,7 +85,7 @@ function render({ model, el, signal }) {
     paint(0, {
       ...shared,
       y: { domain: [low, high], ticks: ticks(low, high, 4).map((v) => [v, String(v)]) },
-      rules: dense === null ? [] : [{ y: 100 * dense, label: `dense ${words.percent(dense)}`, dash: "5 4", colour: "var(--se-mute)" }],
+      rules: dense === null ? [] : [{ y: 100 * dense, label: `dense ${words.percent(dense)}`, dash: "5 4", colour: "var(--se-mute)", left: true }],
       lines: [{ points: accuracy, colour: "var(--se-good)", width: 2.4, dots: 3 }],
       marks: last(accuracy, "var(--se-good)", (v) => `${v.toFixed(1)} %`),
     }, "Accuracy", "% of validation images", all.length ? "" : "starts with the run");

@@ -5,7 +5,7 @@ const KINDS = {
   accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
   loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
 };
-const HEIGHT = 252;
+const HEIGHT = 278;
 
 function render({ model, el, signal }) {
   const root = section(el, "Sensitivity", "se-card se-sens", 2);
@@ -77,7 +77,7 @@ function render({ model, el, signal }) {
     const here = chosen >= 0 && all[chosen] && at !== undefined ? between(all[chosen], at) : null;
     const marks = here === null || (what === "kl" && at === 0) ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
     const x = what === "kl" ? { ...compression, domain: [0.4, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
-    const spec = { width, height: HEIGHT, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, marks, name: `${figureTitle(what)}, one line a layer` };
+    const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, marks, name: `${figureTitle(what)}, one line a layer` };
     const { svg, place } = chart(spec);
     host.replaceChildren(svg);
     figure.lines = lines;
