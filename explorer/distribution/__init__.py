@@ -1,0 +1,26 @@
+"""How sparse each layer shall be: by hand, uniformly, or solved for a target over measured tables."""
+
+from __future__ import annotations
+
+from explorer.distribution.distribution import SparsityDistribution, uniform
+from explorer.distribution.knapsack import Frontier, solve_table
+from explorer.distribution.prediction import Prediction, predict, stored_bytes
+from explorer.distribution.scores import DEFAULT_SCORE, SCORES
+from explorer.distribution.solver import DEFAULT_MARGIN, Target, feasible_range, solve, uniform_for_target
+
+__all__ = [
+    "DEFAULT_MARGIN",
+    "DEFAULT_SCORE",
+    "SCORES",
+    "Frontier",
+    "Prediction",
+    "SparsityDistribution",
+    "Target",
+    "feasible_range",
+    "predict",
+    "solve",
+    "solve_table",
+    "stored_bytes",
+    "uniform",
+    "uniform_for_target",
+]

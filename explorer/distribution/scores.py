@@ -1,0 +1,84 @@
+"""What the solver minimises: a number for each layer and level that stands for the harm of pruning it, after training.
+
+The raw one-shot loss is a poor stand-in: training repairs most of the damage in a layer that fails badly at once, and little in one that
+seems unharmed at an extreme sparsity. Scores that temper it, by a root or by a prior that rises with sparsity, led to better
+networks. Every score has the same signature, so that they can be chosen by name and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explorer.errors import DistributionError
+from explorer.sensitivity import SensitivityTable
+
+__all__ = ["DEFAULT_SCORE", "SCORES", "Score", "score_table"]
+
+_Floats = NDArray[np.float64]
+
+Score = Callable[[SensitivityTable, Sequence[str], _Floats], _Floats]
+"""``score(table, layers, levels)`` with levels ``(k,)`` ascending from 0 gives ``(len(layers), k)`` float64, 0 at level 0."""
+
+
+def kl(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """One-shot KL divergence of the outputs, in nats."""
+    return _increase(table, layers, levels, "kl")
+
+
+def kl_sqrt(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Square root of the one-shot KL divergence."""
+    return np.sqrt(kl(table, layers, levels))
+
+
+def mix_kl_sqrt(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Half the square root of KL, scaled to 1 at its largest, and half the quadratic prior."""
+    root = kl_sqrt(table, layers, levels)
+    largest = float(root.max(initial=0.0))
+    scaled = root / largest if largest > 0 else root
+    return 0.5 * scaled + 0.5 * quadratic(table, layers, levels)
+
+
+def loss(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Increase of the one-shot loss."""
+    return _increase(table, layers, levels, "loss")
+
+
+def removed_energy(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Removed share of the layer's squared weights."""
+    return _increase(table, layers, levels, "removed_energy")
+
+
+def quadratic(_table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Square of the sparsity as a fraction of the largest level, the same for every layer."""
+    return np.tile((levels / max(float(levels[-1]), 1e-12)) ** 2, (len(layers), 1))
+
+
+SCORES: dict[str, Score] = {
+    score.__name__: score for score in (mix_kl_sqrt, kl_sqrt, kl, loss, removed_energy, quadratic)
+}
+DEFAULT_SCORE = "mix_kl_sqrt"
+
+
+def score_table(name: str, table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Return the named score, ``(len(layers), len(levels))`` float64.
+
+    Raises
+    ------
+    DistributionError
+        If the name is unknown, or the table lacks what the score needs.
+    """
+    if name not in SCORES:
+        raise DistributionError(f"Unknown score {name!r}; choose one of {', '.join(SCORES)}.")
+    return SCORES[name](table, layers, levels)
+
+
+def _increase(table: SensitivityTable, layers: Sequence[str], levels: _Floats, kind: str) -> _Floats:
+    """Return a loss-like kind less its value at level 0."""
+    if not layers:
+        return np.zeros((0, levels.size))
+    rows = [table.values_at(layer, levels, kind) for layer in layers]
+    dense = [table.value(layer, 0.0, kind) for layer in layers]
+    return np.asarray(rows) - np.asarray(dense)[:, None]
