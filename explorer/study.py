@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from explorer.data import LoadedData, check_compatible, load_data
-from explorer.distribution import Prediction, SparsityDistribution, Target
+from explorer.distribution import DEFAULT_MARGIN, Prediction, SparsityDistribution, Target
 from explorer.distribution import feasible_range as feasible_latencies
 from explorer.distribution import predict as predict_distribution
 from explorer.distribution import solve as solve_distribution
@@ -427,8 +428,8 @@ class Study:
         score : str, optional
             What is minimised, see `explorer.distribution.solve`.
         check : bool
-            Measure what was solved for a speed-up or a latency on the engine, and solve again with a corrected budget where the
-            prediction was off.
+            Measure what was solved for a speed-up or a latency on the engine, and solve again with a corrected budget where it is
+            slower than asked, or pruned more than that needs.
         **options
             Further options of `explorer.distribution.solve`.
 
@@ -470,17 +471,22 @@ class Study:
         dense_ms = self.dense_baseline[1].latency_ms
         wanted = speedup if speedup is not None else dense_ms / (latency_ms or dense_ms)
         aimed = wanted
+        least, most = wanted * (1.0 + _RESERVE), wanted * (1.0 + 3.0 * _RESERVE)
+        tried: list[tuple[float, SparsityDistribution]] = []
         for _ in range(_CHECKS):
             reached = self.speedup_of(found)
-            if reached >= wanted * (1.0 + _RESERVE):
+            tried.append((reached, found))
+            if least <= reached <= most:
                 break
-            aimed *= wanted * (1.0 + 1.5 * _RESERVE) / reached
+            aimed *= (least + most) / 2.0 / reached
             try:
                 found = solved(Target(speedup=aimed))
             except InfeasibleTarget:
                 # The last one is the nearest there is; what it reaches is measured again at the end, and reported as measured.
                 break
-        return found
+        enough = [pair for pair in tried if pair[0] >= least]
+        by_speedup = operator.itemgetter(0)
+        return min(enough, key=by_speedup)[1] if enough else max(tried, key=by_speedup)[1]
 
     def predict(self, distribution: Mapping[str, float]) -> Prediction:
         """Return what is to be expected of `distribution`: loss, accuracy, latency, speed-up and size, with their errors.
@@ -505,7 +511,8 @@ class Study:
         if dense_ms is None:
             raise DistributionError("The latency has not been measured; run measure_sensitivity() first.")
         fastest, slowest = feasible_latencies(self.model.layers, table)
-        return dense_ms / slowest, dense_ms / fastest
+        # `solve` keeps this distance from its target.
+        return dense_ms / slowest / (1.0 + DEFAULT_MARGIN), dense_ms / fastest / (1.0 + DEFAULT_MARGIN)
 
     # Pruning
 
