@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from explorer.distribution import SparsityDistribution
     from explorer.errors import ExplorerError
     from explorer.formats import Recipe
-    from explorer.inference import SparseModule, compile  # noqa: A004 - the public name is a contract
+    from explorer.inference import SparseModule, compile
     from explorer.models import LoadedModel, PrunableLayer, load_model, prunable_layers
     from explorer.pruning import PruningRun
     from explorer.sensitivity import SensitivityTable
