@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -427,6 +428,7 @@ def _app(options: argparse.Namespace) -> int:
             f"The app needs {', '.join(missing)}, which is not installed. "
             "Install the extra: pip install 'sparsity-explorer[app]'."
         )
+    _refuse_taken(options.port)
     from explorer.widgets.notebook_path import app_notebook
 
     command = app_command(app_notebook(), options.port, browser=not options.no_browser)
@@ -440,6 +442,14 @@ def _app(options: argparse.Namespace) -> int:
                 server.wait(timeout=10)
             server.terminate()
             return 0
+
+
+def _refuse_taken(port: int) -> None:
+    try:
+        # As Voila itself binds: a port that an ended server still lingers on is free.
+        socket.create_server(("127.0.0.1", port), reuse_port=False).close()
+    except (OSError, OverflowError) as error:
+        raise ExplorerError(f"Port {port} is in use; choose another one with --port ({error}).") from error
 
 
 def app_command(notebook: Path, port: int, *, browser: bool) -> list[str]:

@@ -496,7 +496,12 @@ class Study:
         DistributionError
             If the sensitivity has not been measured.
         """
-        return predict_distribution(self.model.layers, self._need_table(), distribution)
+        known = (
+            distribution
+            if isinstance(distribution, SparsityDistribution)
+            else SparsityDistribution(distribution)
+        )
+        return predict_distribution(self.model.layers, self._need_table(), known)
 
     def feasible_speedups(self) -> tuple[float, float]:
         """Return the smallest and the largest predicted speed-up that `solve` can reach.

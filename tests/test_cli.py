@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import explorer.study
+from explorer import cli
+from explorer.data import LoadedData, load_data
+from explorer.formats import Recipe, read_weights
+from explorer.models import LoadedModel, load_model
+from explorer.pruning import PruningRun, StepEvent
+from explorer.sensitivity import SensitivityTable
+from tests.pruning.tiny import TinyNet, quadrants
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes "tiny" and "quadrants" names that the command line knows."""
+    torch.manual_seed(0)
+    module = TinyNet()
+
+    def model_named(source: Any, *rest: Any) -> LoadedModel:
+        return (
+            load_model(module, torch.zeros(1, 1, 8, 8), name="tiny")
+            if source == "tiny"
+            else load_model(source, *rest)
+        )
+
+    def data_named(source: Any) -> LoadedData:
+        if source != "quadrants":
+            return load_data(source)
+        return load_data(quadrants(256, 0), quadrants(128, 1), name="quadrants")
+
+    monkeypatch.setattr(explorer.study, "load_model", model_named)
+    monkeypatch.setattr(explorer.study, "load_data", data_named)
+
+
+ON_TINY = ["--model", "tiny", "--data", "quadrants"]
+
+
+def words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def test_inspect_lists_every_layer_with_its_size(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["inspect", "--model", "tiny", "--no-latency", "--json", str(tmp_path / "l.json")]) == 0
+    rows = words(capsys.readouterr().out)
+    assert rows[0] == ["layer", "kind", "weight", "weights", "MACs", "dense", "ms", "share"]
+    assert rows[1] == ["conv1", "conv2d", "8×1×3×3", "72", f"{72 * 64:,}"]
+    assert rows[2] == ["conv2", "conv2d", "16×8×3×3", "1,152", f"{1152 * 16:,}"]
+    assert rows[3] == ["fc", "linear", "4×64", "256", "256"]
+    assert rows[4] == ["all", "1,480", f"{72 * 64 + 1152 * 16 + 256:,}"]
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert [entry["n_params"] for entry in found] == [72, 1152, 256]
+
+
+def test_inspect_measures_every_layers_share_of_the_dense_time(
+    tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", "--model", "tiny", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("<- baseline") == 1
+    rows = {row[0]: row for row in words(out) if row}
+    shares = [float(rows[name][-1].rstrip("%")) for name in ("conv1", "conv2", "fc")]
+    assert all(share > 0.0 for share in shares)
+    assert sum(shares) <= 100.1
+
+
+def test_sensitivity_prints_tables_and_writes_all_points(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = ["--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json")]
+    assert (
+        cli.main(["sensitivity", *ON_TINY, "--levels", "0.5,0.9", "--images", "64", "--no-latency", *files])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "on 64 validation images" in out
+    assert "refresh of the batch norm statistics" in out
+    table = SensitivityTable.from_json((tmp_path / "t.json").read_text())
+    assert table.levels("kl") == (0.0, 0.5, 0.9)
+    rows = [row for row in words(out) if row and row[0] == "conv2"]
+    expected = [f"{table.value('conv2', level, 'accuracy'):.1%}" for level in (0.0, 0.5)]
+    assert rows[0][1:3] == expected
+    with (tmp_path / "t.csv").open() as file:
+        records = list(csv.DictReader(file))
+    assert len(records) == len(table)
+    assert {record["layer"] for record in records} == {"conv1", "conv2", "fc"}
+
+
+def test_prune_leaves_weights_recipe_and_result_and_its_recipe_repeats_it(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "run", tmp_path / "run2"
+    arguments = [*ON_TINY, "--sparsity", "0.6", "--lock", "conv1=0.25", "--epochs", "2", "--seed", "5"]
+    assert cli.main(["prune", *arguments, "--out", str(first)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((first / "result.json").read_text())
+    assert f"{result['pruned']['speedup']:.2f} × faster" in out
+    assert set(result) >= {"dense", "pruned", "layers", "machine"}
+    assert set(result["dense"]) >= {"accuracy", "latency_ms", "size_bytes"}
+    assert set(result["pruned"]) >= {"accuracy", "latency_ms", "speedup", "sparsity", "size_bytes"}
+    assert result["layers"]["conv1"] == {"asked": 0.25, "achieved": 0.25, "zeros": 18, "n_params": 72}
+    assert result["pruned"]["sparsity"] >= 0.6
+    assert result["seed"] == 5
+    assert result["stopped"] is False
+    assert set(result["seconds"]) >= {"run", "load", "dense latency", "sensitivity", "solve", "final latency"}
+    recipe = Recipe.load(first / "recipe.yaml")
+    assert (recipe.model, recipe.data) == ("tiny", "quadrants")
+    assert recipe.locked == ("conv1",)
+
+    assert cli.main(["prune", "--recipe", str(first / "recipe.yaml"), "--out", str(second)]) == 0
+    ours, theirs = (read_weights(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert Recipe.load(second / "recipe.yaml") == recipe
+
+
+def test_a_folder_that_holds_something_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert cli.main(["prune", *ON_TINY, "--speedup", "3", "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "is not empty; choose another folder" in captured.err
+    assert captured.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_interrupt_stops_the_run_and_keeps_what_it_had_reached(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    events = PruningRun.__next__
+
+    def interrupted(run: PruningRun) -> Any:
+        event = events(run)
+        if isinstance(event, StepEvent) and event.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return event
+
+    monkeypatch.setattr(PruningRun, "__next__", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    arguments = ["prune", *ON_TINY, "--sparsity", "0.6", "--epochs", "10", "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["stopped"] is True
+    assert result["steps"] == {"made": 7, "planned": 20}
+    assert result["pruned"]["accuracy"] is not None
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "The run was stopped" in capsys.readouterr().out
+
+
+def test_an_interrupt_before_the_run_says_that_nothing_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explorer.study.Study, "__init__", interrupt)
+    assert cli.main(["prune", *ON_TINY, "--speedup", "2", "--out", str(tmp_path / "run")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "tiny", "--data", "quadrants"], "Give exactly one target"),
+        ([*ON_TINY, "--speedup", "2", "--sparsity", "0.5"], "Give exactly one target"),
+        (["--speedup", "2"], "Give --model and --data"),
+        (["--recipe", "no.yaml"], "Cannot read the recipe no.yaml"),
+        (["--recipe", "no.yaml", "--speedup", "2"], "A recipe has its own distribution"),
+        ([*ON_TINY, "--sparsity", "1.5"], "1.5"),
+        (["--model", "tiny", "--data", "nothing", "--speedup", "2"], "nothing"),
+        (["--model", "demo:fashion-renet", "--data", "quadrants", "--speedup", "2"], "demo:fashion-resnet"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_without_a_traceback(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert cli.main(["prune", *arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    lines = [line for line in error if line.startswith("sparsity-explorer: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in "".join(error)
+
+
+def test_debug_shows_the_traceback(tiny: None, tmp_path: Path) -> None:
+    with pytest.raises(explorer.errors.ExplorerError):
+        cli.main(["prune", "--debug", *ON_TINY, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", *ON_TINY, "--speedup", "3"],
+        ["prune", "--out", "x", "--lock", "conv1"],
+        ["prune", "--out", "x", "--lock", "conv1=2"],
+        ["sensitivity", "--levels", "0.5,often"],
+        ["sensitivity", "--images", "0"],
+        ["inspect", "--threads", "-1"],
+        ["dance"],
+        [],
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_the_app_is_served_to_this_machine_only_and_idle_kernels_end() -> None:
+    command = cli.app_command(Path("app.ipynb"), 9000, browser=False)
+    assert command[:4] == [sys.executable, "-m", "voila", "app.ipynb"]
+    for flag in (
+        "--Voila.ip=127.0.0.1",
+        "--port=9000",
+        "--Voila.open_browser=False",
+        "--VoilaConfiguration.show_tracebacks=False",
+        "--MappingKernelManager.cull_idle_timeout=300",
+        "--MappingKernelManager.cull_interval=60",
+    ):
+        assert flag in command
+    assert any("websocket_max_message_size" in flag for flag in command)
+
+
+@pytest.mark.filterwarnings("ignore:.*dict-traits is deprecated:DeprecationWarning")
+def test_voila_understands_every_flag_of_the_app() -> None:
+    voila = pytest.importorskip("voila.app", reason="the extra 'app' is not installed")
+    kernels = pytest.importorskip("jupyter_server.services.kernels.kernelmanager")
+    app = voila.Voila()
+    app.parse_command_line(cli.app_command(Path("app.ipynb"), 9000, browser=True)[4:])
+    assert app.ip == "127.0.0.1"
+    assert app.port == 9000
+    assert app.open_browser is True
+    assert app.tornado_settings == {"websocket_max_message_size": 200 * 2**20}
+    manager = kernels.AsyncMappingKernelManager(config=app.config)
+    assert (manager.cull_interval, manager.cull_idle_timeout) == (60, 300)
+    assert manager.cull_connected is False
+
+
+def test_a_port_that_is_taken_is_said_before_a_server_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["app", "--no-browser", "--port", str(port)]) == 2
+    assert f"Port {port} is in use; choose another one with --port" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "voila" else object())
+    assert cli.main(["app", "--no-browser"]) == 2
+    error = capsys.readouterr().err
+    assert "needs voila, which is not installed" in error
+    assert "pip install 'sparsity-explorer[app]'" in error
+
+
+def test_the_module_is_the_same_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "explorer", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == f"sparsity-explorer {explorer.__version__}"
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from explorer.cli import main\n"
+        "try: main(['prune', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_a_run_in_another_thread_is_followed_without_signals(tiny: None, tmp_path: Path) -> None:
+    codes: list[int] = []
+    arguments = ["prune", *ON_TINY, "--sparsity", "0.5", "--epochs", "1", "--out", str(tmp_path / "run")]
+    worker = threading.Thread(target=lambda: codes.append(cli.main(arguments)))
+    worker.start()
+    worker.join(240)
+    assert codes == [0]
+
+
+@pytest.mark.slow
+def test_the_demo_is_pruned_headless_to_a_measured_speedup(tmp_path: Path) -> None:
+    # Two epochs, for time's sake: the whole run of six is within one point of the dense accuracy.
+    started = time.monotonic()
+    arguments = [
+        "--model",
+        "demo:fashion-resnet",
+        "--data",
+        "demo:fashion",
+        "--speedup",
+        "3",
+        "--epochs",
+        "2",
+        "--out",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "explorer", "prune", *arguments, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["seconds"]["run"] < time.monotonic() - started
+    assert result["pruned"]["speedup"] > 2.5
+    assert result["pruned"]["accuracy"] > result["dense"]["accuracy"] - 0.03
+    assert result["pruned"]["sparsity"] > 0.7
+    for layer in result["layers"].values():
+        assert 0.0 <= layer["achieved"] - layer["asked"] <= 1.0 / layer["n_params"]
