@@ -21,7 +21,7 @@ from explorer.errors import DistributionError, InfeasibleTarget
 __all__ = ["N_BUCKETS", "Frontier", "solve_table"]
 
 # Times are rounded to 1/N_BUCKETS of the span between the slowest and the fastest choice.
-N_BUCKETS = 4096
+N_BUCKETS = 8192
 # Problems with more choices than this go to the grid; up to here the exact program takes milliseconds.
 _EXACT_CHOICES = 1_000_000
 # Partial choices that the exact program may weigh at once before it gives way to the grid.
@@ -47,7 +47,7 @@ class Frontier:
     Notes
     -----
     On the grid, the answer is at least as good as the best choice for ``budget - n_layers * bucket_ms``, where ``bucket_ms`` is the
-    span of total times over 4096; ``bucket_ms`` is 0 when the problem was solved exactly.
+    span of total times over 8192; ``bucket_ms`` is 0 when the problem was solved exactly.
     """
 
     def __init__(self, loss: ArrayLike, latency_ms: ArrayLike) -> None:
@@ -187,8 +187,8 @@ class Frontier:
 def solve_table(loss: ArrayLike, latency_ms: ArrayLike, budget_ms: float) -> _Ints:
     """Choose a level for each layer: least total loss with total time within the budget.
 
-    Exact for small problems; otherwise by dynamic programming over 4096 time buckets, and then at least as good as the best choice
-    for a budget that is smaller by ``n_layers / 4096`` of the span between the slowest and the fastest choice. True times are compared
+    Exact for small problems; otherwise by dynamic programming over 8192 time buckets, and then at least as good as the best choice
+    for a budget that is smaller by ``n_layers / 8192`` of the span between the slowest and the fastest choice. True times are compared
     with the budget, which is therefore never exceeded.
 
     Parameters

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,13 @@ from explorer.sensitivity.points import (
     level_order,
 )
 
+if TYPE_CHECKING:
+    from explorer.inference import SparseModule
+
 __all__ = ["measure_latency"]
+
+_ROUNDS = 5
+_MILLISECONDS_A_LEVEL = 200.0
 
 
 def measure_latency(
@@ -36,7 +44,7 @@ def measure_latency(
     layers: Iterable[str | PrunableLayer] | None = None,
     levels: Sequence[float] = DEFAULT_LEVELS,
     threads: int | None = None,
-    repeats: int = 30,
+    repeats: int | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[SensitivityPoint]:
     """Time the network on the sparse engine at each level and yield every layer's median.
@@ -56,8 +64,9 @@ def measure_latency(
         Sparsities in [0, 1).
     threads : int, optional
         Threads of the engine; its default otherwise.
-    repeats : int
-        Timed passes a level.
+    repeats : int, optional
+        Timed passes a level of the whole network, and as many with a clock in it; by default as many as fit into a fifth of a second,
+        within 25 and 500.
     stop : threading.Event, optional
         When set, the scan ends before the next level.
 
@@ -75,7 +84,7 @@ def measure_latency(
         A level outside [0, 1).
     """
     ordered = (0.0, *level_order(check_levels(levels)))
-    if repeats < 1:
+    if repeats is not None and repeats < 1:
         raise EngineError(
             f"repeats={repeats}: at least one timed pass is needed, and 20 or more for a steady median."
         )
@@ -91,7 +100,7 @@ def _points(
     everything: tuple[PrunableLayer, ...],
     levels: tuple[float, ...],
     threads: int | None,
-    repeats: int,
+    repeats: int | None,
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     from explorer import inference  # brings torch.export and llvmlite, which only this function needs
@@ -101,7 +110,7 @@ def _points(
         layer.name: pruned.get_submodule(layer.name).get_parameter("weight").detach().clone()
         for layer in everything
     }
-    program: inference.SparseModule | None = None
+    program: SparseModule | None = None
     for level in levels:
         if stop is not None and stop.is_set():
             return
@@ -110,12 +119,7 @@ def _points(
             program = inference.compile(pruned, example_input, threads=threads)
         else:
             program.update_weights(pruned)
-        whole = program.benchmark(example_input, repeats=repeats)
-        timings = program.profile(example_input, repeats=repeats)
-        milliseconds: dict[str, float] = {}
-        for timing in timings:
-            # A layer that is called twice, or done in several steps, costs the sum.
-            milliseconds[timing.name] = milliseconds.get(timing.name, 0.0) + timing.ms
+        milliseconds, whole_ms, spread_ms = _time(program, example_input, repeats)
         is_one_layer = [layer.name for layer in everything] == [WHOLE_NETWORK]
         for layer in () if is_one_layer else reported:
             found = [milliseconds[name] for name in (layer.name, *layer.tied) if name in milliseconds]
@@ -127,9 +131,34 @@ def _points(
             yield SensitivityPoint(
                 layer.name, level, "latency_ms", sum(found), n_removed=n_removed[layer.name]
             )
-        yield SensitivityPoint(
-            WHOLE_NETWORK, level, "latency_ms", whole.latency_ms, std_error=whole.spread_ms
-        )
+        yield SensitivityPoint(WHOLE_NETWORK, level, "latency_ms", whole_ms, std_error=spread_ms)
+
+
+def _time(
+    program: SparseModule, example_input: Tensor, repeats: int | None
+) -> tuple[dict[str, float], float, float]:
+    """Return milliseconds by layer name, and median and spread of the whole network.
+
+    Whole passes and clocked ones take turns in several rounds and the median round counts: other work on the machine comes in bursts,
+    and must not fall on one kind alone, since the time outside the layers is their difference.
+    """
+    if repeats is None:
+        first = program.benchmark(example_input, repeats=_ROUNDS).latency_ms
+        repeats = min(max(int(_MILLISECONDS_A_LEVEL / max(first, 1e-3)), 25), 500)
+    each = max(1, -(-repeats // _ROUNDS))
+    whole, spread = [], []
+    layers: dict[str, list[float]] = {}
+    for _ in range(min(_ROUNDS, repeats)):
+        timed = program.benchmark(example_input, repeats=each)
+        whole.append(timed.latency_ms)
+        spread.append(timed.spread_ms)
+        total: dict[str, float] = {}
+        for timing in program.profile(example_input, repeats=each):
+            # A layer that is called twice, or done in several steps, costs the sum.
+            total[timing.name] = total.get(timing.name, 0.0) + timing.ms
+        for name, ms in total.items():
+            layers.setdefault(name, []).append(ms)
+    return {name: median(ms) for name, ms in layers.items()}, median(whole), median(spread)
 
 
 def _prune(module: nn.Module, dense: dict[str, Tensor], level: float) -> dict[str, int]:
