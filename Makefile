@@ -43,7 +43,7 @@ check: $(STAMP)  ## lint, format, types, spelling, notebooks without saved outpu
 format: $(STAMP)  ## let ruff fix and format what it can, and strip the notebooks
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format --quiet .
-	@$(BIN)/nbstripout notebooks/*.ipynb
+	@$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 	@echo "Formatted."
 
 bench: $(STAMP)  ## time this engine beside the alternatives on this machine

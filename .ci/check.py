@@ -16,7 +16,7 @@ CHECKS: dict[str, list[str]] = {
     "format (ruff format)": ["ruff", "format", "--check", "--quiet", "."],
     "types (mypy)": ["mypy", "--no-error-summary"],
     "spelling (codespell)": ["codespell"],
-    "notebooks hold no outputs (nbstripout)": ["nbstripout", "--verify", *NOTEBOOKS],
+    "notebooks hold no outputs (nbstripout)": ["nbstripout", "--verify", "--keep-id", *NOTEBOOKS],
 }
 
 

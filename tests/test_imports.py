@@ -148,7 +148,14 @@ def test_every_room_but_the_widgets_loads_neither_ipywidgets_nor_plotly() -> Non
     code = f"import importlib, json, sys\nfor name in {rooms!r}: importlib.import_module(name)\nprint(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(run_python(code)))
     assert set(rooms) <= loaded
-    assert not loaded & {"ipywidgets", "plotly", "anywidget", "voila", "IPython", "pandas", "llvmlite"}
+    assert not loaded & {"ipywidgets", "plotly", "anywidget", "voila", "IPython", "pandas"}
+
+
+def test_the_code_generator_is_loaded_by_the_engine_alone() -> None:
+    code = "import explorer.study, explorer.cli, json, sys; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run_python(code)))
+    assert "explorer.study" in loaded
+    assert "llvmlite" not in loaded
 
 
 @pytest.mark.parametrize("name", sorted(explorer.__all__))
