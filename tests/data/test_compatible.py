@@ -56,7 +56,7 @@ class Pair(nn.Module):
             r"validation inputs .*\(3, 8, 8\).*\(1, 8, 8\)",
         ),
         (small_model(), (torch.randn(5, 1, 9, 9), Y[:5]), (X, Y), r"train inputs .*\(1, 9, 9\).*\(1, 8, 8\)"),
-        (small_model(3), (X, Y), (X, Y), "label of 'data' is 3, and the model has 3 outputs"),
+        (small_model(3), (X, Y), (X, Y), r"label of '\w+' is 3, and the model has 3 outputs"),
         (small_model(), (X.long(), Y), (X, Y), "train inputs .*torch.int64"),
         (small_model(4, Pair()), (X, Y), (X, Y), "the model gives tuple"),
         (small_model(4, nn.Unflatten(1, (2, 2))), (X, Y), (X, Y), r"the model gives shape \(2, 2, 2\)"),

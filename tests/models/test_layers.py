@@ -52,8 +52,8 @@ def test_multiply_adds_of_linear_layers_count_every_token():
 
 
 def multiply_adds_one_by_one(conv: nn.Module, x: Tensor) -> int:
-    """Count products by convolving ones without padding effects: each output of an all-ones kernel counts its terms."""
-    padded = functional.pad(torch.ones_like(x), [conv.padding[0]] * 2 * (x.ndim - 2))
+    """Convolve ones with ones: each output then is its number of products (with a padding of ones, which are multiplied too)."""
+    padded = functional.pad(torch.ones_like(x), [conv.padding[0]] * 2 * (x.ndim - 2), value=1.0)
     function = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.ndim]
     terms = function(padded, torch.ones_like(conv.weight), None, conv.stride, 0, conv.dilation, conv.groups)
     return int(terms[0].sum())

@@ -55,7 +55,7 @@ def test_two_demos_share_no_weights(demo_model):
     other = load_model("demo:fashion-resnet")
     with torch.no_grad():
         other.module.fc.weight.zero_()
-    assert float(demo_model.module.fc.weight.abs().sum()) > 0
+    assert demo_model.module.fc.weight.any()
 
 
 def test_a_network_of_the_user_is_taken_as_it_is_and_put_in_evaluation_mode():
@@ -74,9 +74,10 @@ def test_a_loaded_model_can_be_loaded_again_with_another_example_input(demo_mode
     again = load_model(demo_model, torch.randn(2, 1, 56, 56))
     assert again.module is demo_model.module
     assert again.name == demo_model.name
-    # four times the pixels are four times the work of a convolution, and the same for the classifier
-    assert [b.macs for b in again.layers[:-1]] == [4 * a.macs for a in demo_model.layers[:-1]]
-    assert again.layers[-1].macs == demo_model.layers[-1].macs
+    # the maps shrink 28, 14, 7, 4 for the demo's own input, and 56, 28, 14, 7 here; the classifier does not care
+    shrunk = [(28, 14)] * 3 + [(14, 7)] * 3 + [(7, 4)] * 3 + [(1, 1)]
+    for one, other, (here, there) in zip(again.layers, demo_model.layers, shrunk, strict=True):
+        assert one.macs * there**2 == other.macs * here**2
 
 
 def test_layers_that_never_run_are_listed_and_warned_of():

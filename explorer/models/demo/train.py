@@ -128,7 +128,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
     partial = path.with_suffix(".part")
-    save_file(state, partial, metadata={"format": "pt", "model": NAME})
+    # One entry only: safetensors writes several in random order, and the same weights should make the same file.
+    save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors lets nobody else read what it writes
     partial.replace(path)
 
 
