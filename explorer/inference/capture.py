@@ -155,12 +155,16 @@ def _module_name(node: torch.fx.Node) -> str:
 
 def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Operation:
     assert callable(node.target)
-    operation = Operation("torch", node.name, [], _module_name(node), node.target, tuple(args), dict(kwargs))
+    target: Any = node.target
+    if _base(target) in ("view", "_unsafe_view") and not any(isinstance(part, torch.dtype) for part in args):
+        # A view needs the strides that were traced; native tensors have others. Nobody writes through it, so a copy will do.
+        target = torch.ops.aten.reshape.default
+    operation = Operation("torch", node.name, [], _module_name(node), target, tuple(args), dict(kwargs))
     reader = _READERS.get(_base(node.target).rstrip("_"))
     names = [a.name for a in args if isinstance(a, Ref)]
     floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (node.name, *names))
     if reader is not None and floats and node.name in graph.shapes:
-        reader(operation, _bound(node.target, args, kwargs), graph)
+        reader(operation, _bound(target, args, kwargs), graph)
     return operation
 
 

@@ -29,6 +29,9 @@ from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_t
 
 Mode = Literal["auto", "dense", "sparse"]
 
+_CHOICE_S = 0.15
+"""Seconds after which a candidate has run long enough; a large network then runs four times instead of nine."""
+
 
 def compile(
     module: nn.Module,
@@ -265,8 +268,10 @@ class SparseModule:
 
     # ---- kernels
 
-    def _install(self, choices: Mapping[int, Choice]) -> None:
-        steps = build_steps(self._plan, self._graph, choices)
+    def _install(
+        self, choices: Mapping[int, Choice], packed: dict[tuple[str, Choice], Any] | None = None
+    ) -> None:
+        steps = build_steps(self._plan, self._graph, choices, packed)
         n_steps = len(self._plan.native)
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self._isa, self.threads, n_steps, steps.scratch_bytes)
@@ -279,11 +284,12 @@ class SparseModule:
         candidates = {i: self._plan.candidates(self._graph, i, self._mode) for i in layers}
         rounds = max((len(c) for c in candidates.values()), default=1)
         best: dict[int, tuple[float, Choice]] = {}
+        packed: dict[tuple[str, Choice], Any] = {}
         if rounds > 1:
             for turn in range(rounds):
                 # A layer with fewer candidates keeps its first while the others try on.
                 choices = {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()}
-                self._install(choices)
+                self._install(choices, packed)
                 ms = self._step_times(repeats=7)
                 for step, index in enumerate(self._plan.native):
                     if index in candidates and (index not in best or ms[step] < best[index][0]):
@@ -291,7 +297,7 @@ class SparseModule:
             self._choices = {i: choice for i, (_, choice) in best.items()}
         else:
             self._choices = {i: c[0] for i, c in candidates.items()}
-        self._install(self._choices)
+        self._install(self._choices, packed)
 
     def _step_times(self, repeats: int) -> NDArray[np.float64]:
         """The fastest of `repeats` runs of each step, in milliseconds (noise only ever adds)."""
@@ -300,9 +306,12 @@ class SparseModule:
         if len(inputs) != len(self._graph.inputs):
             return np.zeros(len(self._plan.native))
         with torch_threads(self.threads), torch.no_grad():
-            for _ in range(repeats + 2):
+            start = time.perf_counter()
+            for turn in range(repeats + 2):
                 self._run(inputs, self.batch_size)
                 runs.append(self._ticks())
+                if turn >= 3 and time.perf_counter() - start > _CHOICE_S:
+                    break
         fastest: NDArray[np.int64] = np.min(runs[2:], axis=0)
         return fastest / cycles_per_ms(self._isa)
 

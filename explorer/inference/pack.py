@@ -193,13 +193,12 @@ def linear_sparse(
     weight: NDArray[np.float32], lanes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """Nonzeros of each row of (M, F) float32, padded to whole vectors: starts (M + 1,) in vectors, indices and weights."""
-    present = weight != 0
-    vectors = -(-present.sum(1) // lanes)
-    starts = np.concatenate([[0], np.cumsum(vectors)])
+    flat = np.flatnonzero(weight)
+    r, k = np.divmod(flat, weight.shape[1])
+    count = np.bincount(r, minlength=len(weight))
+    starts = np.concatenate([[0], np.cumsum(-(-count // lanes))])
     indices = np.zeros(starts[-1] * lanes, np.int32)
     values = np.zeros(starts[-1] * lanes, np.float32)
-    r, k = np.nonzero(present)
-    count = present.sum(1)
     within = np.arange(len(r)) - np.repeat(np.cumsum(count) - count, count)
     at = starts[r] * lanes + within
     indices[at], values[at] = k, weight[r, k]

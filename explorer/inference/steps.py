@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ class _StepBuilder:
     plan: Plan
     graph: Graph
     memory: Memory
+    packed: dict[tuple[str, Choice], Any]
     scratch_bytes: int = 4096
     _tables: dict[Any, int] = field(default_factory=dict)
 
@@ -80,6 +81,13 @@ class _StepBuilder:
 
     def _code(self, kernel: Any) -> int:
         return machine_code(self.plan.isa, repr(kernel), lambda: kernel.build(self.plan.isa))
+
+    def _once(self, operation: Operation, choice: Choice, pack: Callable[[], Any]) -> Any:
+        """Packed weights, from an earlier round with the same choice when there was one."""
+        key = (operation.output, choice)
+        if key not in self.packed:
+            self.packed[key] = pack()
+        return self.packed[key]
 
     @staticmethod
     def _bounds(operation: Operation) -> dict[str, int]:
@@ -135,7 +143,11 @@ class _StepBuilder:
             dx = np.arange(kw)[None, :] * a["dilation"][1] - a["padding"][1]
             shifts = (dy * x.pitch + dx).reshape(-1)
             where = (np.arange(x.channels, dtype=np.int64)[:, None] * x.plane + shifts) * 4
-        blocks = conv_blocks(weight.reshape(m, cg, kh * kw), a["groups"], where, kernel, lanes, parts)
+        blocks = self._once(
+            operation,
+            choice,
+            lambda: conv_blocks(weight.reshape(m, cg, kh * kw), a["groups"], where, kernel, lanes, parts),
+        )
         rows_of_blocks = np.array([block.place(self.memory) for part in blocks for block in part], np.int64)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, lanes))
         residual = places[1] if len(places) > 1 else None
@@ -229,12 +241,14 @@ class _StepBuilder:
             jobs = -(-n_vectors // group)
             padded = np.zeros(jobs * group * lanes, np.float32)
             padded[:m] = bias
-            weights = self.memory.put(linear_dense(weight, group, lanes))
+            weights = self.memory.put(
+                self._once(operation, choice, lambda: linear_dense(weight, group, lanes))
+            )
             arguments = _fill(
                 linear.ARGUMENTS, jobs=jobs, weights=weights, bias=self.memory.put(padded), **common
             )
             return _Row(self._code(linear.LinearKernel(group)), arguments, jobs, choice.label)
-        starts, indices, values = linear_sparse(weight, lanes)
+        starts, indices, values = self._once(operation, choice, lambda: linear_sparse(weight, lanes))
         size = max(1, min(64, -(-m // (4 * self.plan.threads))))
         jobs = -(-m // size)
         arguments = _fill(
@@ -348,7 +362,12 @@ def _parts(tiles: int, channels: int, threads: int, images: int) -> int:
     return min(threads, max(1, channels // 16))
 
 
-def build_steps(plan: Plan, graph: Graph, choices: Mapping[int, Choice]) -> Steps:
+def build_steps(
+    plan: Plan,
+    graph: Graph,
+    choices: Mapping[int, Choice],
+    packed: dict[tuple[str, Choice], Any] | None = None,
+) -> Steps:
     """Fill the step tables.
 
     Parameters
@@ -358,9 +377,11 @@ def build_steps(plan: Plan, graph: Graph, choices: Mapping[int, Choice]) -> Step
         Lowered; the same structure as the plan's, perhaps with other weights.
     choices : mapping
         Kernel per operation index, for convolutions and linear layers.
+    packed : dict, optional
+        Keeps packed weights between calls with the same graph, by output and choice.
     """
     memory = Memory()
-    builder = _StepBuilder(plan, graph, memory)
+    builder = _StepBuilder(plan, graph, memory, {} if packed is None else packed)
     rows, per_image, fixed, labels = [], [], [], []
     for index in plan.native:
         row = builder.step(graph.operations[index], choices.get(index, Choice(True)))

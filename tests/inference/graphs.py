@@ -1,0 +1,67 @@
+"""Small graphs built by hand, so that a kernel can be tested thousands of times without tracing a module each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.module import Mode, SparseModule
+
+
+def conv_graph(
+    shape: tuple[int, ...],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    residual: bool = False,
+    **attributes: Any,
+) -> Graph:
+    """One convolution, with an optional residual input."""
+    groups = attributes["groups"]
+    reference = torch.nn.functional.conv2d(
+        torch.zeros(shape),
+        weight,
+        bias,
+        attributes["stride"],
+        attributes["padding"],
+        attributes["dilation"],
+        groups,
+    )
+    out = tuple(reference.shape)
+    inputs = ["x", "other"] if residual else ["x"]
+    constants = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    operation = Operation(
+        "conv",
+        "y",
+        inputs,
+        "conv",
+        torch.ops.aten.conv2d.default,
+        (Ref("x"), Ref("weight")),
+        attributes=attributes,
+        weight="weight",
+        bias=None if bias is None else "bias",
+    )
+    shapes = {"x": shape, "other": out, "y": out}
+    return Graph(
+        [operation],
+        inputs,
+        [Ref("y")],
+        shapes,
+        dict.fromkeys([*shapes, *constants], torch.float32),
+        constants,
+        {},
+        lambda values: values[0],
+    )
+
+
+def run(graph: Graph, *inputs: torch.Tensor, mode: Mode, threads: int = 1) -> torch.Tensor:
+    """Compile a hand-made graph and run it."""
+    return SparseModule(graph, threads, mode)(*inputs)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """L2 norm of the difference over the norm of what was wanted."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-12))

@@ -1,0 +1,191 @@
+"""Native kernels against numpy twins and torch, over shapes, strides, paddings, dilations, groups, sparsities and instruction sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from explorer.inference import native
+from explorer.inference.kernels import conv, linear, pool
+from explorer.inference.native import host_isa
+from tests.inference.graphs import conv_graph, relative_error, run
+
+TOLERANCE = 1e-5
+ISAS = ["avx512", "avx2", "neon", "generic"]
+
+
+def runnable(isa: str) -> bool:
+    try:
+        host_isa(isa)
+    except Exception:  # noqa: BLE001 - this machine cannot run it
+        return False
+    return True
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict:
+    kernel = (draw(st.sampled_from([1, 2, 3, 5, 7])), draw(st.sampled_from([1, 3, 4, 5])))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
+    padding = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    smallest = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    groups = draw(st.sampled_from([1, 1, 1, 2, 4]))
+    per_group = draw(st.integers(1, 9))
+    outputs = groups * draw(st.integers(1, 11))
+    return {
+        "images": draw(st.integers(1, 3)),
+        "size": tuple(draw(st.integers(low, low + 19)) for low in smallest),
+        "channels": groups * per_group,
+        "outputs": outputs,
+        "kernel": kernel,
+        "stride": (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "sparsity": draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0])),
+        "bias": draw(st.booleans()),
+        "residual": draw(st.booleans()),
+        "mode": draw(st.sampled_from(["dense", "sparse", "auto"])),
+        "threads": draw(st.sampled_from([1, 1, 2])),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+@given(case=convolutions())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_convolution_equals_torch(case: dict) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (case["images"], case["channels"], *case["size"])
+    weight = torch.randn(
+        case["outputs"], case["channels"] // case["groups"], *case["kernel"], generator=generator
+    )
+    weight[torch.rand(weight.shape, generator=generator) < case["sparsity"]] = 0
+    bias = torch.randn(case["outputs"], generator=generator) if case["bias"] else None
+    attributes = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
+    graph = conv_graph(shape, weight, bias, residual=case["residual"], **attributes)
+    x = torch.randn(shape, generator=generator)
+    wanted = torch.nn.functional.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), *attributes.values()
+    )
+    inputs = [x]
+    if case["residual"]:
+        inputs.append(torch.randn(wanted.shape, generator=generator))
+        wanted = wanted + inputs[1]
+    got = run(graph, *inputs, mode=case["mode"], threads=case["threads"])
+    assert relative_error(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "groups"), [(3, 1, 1), (3, 2, 1), (1, 1, 1), (3, 1, 8), (3, 2, 8)]
+)
+def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
+    isa: str, mode: str, kernel: int, stride: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((2, 8, 13, 11), np.float32)
+    weight = generator.standard_normal((24, 8 // groups, kernel, kernel)).astype(np.float32)
+    weight[generator.random(weight.shape) < 0.7] = 0
+    bias = generator.standard_normal(24).astype(np.float32)
+    pad = kernel // 2
+    attributes = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (1, 1), "groups": groups}
+    graph = conv_graph(x.shape, torch.from_numpy(weight), torch.from_numpy(bias), **attributes)
+    got = run(graph, torch.from_numpy(x), mode=mode)
+    wanted = conv.reference(x, weight, bias, **attributes)
+    assert relative_error(got, torch.from_numpy(wanted)) < TOLERANCE
+
+
+def test_the_numpy_twin_of_the_convolution_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, w, b = (torch.randn(s, generator=generator) for s in ((2, 6, 9, 8), (4, 3, 3, 2), (4,)))
+    wanted = torch.nn.functional.conv2d(x, w, b, (2, 1), (1, 2), (1, 2), 2)
+    got = conv.reference(x.numpy(), w.numpy(), b.numpy(), (2, 1), (1, 2), (1, 2), 2)
+    np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize(("features", "outputs"), [(1, 1), (7, 10), (192, 10), (100, 129), (512, 1000)])
+def test_a_linear_layer_on_vectors_equals_its_numpy_twin(mode: str, features: int, outputs: int) -> None:
+    import explorer
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(features, outputs)
+    layer.weight.data[torch.rand_like(layer.weight) < 0.6] = 0
+    x = torch.randn(5, features)
+    engine = explorer.compile(layer, x, sparse=mode)
+    wanted = linear.reference(x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy())
+    assert engine.fallbacks == ()
+    assert relative_error(engine(x), torch.from_numpy(wanted)) < TOLERANCE
+
+
+@given(
+    size=st.tuples(st.integers(3, 17), st.integers(3, 17)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    shift=st.floats(-3, 3),
+)
+@settings(max_examples=25, deadline=None)
+def test_maximum_pooling_equals_its_numpy_twin_also_on_negative_values(
+    size: tuple[int, int], kernel: int, stride: int, padding: int, shift: float
+) -> None:
+    import explorer
+
+    padding = min(padding, kernel // 2)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)) + shift
+    engine = explorer.compile(torch.nn.MaxPool2d(kernel, stride, padding), x)
+    wanted = pool.reference_max(x.numpy(), (kernel, kernel), (stride, stride), (padding, padding))
+    assert engine.fallbacks == ()
+    np.testing.assert_array_equal(engine(x).numpy(), wanted)
+
+
+@pytest.mark.parametrize("count_padding", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2)])
+def test_average_pooling_equals_torch(kernel: int, stride: int, padding: int, count_padding: bool) -> None:
+    import explorer
+
+    x = torch.randn(2, 5, 13, 10, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.AvgPool2d(kernel, stride, padding, count_include_pad=count_padding)
+    engine = explorer.compile(module, x)
+    assert engine.fallbacks == ()
+    assert relative_error(engine(x), module(x)) < TOLERANCE
+
+
+def test_maximum_pooling_and_clamps_keep_nan_as_torch_does() -> None:
+    import explorer
+
+    x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 3, 3] = float("nan")
+    module = torch.nn.Sequential(torch.nn.MaxPool2d(3, 1, 1), torch.nn.ReLU6())
+    got, wanted = explorer.compile(module, x)(x), module(x)
+    assert torch.equal(torch.isnan(got), torch.isnan(wanted))
+    assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("triple", "lanes", "cpu", "features", "instruction"),
+    [
+        ("aarch64-unknown-linux-gnu", 4, "cortex-a76", "+neon", "fmla"),
+        ("x86_64-unknown-linux-gnu", 8, "haswell", "", "vfmadd"),
+    ],
+)
+def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
+    triple: str, lanes: int, cpu: str, features: str, instruction: str
+) -> None:
+    isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, features)
+    for kernel in (
+        conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False, independent=False),
+        conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False, independent=False),
+    ):
+        text = native.assembly(isa, kernel.build(isa)[0], triple)
+        fmas = [line for line in text.splitlines() if instruction in line]
+        assert len(fmas) >= kernel.tile
+        assert all((".4s" in line) if lanes == 4 else ("ymm" in line) for line in fmas)
+        # A call in the code would mean that LLVM made a library call of an FMA or of a gather.
+        assert "fmaf" not in text

@@ -1,0 +1,213 @@
+"""What the user holds: errors that help, smaller batches, new weights, threads, measurements."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import explorer
+from explorer.errors import EngineError
+from explorer.inference import compare_latency, dense_contestants, native
+from tests.inference.graphs import relative_error
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    ).eval()
+
+
+X = torch.randn(4, 2, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+def test_compiling_leaves_the_module_as_it_was() -> None:
+    network = small_network().train()
+    before = copy.deepcopy(network.state_dict())
+    explorer.compile(network, X)
+    assert network.training
+    assert all(m.training for m in network.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
+
+
+def test_outputs_are_the_callers_own() -> None:
+    engine = explorer.compile(small_network(), X)
+    first = engine(X)
+    kept = first.clone()
+    engine(X + 1)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.zeros(5, 2, 12, 12), "compiled for"),
+        (torch.zeros(4, 2, 12, 13), "compiled for"),
+        (torch.zeros(4, 2, 12), "compiled for"),
+        (torch.zeros(4, 2, 12, 12, dtype=torch.float64), "float64"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused_with_the_shape_that_does(x: torch.Tensor, words: str) -> None:
+    engine = explorer.compile(small_network(), X)
+    with pytest.raises(EngineError, match=words):
+        engine(x)
+
+
+def test_a_module_in_another_precision_is_refused() -> None:
+    with pytest.raises(EngineError, match="float32"):
+        explorer.compile(small_network().double(), X.double())
+
+
+def test_wrong_options_are_refused() -> None:
+    with pytest.raises(EngineError, match="threads"):
+        explorer.compile(small_network(), X, threads=0)
+    with pytest.raises(EngineError, match="sparse"):
+        explorer.compile(small_network(), X, sparse="maybe")  # type: ignore[arg-type]
+
+
+class Undecided(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_control_flow_on_values_is_named_as_the_reason() -> None:
+    with pytest.raises(EngineError, match=r"(?s)could not capture Undecided.*Control flow"):
+        explorer.compile(Undecided(), X)
+
+
+def test_new_weights_are_taken_over_without_capturing_again() -> None:
+    network, other = small_network(), small_network()
+    engine = explorer.compile(network, X)
+    torch.manual_seed(5)
+    for parameter in other.parameters():
+        parameter.data = torch.randn_like(parameter) * (torch.rand_like(parameter) < 0.2)
+    other[1].running_var.uniform_(0.5, 2)
+    with torch.no_grad():
+        for choose in (True, False):
+            engine.update_weights(other, choose=choose)
+            assert relative_error(engine(X), other(X)) < 1e-5
+            engine.update_weights(network, choose=choose)
+            assert relative_error(engine(X), network(X)) < 1e-5
+
+
+def test_weights_of_another_structure_are_refused() -> None:
+    engine = explorer.compile(small_network(), X)
+    wrong = small_network()
+    wrong[7] = nn.Linear(24, 11)
+    with pytest.raises(EngineError, match=r"7\.weight has shape \(11, 24\)"):
+        engine.update_weights(wrong)
+    with pytest.raises(EngineError, match="missing"):
+        engine.update_weights(nn.Linear(1, 1))
+
+
+def test_several_threads_may_call_one_engine() -> None:
+    network = small_network()
+    engine = explorer.compile(network, X, threads=2)
+    with torch.no_grad():
+        wanted = [network(X + i) for i in range(4)]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        wrong.extend(i for _ in range(50) if relative_error(engine(X + i), wanted[i]) > 1e-5)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def test_a_forgotten_engine_ends_its_helper_threads() -> None:
+    engine = explorer.compile(small_network(), X, threads=3)
+    helpers = [t for t in threading.enumerate() if t.name.startswith("explorer-helper")]
+    assert len(helpers) >= 2
+    mine = engine._runner._helpers
+    del engine
+    for helper in mine:
+        helper.join(timeout=5)
+    assert not any(helper.is_alive() for helper in mine)
+
+
+def test_the_profile_names_every_layer_and_its_sparsity() -> None:
+    network = small_network()
+    network[3].weight.data[:12] = 0
+    engine = explorer.compile(network, X)
+    rows = {row.name: row for row in engine.profile(X, repeats=5) if row.prunable}
+    assert list(rows) == ["0", "3", "7"]
+    assert rows["3"].sparsity == pytest.approx(0.5)
+    assert rows["0"].macs == 4 * 12 * 12 * 16 * 2 * 9
+    assert rows["3"].macs == 4 * 6 * 6 * 24 * 16 * 9
+    assert all(row.ms > 0 for row in rows.values())
+
+
+def test_a_benchmark_says_what_it_measured() -> None:
+    engine = explorer.compile(small_network(), X, threads=2)
+    result = engine.benchmark(X, repeats=20)
+    assert (result.threads, result.batch_size, result.repeats, result.isa) == (2, 4, 20, engine.isa)
+    assert 0 < result.min_ms <= result.latency_ms
+    assert result.spread_ms >= 0
+
+
+def test_contestants_alternate_and_the_slow_one_is_seen_to_be_slow() -> None:
+    calls: list[str] = []
+
+    def work(name: str, n: int) -> object:
+        calls.append(name)
+        return sum(range(n))
+
+    result = compare_latency(
+        {"slow": lambda: work("slow", 400_000), "quick": lambda: work("quick", 10)}, repeats=6, seconds=1
+    )
+    assert result["slow"].latency_ms > 5 * result["quick"].latency_ms
+    turns = "".join(c[0] for c in calls)
+    assert turns.count("sq") >= 5
+    assert turns.count("qs") >= 5
+
+
+def test_the_dense_contestants_compute_the_same() -> None:
+    network = small_network()
+    contestants = dense_contestants(network, X)
+    assert set(contestants) == {"torch eager", "torch channels_last", "torch jit", "engine dense"}
+    with torch.no_grad():
+        for call in contestants.values():
+            assert relative_error(call(), network(X)) < 1e-4
+
+
+def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_loaded", {})
+    network = small_network()
+    with torch.no_grad():
+        wanted = network(X)
+    assert relative_error(explorer.compile(network, X)(X), wanted) < 1e-5
+    entries = sorted((tmp_path / "kernels").glob("*.o"))
+    assert entries
+    for i, entry in enumerate(entries):
+        content = entry.read_bytes()
+        entry.write_bytes([content[:50], b"", content[:-1] + b"x"][i % 3])
+    monkeypatch.setattr(native, "_loaded", {})
+    assert relative_error(explorer.compile(network, X)(X), wanted) < 1e-5
+    assert all(len(entry.read_bytes()) > 100 for entry in entries)
+
+
+def test_the_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", "off")
+    assert native.cache_folder() is None
+
+
+def test_an_instruction_set_that_the_cpu_lacks_is_refused() -> None:
+    with pytest.raises(EngineError, match="cannot run"):
+        native.host_isa("sve2048")

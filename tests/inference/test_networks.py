@@ -1,0 +1,138 @@
+"""Whole networks: the engine's outputs are torch's, pruned and dense, at several batches and odd sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import explorer
+from explorer.masks import magnitude_mask
+from explorer.models import architectures
+from tests.inference.graphs import relative_error
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
+    "resnet18": (architectures.resnet18, (3, 67, 51), True),
+    "resnet50": (architectures.resnet50, (3, 64, 45), True),
+    "mobilenet_v2": (architectures.mobilenet_v2, (3, 65, 57), True),
+    "vgg11": (lambda: architectures.vgg11(num_classes=10), (3, 64, 64), False),
+}
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Random BatchNorm statistics: with the initial ones a wrong fold would go unseen."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return network.eval()
+
+
+def pruned(network: nn.Module, sparsity: float) -> nn.Module:
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.data *= magnitude_mask(module.weight.data, sparsity)
+    return network
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {name: randomised(build()) for name, (build, _, _) in NETWORKS.items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_equals_torch_at_any_batch(
+    networks: dict[str, nn.Module], name: str, sparsity: float
+) -> None:
+    network, (_, shape, all_native) = pruned(networks[name], sparsity), NETWORKS[name]
+    images = 16 if name == "resnet18" else 3
+    x = torch.randn(images, *shape, generator=torch.Generator().manual_seed(1))
+    engine = explorer.compile(network, x)
+    assert (engine.fallbacks == ()) == all_native
+    with torch.no_grad():
+        for n in {1, 2, images}:
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_the_demo_equals_torch_on_real_images(threads: int, sparsity: float) -> None:
+    network = pruned(explorer.load_model("demo:fashion-resnet").module, sparsity)
+    images, _ = explorer.load_data("demo:fashion").validation_tensors(64)
+    engine = explorer.compile(network, images[:16], threads=threads)
+    assert engine.fallbacks == ()
+    with torch.no_grad():
+        for start in range(0, 64, 16):
+            x = images[start : start + 16]
+            assert relative_error(engine(x), network(x)) < 1e-4
+        assert relative_error(engine(images[:1]), network(images[:1])) < 1e-4
+
+
+class Encoder(nn.Module):
+    """A small transformer classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, dropout=0.1)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_a_transformer_equals_torch_and_its_linear_layers_are_native(sparsity: float) -> None:
+    torch.manual_seed(0)
+    network = pruned(Encoder().eval(), sparsity)
+    x = torch.randn(4, 19, 12)
+    engine = explorer.compile(network, x)
+    assert not any("linear" in fallback for fallback in engine.fallbacks)
+    assert any("layer_norm" in fallback for fallback in engine.fallbacks)
+    with torch.no_grad():
+        for n in (1, 3, 4):
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-4
+
+
+class Awkward(nn.Module):
+    """In-place operators, a view that is written to, a value with three readers, several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.line = nn.Conv1d(6, 5, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        y = self.a(x)
+        z = y.relu_()
+        z += self.b(y)
+        w = z * 2
+        w[:, 0] = 1.0
+        line = self.line(z.flatten(2)).relu()
+        return {"first": (w, y + z), "line": line, "mean": z.mean((2, 3))}
+
+
+def test_in_place_writes_views_and_structured_outputs_come_out_as_in_torch() -> None:
+    torch.manual_seed(0)
+    network, x = Awkward().eval(), torch.randn(2, 2, 6, 7)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        wanted, got = network(x.clone()), engine(x.clone())
+    assert list(got) == list(wanted)
+    assert isinstance(got["first"], tuple)
+    for a, b in zip(
+        (*got["first"], got["line"], got["mean"]),
+        (*wanted["first"], wanted["line"], wanted["mean"]),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-5
