@@ -27,7 +27,7 @@ Augment = Callable[[Tensor, Generator], Tensor]
 _Part = Literal["train", "validation", "test"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class LoadedData:
     """Labelled data in three parts.
 
@@ -52,7 +52,7 @@ class LoadedData:
     test: Source | None = None
     classes: tuple[str, ...] = ()
     augment: Augment | None = None
-    _cache: dict[str, Pair] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[str, Pair] = field(default_factory=dict, repr=False)
 
     def train_tensors(self) -> Pair:
         """Return all training data as ``(inputs (N, ...) float32, labels (N,) int64)``; read once, then kept.

@@ -35,6 +35,17 @@ MAX_BYTES = 2 * 1024**3  # of inputs kept in memory
 _CONVERT = "labels must be class indices 0, 1, 2, ... as whole numbers, one a sample"
 
 
+def _tensor(value: Any, what: str) -> Any:
+    """Turn a numpy array into a tensor, whatever its byte order, strides and flags; leave anything else."""
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        native = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise DataError(f"the {what} data have an array of {value.dtype}; numbers are needed.") from error
+
+
 def as_pair(inputs: Any, labels: Any, what: str) -> Pair:
     """Convert arrays or tensors to ``(inputs float32 or int64, labels int64)`` and check them.
 
@@ -51,7 +62,7 @@ def as_pair(inputs: Any, labels: Any, what: str) -> Pair:
     -------
     tuple of Tensor
     """
-    x, y = (torch.as_tensor(value) if isinstance(value, np.ndarray) else value for value in (inputs, labels))
+    x, y = _tensor(inputs, what), _tensor(labels, what)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         wrong = x if not isinstance(x, Tensor) else y
         raise DataError(

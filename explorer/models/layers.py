@@ -162,7 +162,7 @@ def _register(module: nn.Module) -> tuple[_Scan, dict[int, list[str]]]:
         if weight is None:
             raise ModelError(
                 f"the weight of {_display(name)} is computed from other tensors (parametrisation, weight norm or similar), so zeros would "
-                "not stay. Remove it first, e.g. with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+                "not stay. Remove it first, e.g. with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove (layer, 'weight')."
             )
         if weight.dtype != torch.float32:
             raise ModelError(

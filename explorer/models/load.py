@@ -14,7 +14,7 @@ from explorer.models.layers import PrunableLayer, scan, warn_not_executed
 __all__ = ["LoadedModel", "load_model"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class LoadedModel:
     """A network that is ready to be studied.
 

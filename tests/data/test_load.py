@@ -46,6 +46,7 @@ def doubled(samples):
         (X, Y),
         (X.numpy(), Y.numpy()),
         (X.double(), Y.int()),
+        (X.numpy().astype(">f4")[::-1][::-1], np.broadcast_to(Y.numpy().astype(np.uint8), (200,))),
         (X, Y[:, None]),
         TensorDataset(X, Y),
         Samples(),
@@ -197,6 +198,7 @@ def test_test_data_that_are_not_there_are_not_made_up():
         (((X, Y - 1), (X, Y)), "a train label is -1"),
         (((X.where(X != 7, torch.inf), Y), (X, Y)), "1 of 200 train inputs hold NaN or infinite"),
         (((X, "labels"), (X, Y)), "train data have a str"),
+        (((X, np.array(["cat"] * 200)), (X, Y)), "numbers are needed"),
     ],
 )
 def test_data_that_cannot_be_loaded_are_refused_with_the_reason(arguments, message):
