@@ -14,6 +14,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,18 @@ if TYPE_CHECKING:
 _RESERVE = 0.03
 # Each round corrects the budget by what was measured; the error shrinks a lot each time, and more rounds only chase noise.
 _CHECKS = 4
+# Seconds of timing for one of these checks, and for one point of a run's latency curve.
+_CHECK_S = 0.6
+_GLANCE_S = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyBesideDense:
+    """Median and interquartile half-range of a pruned network, and the median of the dense baseline timed in turn with it, in ms."""
+
+    latency_ms: float
+    spread_ms: float
+    dense_ms: float
 
 
 class Study:
@@ -179,8 +192,8 @@ class Study:
         name = min(self._dense, key=lambda name: self._dense[name].latency_ms if self._dense else 0.0)
         return name, self._dense[name]
 
-    def latency(self, module: nn.Module) -> Benchmark:
-        """Measure a network that differs from the model in its weights only, on the sparse engine.
+    def latency(self, module: nn.Module) -> LatencyBesideDense:
+        """Measure a network that differs from the model in its weights only, on the sparse engine, in turn with the dense baseline.
 
         Parameters
         ----------
@@ -192,40 +205,37 @@ class Study:
         EngineError
             If the engine cannot capture the network.
         """
-        with self._engine_lock:
-            engine = self._packed(module)
-            return engine.benchmark(self.example_input)
+        pruned, dense = self._beside_dense(module, seconds=_GLANCE_S)
+        return LatencyBesideDense(pruned.latency_ms, pruned.spread_ms, dense.latency_ms)
 
-    def speedup_of(self, distribution: Mapping[str, float]) -> float:
-        """Measure what a distribution is worth before any training: prune a copy by magnitude and time it beside the dense network.
+    def _beside_dense(self, module: nn.Module, seconds: float) -> tuple[Benchmark, Benchmark]:
+        """Time `module` on the sparse engine and the dense baseline in turn: what slows one down slows the other."""
+        from explorer.inference import EngineCall, compare_latency
+
+        self.dense_latency()
+        assert self.dense_baseline is not None
+        with self._engine_lock:
+            calls: dict[str, Callable[[], object]] = {
+                "pruned": EngineCall(self._packed(module), self.example_input),
+                "dense": self._dense_calls()[self.dense_baseline[0]],
+            }
+            timed = compare_latency(calls, threads=self.threads, batch_size=self.batch_size, seconds=seconds)
+        return timed["pruned"], timed["dense"]
+
+    def _reached(self, distribution: Mapping[str, float]) -> float:
+        """Return the speed-up of a copy that is pruned by magnitude, before any training.
 
         Training moves zeros about but keeps their number in each layer, on which the time depends.
-
-        Returns
-        -------
-        float
-            Latency of the fastest dense contestant over that of the pruned copy, timed in turn.
         """
-        from explorer.inference import compare_latency
-
         pruned = copy.deepcopy(self.model.module)
         with torch.no_grad():
             for name, sparsity in distribution.items():
                 weight = pruned.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
-        self.dense_latency()
-        assert self.dense_baseline is not None
-        baseline = self.dense_baseline[0]
-        x = self.example_input
-        with self._engine_lock:
-            engine = self._packed(pruned)
-            calls: dict[str, Callable[[], object]] = {
-                "dense": self._dense_calls()[baseline],
-                "pruned": lambda: engine(x),
-            }
-            timed = compare_latency(calls, threads=self.threads, batch_size=self.batch_size, seconds=1.0)
-        return timed["dense"].latency_ms / timed["pruned"].latency_ms
+        fast, dense = self._beside_dense(pruned, seconds=_CHECK_S)
+        # The fastest turns, not the medians: this decides, and noise only ever adds.
+        return dense.min_ms / fast.min_ms
 
     def final_latency(self, result: RunResult) -> FinalLatency:
         """Time a result and every dense contestant in turn, in one run; measured once for a result.
@@ -386,7 +396,8 @@ class Study:
     def _take(self, points: list[SensitivityPoint], n_images: int) -> None:
         names = [layer.name for layer in self.model.layers]
         old = self._table or SensitivityTable.from_points([], layers=names)
-        self._table = old.with_points(points).with_metadata(n_images=n_images, **self._facts())
+        self._table = old.with_points(points)
+        self._table = self._table.with_metadata(n_images=n_images, **self._facts())
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -396,7 +407,11 @@ class Study:
         }
         if self.dense_baseline is not None:
             name, timed = self.dense_baseline
-            facts |= {"baseline": name, "baseline_latency_ms": timed.latency_ms}
+            # The table and the dense contestants were timed minutes apart, and machines change their speed. The engine's dense run
+            # is in both: the baseline is counted in its units, so that predicted speed-ups are ratios of one moment.
+            whole = self._table.baseline("latency_ms") if self._table is not None else None
+            drift = whole / self.dense_latency()["engine dense"].latency_ms if whole else 1.0
+            facts |= {"baseline": name, "baseline_latency_ms": timed.latency_ms * drift}
         return facts
 
     # Distributions
@@ -474,7 +489,7 @@ class Study:
         least, most = wanted * (1.0 + _RESERVE), wanted * (1.0 + 3.0 * _RESERVE)
         tried: list[tuple[float, SparsityDistribution]] = []
         for _ in range(_CHECKS):
-            reached = self.speedup_of(found)
+            reached = self._reached(found)
             tried.append((reached, found))
             if least <= reached <= most:
                 break
@@ -553,16 +568,11 @@ class Study:
             If the run cannot start.
         """
         data = self._need_data()
-        dense_ms = None
-        if latency:
-            self.dense_latency()
-            dense_ms = self.dense_baseline[1].latency_ms if self.dense_baseline else None
         return PruningRun(
             self.model,
             data,
             distribution,
             measure_latency=self.latency if latency else None,
-            dense_ms=dense_ms,
             method=method,
             epochs=epochs,
             **options,

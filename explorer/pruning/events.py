@@ -45,8 +45,8 @@ class EvalEvent:
 class LatencyEvent:
     """The pruned network was timed after `step` steps, while no training step ran.
 
-    `latency_ms` is a median and `spread_ms` its interquartile half-range. `dense_ms` is the fastest dense network, measured once
-    before the run on the same threads and batch; `speedup` is `dense_ms / latency_ms`.
+    `latency_ms` is a median and `spread_ms` its interquartile half-range. `dense_ms` is the median of the fastest dense network,
+    timed in turn with it on the same threads and batch; `speedup` is `dense_ms / latency_ms`.
     """
 
     step: int

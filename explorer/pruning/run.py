@@ -41,13 +41,19 @@ _N_VALIDATION = 2000
 
 
 class TimedLatency(Protocol):
-    """What a latency measurement must say: median and interquartile half-range, in milliseconds."""
+    """What a latency measurement must say, in milliseconds.
+
+    Median and interquartile half-range of the pruned network, and the median of the fastest dense one beside it.
+    """
 
     @property
     def latency_ms(self) -> float: ...
 
     @property
     def spread_ms(self) -> float: ...
+
+    @property
+    def dense_ms(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,8 @@ class PruningRun:
     settings : RunSettings, optional
         How to prune and train; the defaults are those of `RunSettings`.
     measure_latency : callable, optional
-        Takes the network in evaluation mode and returns its median latency and spread; called at each evaluation, while nothing
-        trains.
-    dense_ms : float, optional
-        Median latency of the dense network that speed-ups refer to; without it the latency before the first step is taken.
+        Takes the network in evaluation mode and returns its latency, with the dense one beside it; called at each evaluation,
+        while nothing trains.
     **options
         Single fields of `RunSettings`, for instance `epochs=3, seed=1`.
 
@@ -112,7 +116,6 @@ class PruningRun:
         *,
         settings: RunSettings | None = None,
         measure_latency: Callable[[nn.Module], TimedLatency] | None = None,
-        dense_ms: float | None = None,
         **options: Any,
     ) -> None:
         chosen = _with_options(settings or RunSettings(), options)
@@ -158,7 +161,6 @@ class PruningRun:
         self._random_state = torch.Generator().manual_seed(self.settings.seed).get_state()
 
         self._measure_latency = measure_latency
-        self._dense_ms = dense_ms
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._go_on = threading.Event()
@@ -323,10 +325,9 @@ class PruningRun:
         if self._measure_latency is not None:
             started = time.perf_counter()
             timed = self._measure_latency(self._module.eval())
-            self._dense_ms = self._dense_ms or timed.latency_ms
-            speedup = self._dense_ms / timed.latency_ms
             self._eval_seconds += time.perf_counter() - started
-            yield LatencyEvent(self._step, timed.latency_ms, timed.spread_ms, self._dense_ms, speedup)
+            speedup = timed.dense_ms / timed.latency_ms
+            yield LatencyEvent(self._step, timed.latency_ms, timed.spread_ms, timed.dense_ms, speedup)
         self._n_measured += 1
 
     def _final_result(self) -> RunResult:

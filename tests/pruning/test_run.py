@@ -330,6 +330,7 @@ def test_events_come_in_order_and_latency_is_measured_while_nothing_trains(
     class Timed:
         latency_ms: float
         spread_ms: float
+        dense_ms: float
 
     seen: list[float] = []
 
@@ -338,9 +339,9 @@ def test_events_come_in_order_and_latency_is_measured_while_nothing_trains(
         weight = module.get_submodule("conv2").weight
         assert isinstance(weight, Tensor)
         seen.append(float((weight == 0).float().mean()))
-        return Timed(2.0 - seen[-1], 0.1)
+        return Timed(2.0 - seen[-1], 0.1, 3.0)
 
-    run = a_run(tiny_model, tiny_data, measure_latency=measure, dense_ms=3.0, evaluate_every=16)
+    run = a_run(tiny_model, tiny_data, measure_latency=measure, evaluate_every=16)
     events = list(run)
     evaluations = [event for event in events if isinstance(event, EvalEvent)]
     latencies = [event for event in events if isinstance(event, LatencyEvent)]
@@ -356,21 +357,6 @@ def test_events_come_in_order_and_latency_is_measured_while_nothing_trains(
     for earlier, later in itertools.pairwise(steps_of(events)):
         assert later.step == earlier.step + 1
     assert steps_of(events)[-1].seconds_left >= 0.0
-
-
-def test_without_a_dense_figure_speedups_refer_to_the_network_as_it_came(
-    tiny_model: LoadedModel, tiny_data: LoadedData
-) -> None:
-    @dataclass
-    class Timed:
-        latency_ms: float
-        spread_ms: float = 0.0
-
-    times = iter([4.0, 2.0, 1.0])
-    run = a_run(
-        tiny_model, tiny_data, measure_latency=lambda _: Timed(next(times)), epochs=2, evaluate_every=8
-    )
-    assert [event.speedup for event in run if isinstance(event, LatencyEvent)] == [1.0, 2.0, 4.0]
 
 
 def test_batch_norm_statistics_follow_the_pruned_network(
