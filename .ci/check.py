@@ -12,8 +12,8 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 CHECKS: dict[str, list[str]] = {
-    "lint (ruff check)": ["ruff", "check", "--quiet", "."],
-    "format (ruff format)": ["ruff", "format", "--check", "--quiet", "."],
+    "lint (ruff check)": ["ruff", "check", "--output-format", "concise", "."],
+    "format (ruff format)": ["ruff", "format", "--check", "--output-format", "concise", "."],
     "types (mypy)": ["mypy", "--no-error-summary"],
     "spelling (codespell)": ["codespell"],
     "notebooks hold no outputs (nbstripout)": ["nbstripout", "--verify", "--keep-id", *NOTEBOOKS],
