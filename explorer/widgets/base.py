@@ -36,11 +36,14 @@ class StateView(anywidget.AnyWidget):
     watches: ClassVar[tuple[str, ...]] = ()
     gestures: ClassVar[Mapping[str, Callable[[ExplorerState, Mapping[str, Any]], None]]] = {}
 
+    _watching = False
+
     def __init__(self, state: ExplorerState) -> None:
         super().__init__()
         self.state = state
         self.refresh()
         state.observe(self._on_change, names=list(self.watches))
+        self._watching = True
         self.on_msg(self._on_message)
 
     def refresh(self) -> None:
@@ -52,8 +55,10 @@ class StateView(anywidget.AnyWidget):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Close the widget and stop watching the state."""
-        self.state.unobserve(self._on_change, names=list(self.watches))
+        """Close the widget and stop watching the state; a widget may be closed again when it is collected."""
+        if self._watching:
+            self._watching = False
+            self.state.unobserve(self._on_change, names=list(self.watches))
         super().close()
 
     def _on_change(self, _change: object) -> None:

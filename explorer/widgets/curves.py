@@ -40,7 +40,7 @@ class Curves:
             A layer counts as faster when it takes less than ``1 - tolerance`` of its dense time; timing noise is no gain.
         """
         curve = self.of("latency_ms", layer)
-        if len(curve) < 2 or curve[0][0] > 0:  # noqa: PLR2004 - two points make a line
+        if len(curve) < 2 or curve[0][0] > 0:
             return None
         bound = curve[0][1] * (1 - tolerance)
         slow = [i for i, (_, ms) in enumerate(curve) if ms >= bound]
@@ -54,7 +54,10 @@ class Curves:
         """Return plain lists for the page: per kind, per layer of `layers`, `[sparsities, values]`."""
         names = list(layers)
         return {
-            kind: [[[s for s, _ in self.of(kind, name)], [_short(v) for _, v in self.of(kind, name)]] for name in names]
+            kind: [
+                [[s for s, _ in self.of(kind, name)], [_short(v) for _, v in self.of(kind, name)]]
+                for name in names
+            ]
             for kind in KINDS
             if kind in self.series
         }
@@ -88,7 +91,8 @@ class CurveBuilder:
         return Curves(
             {
                 kind: {
-                    layer: tuple((s, value) for s, (_, value) in sorted(levels.items())) for layer, levels in layers.items()
+                    layer: tuple((s, value) for s, (_, value) in sorted(levels.items()))
+                    for layer, levels in layers.items()
                 }
                 for kind, layers in self._values.items()
             }

@@ -21,7 +21,9 @@ ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
 def _by_layer(state: ExplorerState, values: Any) -> Mapping[str, float]:
     """Return what the page sent as sparsities by layer."""
     if not isinstance(values, list) or len(values) != len(state.layers):
-        raise DistributionError(f"The page sent {values!r}; it is to send one sparsity for each of {len(state.layers)} layers.")
+        raise DistributionError(
+            f"The page sent {values!r}; it is to send one sparsity for each of {len(state.layers)} layers."
+        )
     return {layer.name: float(value) for layer, value in zip(state.layers, values, strict=True)}
 
 

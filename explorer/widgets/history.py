@@ -18,7 +18,8 @@ class History(Generic[T]):
     Examples
     --------
     >>> history = History()
-    >>> history.record("a"); history.record("b")
+    >>> history.record("a")
+    ... history.record("b")
     >>> history.undo(), history.can_undo, history.redo()
     ('a', False, 'b')
     """

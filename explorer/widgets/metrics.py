@@ -38,8 +38,19 @@ def tiles(state: ExplorerState) -> list[dict[str, Any]]:
     live = "live" if run is not None and run.active else ""
     return [
         {"tone": live, **tile}
-        for tile in (_sparsity(state, run), _latency(state, run), _speedup(state, run), _accuracy(state, run), _size(state, run))
+        for tile in (
+            _sparsity(state, run),
+            _latency(state, run),
+            _speedup(state, run),
+            _accuracy(state, run),
+            _size(state, run),
+        )
     ]
+
+
+def is_noisy(latency_ms: float, spread_ms: float) -> bool:
+    """Return whether the interquartile half-range is more than a twentieth of the median: the machine was not quiet."""
+    return spread_ms > latency_ms / 20
 
 
 def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
@@ -55,7 +66,11 @@ def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     asked = sum(layer.n_params * state.distribution[layer.name] for layer in state.layers) / max(1, n_params)
     if run is None:
         kept = _count(n_params * (1 - asked))
-        return tile | {"value": f"{100 * asked:.1f}", "note": "asked for", "more": f"{kept} of {_count(n_params)} weights stay"}
+        return tile | {
+            "value": f"{100 * asked:.1f}",
+            "note": "asked for",
+            "more": f"{kept} of {_count(n_params)} weights stay",
+        }
     achieved = run.result.sparsity if run.result is not None else run.sparsity
     return tile | {
         "value": f"{100 * achieved:.1f}",
@@ -65,7 +80,12 @@ def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
 
 
 def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
-    tile = {"key": "latency", "label": "Latency", "unit": "ms", "help": "Median time of one batch on the sparse engine, on this machine."}
+    tile = {
+        "key": "latency",
+        "label": "Latency",
+        "unit": "ms",
+        "help": "Median time of one batch on the sparse engine, on this machine.",
+    }
     prediction = state.prediction
     predicted = f"{_ms(prediction.latency_ms)} ms" if prediction is not None else ""
     dense = f"dense {_ms(state.dense.latency_ms)} ms" if state.dense is not None else ""
@@ -78,8 +98,8 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
             "label": "Latency, measured",
             "value": _ms(value),
             "unit": f"ms ± {_digits(spread)}",
-            "note": f"predicted {predicted}" if predicted else "",
-            "more": dense,
+            "note": f"predicted {predicted}; {dense}" if predicted else dense,
+            "more": "the machine is busy: timing is noisy" if is_noisy(value, spread) else "",
         }
     if prediction is None:
         return _nothing(tile, "predicted once it is measured", dense)
@@ -107,20 +127,45 @@ def _speedup(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         predicted = f"predicted {state.prediction.speedup:.2f} ×" if state.prediction is not None else ""
         if run.dense is not None and run.dense[0]:
             against = f"against {run.dense[0]}"
-        return tile | {"label": "Speed-up, measured", "value": f"{run.speedup:.2f}", "note": against, "more": predicted}
+        return tile | {
+            "label": "Speed-up, measured",
+            "value": f"{run.speedup:.2f}",
+            "note": against,
+            "more": predicted,
+        }
     if state.prediction is None:
         return _nothing(tile, "predicted once it is measured", against)
-    return tile | {"label": "Speed-up, predicted", "value": f"{state.prediction.speedup:.2f}", "note": against, "more": reach}
+    return tile | {
+        "label": "Speed-up, predicted",
+        "value": f"{state.prediction.speedup:.2f}",
+        "note": against,
+        "more": reach,
+    }
 
 
 def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
-    tile = {"key": "accuracy", "label": "Accuracy", "unit": "%", "help": "Share of images that the network gets right."}
+    tile = {
+        "key": "accuracy",
+        "label": "Accuracy",
+        "unit": "%",
+        "help": "Share of images that the network gets right.",
+    }
     if run is not None and run.accuracy is not None and not math.isnan(run.accuracy):
         dense = f"dense {_percent(run.dense_accuracy)}" if run.dense_accuracy is not None else ""
         if run.result is None:
-            return tile | {"label": "Accuracy, live", "value": f"{100 * run.accuracy:.1f}", "note": dense, "more": "on validation images"}
+            return tile | {
+                "label": "Accuracy, live",
+                "value": f"{100 * run.accuracy:.1f}",
+                "note": dense,
+                "more": "on validation images",
+            }
         where = f"on {run.result.n_evaluated:,} {run.result.measured_on} images"
-        return tile | {"label": "Accuracy, after the run", "value": f"{100 * run.accuracy:.1f}", "note": dense, "more": where}
+        return tile | {
+            "label": "Accuracy, after the run",
+            "value": f"{100 * run.accuracy:.1f}",
+            "note": dense,
+            "more": where,
+        }
     accuracy = getattr(state.prediction, "accuracy", None)
     if accuracy is None or math.isnan(accuracy):
         return _nothing(tile, "estimated once it is measured")
@@ -136,7 +181,7 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
 def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "size",
-        "label": "File, compressed",
+        "label": "File, zeros left out",
         "unit": "MB",
         "help": "Prunable weights stored sparse: the values that stay and where they are.",
     }
@@ -148,7 +193,11 @@ def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         dense, size = run.sizes
     if size is None:
         return _nothing(tile, "predicted once it is measured", f"dense {_megabytes(dense)} MB")
-    return tile | {"value": _megabytes(size), "note": f"dense {_megabytes(dense)} MB", "more": f"{dense / size:.1f} × smaller"}
+    return tile | {
+        "value": _megabytes(size),
+        "note": f"dense {_megabytes(dense)} MB",
+        "more": f"{dense / size:.1f} × smaller",
+    }
 
 
 def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, Any]:
@@ -157,9 +206,9 @@ def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, 
 
 def _ms(value: float) -> str:
     """Return milliseconds with three significant digits, and nothing below a tenth of a microsecond: more is noise."""
-    if value < 0.1:  # noqa: PLR2004
+    if value < 0.1:
         return f"{value:.4f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")  # noqa: PLR2004
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _digits(value: float) -> str:

@@ -41,7 +41,11 @@ class Notice(StateView):
     def _text(self) -> str:
         state, job = self.state, self.state.job
         if job.kind == "prune" and state.run is not None and state.run.phase:
-            words = {"stabilise": "training before the first weight goes", "prune": "removing weights", "fine-tune": "fine-tuning"}
+            words = {
+                "stabilise": "training before the first weight goes",
+                "prune": "removing weights",
+                "fine-tune": "fine-tuning",
+            }
             text = f"{job.text}: {words.get(state.run.phase, state.run.phase)}"
             return f"{text}, paused" if job.paused else text
         if job.busy:
@@ -50,7 +54,9 @@ class Notice(StateView):
             return "No model on the page."
         if state.run is not None and state.run.result is not None:
             how = "stopped early" if state.run.status == "stopped" else "finished"
-            return f"Run {state.run.number} {how}. Download the result, or shape the bars and start another run."
+            return (
+                f"Run {state.run.number} {how}. Download the result, or shape the bars and start another run."
+            )
         if not state.measured:
             return "Next: measure how each layer reacts to pruning."
         return "Next: drag the bars or solve for a speed-up, then start pruning."
@@ -60,4 +66,4 @@ def _left(seconds: float | None) -> str:
     if seconds is None:
         return ""
     whole = max(0, round(seconds))
-    return f"{whole} s left" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min left"  # noqa: PLR2004 - a minute
+    return f"{whole} s left" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min left"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
+from explorer.widgets.metrics import is_noisy
+
+if TYPE_CHECKING:
+    from explorer.widgets.runs import RunRecord
 
 
 class ResultPanel(StateView):
@@ -39,7 +43,14 @@ class ResultPanel(StateView):
     def make_view(self) -> dict[str, Any]:
         """Return the table of the latest result."""
         state, run = self.state, self.state.run
-        base = {"downloadable": False, "packing": state.job.kind == "pack", "title": "", "columns": [], "rows": [], "layers": []}
+        base = {
+            "downloadable": False,
+            "packing": state.job.kind == "pack",
+            "title": "",
+            "columns": [],
+            "rows": [],
+            "layers": [],
+        }
         if run is None or run.result is None:
             return base
         result = run.result
@@ -47,23 +58,60 @@ class ResultPanel(StateView):
         dense = run.dense
         stopped = ", stopped early" if run.status == "stopped" else ""
         rows = [
-            ["Accuracy", f"{100 * result.dense_accuracy:.2f} %", f"{100 * result.accuracy:.2f} %", f"{100 * (result.accuracy - result.dense_accuracy):+.2f} points"],
+            [
+                "Accuracy",
+                f"{100 * result.dense_accuracy:.2f} %",
+                f"{100 * result.accuracy:.2f} %",
+                f"{100 * (result.accuracy - result.dense_accuracy):+.2f} points",
+            ],
             ["Sparsity", "0 %", f"{100 * result.sparsity:.2f} %", f"asked {100 * run.asked:.2f} %"],
         ]
         if latency is not None and dense is not None:
             value, spread = latency
-            rows.append(["Latency", f"{dense[1]:.3f} ms", f"{value:.3f} ± {spread:.3f} ms", f"{dense[1] / value:.2f} × faster"])
+            rows.append(
+                [
+                    "Latency",
+                    f"{dense[1]:.3f} ms",
+                    f"{value:.3f} ± {spread:.3f} ms",
+                    f"{dense[1] / value:.2f} × faster"
+                    if value <= dense[1]
+                    else f"{value / dense[1]:.2f} × slower",
+                ]
+            )
         if run.sizes is not None:
             before, after = run.sizes
-            rows.append(["Weights, zeros left out", f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB", f"{before / after:.1f} × smaller"])
+            rows.append(
+                [
+                    "Weights, zeros left out",
+                    f"{before / 1e6:.2f} MB",
+                    f"{after / 1e6:.2f} MB",
+                    f"{before / after:.1f} × smaller",
+                ]
+            )
         return base | {
             "downloadable": not state.job.busy,
-            "note": f"Dense is the fastest of those tried: {dense[0]}." if dense is not None and dense[0] else "",
+            "note": self._note(run),
             "title": f"run {run.number}{stopped}, {result.n_evaluated:,} {result.measured_on} images",
             "columns": ["", "Dense", "Pruned", "Change"],
             "rows": rows,
             "layers": [
-                [name or "model", f"{100 * run.distribution[name]:.2f} %", f"{100 * zeros / elements:.2f} %", f"{zeros:,} of {elements:,}"]
+                [
+                    name or "model",
+                    f"{100 * run.distribution[name]:.2f} %",
+                    f"{100 * zeros / elements:.2f} %",
+                    f"{zeros:,} of {elements:,}",
+                ]
                 for name, (zeros, elements) in result.achieved.items()
             ],
         }
+
+    def _note(self, run: RunRecord) -> str:
+        """Say what dense means, and whether the machine was too busy for the times to mean much."""
+        parts = []
+        if run.dense is not None and run.dense[0]:
+            parts.append(f"Dense is the fastest of those tried: {run.dense[0]}.")
+        if run.latency is not None and is_noisy(*run.latency):
+            parts.append(
+                "The machine was busy while it was timed: half of the times lie further apart than a tenth of the median."
+            )
+        return " ".join(parts)

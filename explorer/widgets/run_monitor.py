@@ -48,7 +48,9 @@ class RunMonitor(StateView):
             "title": self._title(),
             "hint": self._hint(),
             "startable": state.study is not None and not state.job.busy,
-            "why": f"{state.job.text} is going on" if state.job.busy else "Train the model while its weights are removed step by step",
+            "why": f"{state.job.text} is going on"
+            if state.job.busy
+            else "Train the model while its weights are removed step by step",
             "paused": state.job.paused,
             "options": {"epochs": options.epochs},
             "plan": {"stabilise": options.stabilise, "ramp": options.ramp, "final": asked},
@@ -70,7 +72,9 @@ class RunMonitor(StateView):
             "asked": run.asked,
             "evaluations": [list(pair) for pair in run.evaluations],
             "latencies": [[step, ms] for step, ms, _ in run.latencies],
-            "dense_accuracy": run.evaluations[0][1] if run.evaluations and run.evaluations[0][0] == 0 else None,
+            "dense_accuracy": run.evaluations[0][1]
+            if run.evaluations and run.evaluations[0][0] == 0
+            else None,
             "dense_ms": run.dense_ms,
             "predicted_ms": run.predicted_ms,
         }
@@ -87,7 +91,11 @@ class RunMonitor(StateView):
             return "gradual magnitude pruning"
         if not run.active:
             return f"run {run.number}, {run.status}"
-        return f"run {run.number}, step {run.step} of {run.total_steps}" if run.total_steps else f"run {run.number}, preparing"
+        return (
+            f"run {run.number}, step {run.step} of {run.total_steps}"
+            if run.total_steps
+            else f"run {run.number}, preparing"
+        )
 
     def _hint(self) -> str:
         run = self.state.run

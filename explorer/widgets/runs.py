@@ -133,17 +133,23 @@ class RunRecorder:
                 phases=_extend(old.phases, event.phase, event.step),
             )
         elif kind == "EvalEvent":
-            self.record = dataclasses.replace(old, evaluations=(*old.evaluations, (event.step, event.accuracy)))
+            self.record = dataclasses.replace(
+                old, evaluations=(*old.evaluations, (event.step, event.accuracy))
+            )
         elif kind == "LatencyEvent":
             measured = (event.step, event.latency_ms, event.spread_ms)
-            self.record = dataclasses.replace(old, latencies=(*old.latencies, measured), dense_ms=event.dense_ms)
+            self.record = dataclasses.replace(
+                old, latencies=(*old.latencies, measured), dense_ms=event.dense_ms
+            )
         elif kind == "DoneEvent":
             status: RunStatus = "stopped" if event.result.stopped else "done"
             self.record = dataclasses.replace(old, status=status, result=event.result, seconds_left=0.0)
         return self.record
 
 
-def _extend(phases: tuple[tuple[str, int, int], ...], phase: str, step: int) -> tuple[tuple[str, int, int], ...]:
+def _extend(
+    phases: tuple[tuple[str, int, int], ...], phase: str, step: int
+) -> tuple[tuple[str, int, int], ...]:
     """Return `phases` (name, first step, last step) with `step` added to the last, or a new phase begun."""
     if phases and phases[-1][0] == phase:
         return (*phases[:-1], (phase, phases[-1][1], step))

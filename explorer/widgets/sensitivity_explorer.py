@@ -44,12 +44,18 @@ class SensitivityExplorer(ipywidgets.VBox):
     Examples
     --------
     >>> import explorer
-    >>> study = explorer.Study(explorer.load_model("demo:fashion-resnet"), explorer.load_data("demo:fashion"))  # doctest: +SKIP
+    >>> study = explorer.Study(
+    ...     explorer.load_model("demo:fashion-resnet"), explorer.load_data("demo:fashion")
+    ... )  # doctest: +SKIP
     >>> explorer.SensitivityExplorer(study)  # doctest: +SKIP
     """
 
     def __init__(self, model: Any, data: Any = None) -> None:
-        self.state = model if isinstance(model, ExplorerState) else ExplorerState(_as_study(model, data), scheduler=kernel_scheduler())
+        self.state = (
+            model
+            if isinstance(model, ExplorerState)
+            else ExplorerState(_as_study(model, data), scheduler=kernel_scheduler())
+        )
         state = self.state
         self.header = Header(state)
         self.notice = Notice(state)

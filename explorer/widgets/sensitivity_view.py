@@ -12,6 +12,7 @@ import traitlets as t
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
+from explorer.widgets.state import DEFAULT_IMAGES
 
 
 class SensitivityView(StateView):
@@ -21,7 +22,7 @@ class SensitivityView(StateView):
     _css = assets.style("sensitivity_view")
     watches = ("study", "curves", "selected", "job", "measured", "distribution")
     gestures = {
-        "measure": lambda state, _: state.measure(),
+        "measure": lambda state, said: state.measure(int(said.get("images", DEFAULT_IMAGES))),
         "select": lambda state, said: state.select(str(said["layer"])),
     }
 
@@ -39,7 +40,9 @@ class SensitivityView(StateView):
         return {
             "layers": [layer.name for layer in state.layers],
             "selected": state.selected,
-            "sparsities": [state.distribution[layer.name] for layer in state.layers] if state.distribution is not None else [],
+            "sparsities": [state.distribution[layer.name] for layer in state.layers]
+            if state.distribution is not None
+            else [],
             "ready": state.study is not None,
             "busy": state.job.busy,
             "note": "measuring" if state.job.kind == "measure" else "",

@@ -40,8 +40,14 @@ MAX_SPARSITY = 0.99
 MAX_DOWNLOAD = 96 * 2**20
 """Largest file in bytes that is sent through the notebook's connection; a larger one is left in a folder and named."""
 
-EVALUATIONS = 12
-"""Evaluations of a run: enough to see a curve, few enough to leave the time to training."""
+MAX_EVALUATIONS = 12
+"""Most evaluations of a run: enough to see a curve, few enough to leave the time to training."""
+
+DEFAULT_IMAGES = 500
+"""Validation images behind each point of a loss curve."""
+
+CURVES_EVERY = 0.3
+"""Shortest time in seconds between two drawings of growing curves."""
 
 LOG_LINES = 200
 PATIENCE = 180.0
@@ -215,7 +221,7 @@ class ExplorerState(t.HasTraits):
         self.run = None
         self.error = ""
         self.dense = None
-        self.measured = study.table is not None
+        self.measured = builder.count("kl") > 0 and builder.count("latency_ms") > 0
         self.layers = tuple(study.layers)
         self.curves = builder.curves()
         self.selected = self.layers[0].name
@@ -244,29 +250,38 @@ class ExplorerState(t.HasTraits):
     # Sensitivity
 
     @_guarded
-    def measure(self) -> None:
-        """Measure the loss and the latency of each layer, then solve for the target."""
+    def measure(self, n_images: int = DEFAULT_IMAGES) -> None:
+        """Measure the loss on `n_images` validation images and the latency of each layer, then solve for the target."""
         study = self._need_study()
-        self.measured = False
-        self._start("measure", "Measuring how each layer reacts", self._measure, lambda _: self._measured(study))
+        if n_images < 1:
+            raise ExplorerError(f"The number of images is {n_images}; give at least 1.")
+        self._start(
+            "measure",
+            "Measuring how each layer reacts",
+            lambda stop: self._measure(study, n_images, stop),
+            lambda _: self._measured(study),
+        )
 
-    def _measure(self, stop: threading.Event) -> None:
-        study = self.study
+    def _measure(self, study: Any, n_images: int, stop: threading.Event) -> None:
         builder = CurveBuilder()
         started = self._clock()
-        seen: set[tuple[str, str, float]] = set()
-        n_layers, n_levels = len(study.layers), len(study.levels)
-        total = n_layers * n_levels * 2
-        for point in study.sensitivity_points(stop=stop):
+        shown = -math.inf
+        done = 0
+        # Loss as it is, loss with refreshed BatchNorm statistics where there are any, and latency.
+        passes = 3 if _has_batch_norm(study.model.module) else 2
+        total = len(study.layers) * len(study.levels) * passes
+        for point in study.sensitivity_points(n_images=n_images, stop=stop):
             builder.add(point)
             if point.layer and point.sparsity > 0 and point.kind in ("kl", "latency_ms"):
-                seen.add((point.kind, point.layer, point.sparsity))
-            done = len(seen)
-            left = (self._clock() - started) / done * (total - done) if done else None
-            curves = builder.curves()
-            self._publisher.post("curves", functools.partial(setattr, self, "curves", curves))
-            self._progress(done=done, total=total, seconds_left=left)
+                done += 1
+                left = (self._clock() - started) / done * max(0, total - done)
+                self._progress(done=min(done, total), total=total, seconds_left=left)
+            # The curves are the largest thing that is sent, so they grow a little less often than the bar.
+            if self._clock() - shown > CURVES_EVERY:
+                shown = self._clock()
+                self._publisher.post("curves", functools.partial(setattr, self, "curves", builder.curves()))
             self._stop_if_abandoned()
+        self._publisher.post("curves", functools.partial(setattr, self, "curves", builder.curves()))
 
     def _measured(self, study: Any) -> None:
         self._refresh_layers()
@@ -285,10 +300,12 @@ class ExplorerState(t.HasTraits):
     def edit(self, values: Mapping[str, float], *, final: bool) -> None:
         """Take sparsities by layer from the page; `final` when the gesture is over, which makes it a step of undo."""
         distribution = self._need_distribution()
-        changed = {name: value for name, value in values.items() if abs(distribution[name] - value) > 1e-9}  # noqa: PLR2004
+        changed = {name: value for name, value in values.items() if abs(distribution[name] - value) > 1e-9}
         for name, value in changed.items():
             if name in distribution.locked:
-                raise DistributionError(f"{name} is locked at {distribution[name]:.1%}; unlock it to change it.")
+                raise DistributionError(
+                    f"{name} is locked at {distribution[name]:.1%}; unlock it to change it."
+                )
             distribution = distribution.set(name, _checked_sparsity(value))
         if changed:
             self.distribution = distribution
@@ -307,6 +324,8 @@ class ExplorerState(t.HasTraits):
     def toggle_lock(self, name: str) -> None:
         """Lock a layer at its sparsity, or unlock it."""
         distribution = self._need_distribution()
+        if name not in distribution:
+            raise DistributionError(f"There is no layer {name!r}; layers are {', '.join(distribution)}.")
         locked = name in distribution.locked
         self.distribution = distribution.unlock(name) if locked else distribution.lock(name)
         self._remember()
@@ -390,7 +409,9 @@ class ExplorerState(t.HasTraits):
         def finished(last: RunRecord) -> None:
             self.run = last
             words = "stopped" if last.status == "stopped" else "finished"
-            self._say(f"Run {last.number} {words}: accuracy {_percent(last.accuracy)}, sparsity {last.sparsity:.1%}.")
+            self._say(
+                f"Run {last.number} {words}: accuracy {_percent(last.accuracy)}, sparsity {last.sparsity:.1%}."
+            )
 
         self._start("prune", f"Pruning, run {number}", work, finished)
         if self.job.kind == "prune":
@@ -406,7 +427,11 @@ class ExplorerState(t.HasTraits):
             for event in run:
                 last = recorder.add(event)
                 if self.job.paused or stop.is_set():
-                    last = dataclasses.replace(last, status="stopping" if stop.is_set() else "paused") if last.active else last
+                    last = (
+                        dataclasses.replace(last, status="stopping" if stop.is_set() else "paused")
+                        if last.active
+                        else last
+                    )
                 self._publisher.post("run", functools.partial(setattr, self, "run", last))
                 self._progress(done=last.step, total=last.total_steps, seconds_left=last.seconds_left)
                 self._stop_if_abandoned()
@@ -420,8 +445,12 @@ class ExplorerState(t.HasTraits):
         finally:
             self._pruning = None
         last = recorder.record
-        self._publisher.post("job", functools.partial(self._tell, "Timing the result beside the dense network"))
-        return dataclasses.replace(last, final=study.final_latency(last.result), sizes=_sizes(study, last.result))
+        self._publisher.post(
+            "job", functools.partial(self._tell, "Timing the result beside the dense network")
+        )
+        return dataclasses.replace(
+            last, final=study.final_latency(last.result), sizes=_sizes(study, last.result)
+        )
 
     def _tell(self, text: str) -> None:
         if self.job.busy:
@@ -524,7 +553,9 @@ class ExplorerState(t.HasTraits):
             self.error = str(error)
             self._say(str(error))
             return
-        self.error = f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
+        self.error = (
+            f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
+        )
         for line in "".join(traceback.format_exception(error)).splitlines():
             self._say(line)
 
@@ -539,10 +570,16 @@ class ExplorerState(t.HasTraits):
     # Inner workings
 
     def _start(
-        self, kind: JobKind, text: str, work: Callable[[threading.Event], Any], finished: Callable[[Any], None]
+        self,
+        kind: JobKind,
+        text: str,
+        work: Callable[[threading.Event], Any],
+        finished: Callable[[Any], None],
     ) -> None:
         if self._jobs.running:
-            raise ExplorerError(f"{self.job.text or 'A job'} is still going on; stop it or let it finish first.")
+            raise ExplorerError(
+                f"{self.job.text or 'A job'} is still going on; stop it or let it finish first."
+            )
         self.error = ""
         self.job = JobStatus(kind, text)
 
@@ -654,7 +691,9 @@ def _number(value: Any, accepted: str) -> float:
 
 def _checked_sparsity(value: float) -> float:
     if not 0 <= value <= MAX_SPARSITY + 1e-9:
-        raise DistributionError(f"{value:.1%} is out of range; give a sparsity between 0 and {MAX_SPARSITY:.0%}.")
+        raise DistributionError(
+            f"{value:.1%} is out of range; give a sparsity between 0 and {MAX_SPARSITY:.0%}."
+        )
     return min(float(value), MAX_SPARSITY)
 
 
@@ -693,11 +732,17 @@ def _checked_options(given: Mapping[str, Any]) -> RunOptions:
 
 
 def _evaluate_every(study: Any, epochs: float) -> int:
-    """Return after how many steps to evaluate, so that a chart of a run has about a dozen points whatever its length."""
+    """Return after how many steps to evaluate, so that a run of a few epochs shows two points an epoch, and a long one a dozen."""
     from explorer.pruning import RunSettings
 
     steps = epochs * len(study.data.train) / RunSettings().batch_size
-    return max(5, round(steps / EVALUATIONS))
+    return max(5, round(steps / min(MAX_EVALUATIONS, max(3, 2 * epochs))))
+
+
+def _has_batch_norm(module: Any) -> bool:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def _sizes(study: Any, result: Any) -> tuple[int, int]:

@@ -12,11 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 NOTEBOOK: dict[str, Any] = {
     "cells": [],
-    "metadata": {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}},
+    "metadata": {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    },
     "nbformat": 4,
     "nbformat_minor": 5,
 }
@@ -25,7 +27,14 @@ NOTEBOOK: dict[str, Any] = {
 def write_notebook(path: Path, *sources: str) -> Path:
     """Write a notebook of code cells."""
     cells = [
-        {"cell_type": "code", "id": f"cell-{i}", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
+        {
+            "cell_type": "code",
+            "id": f"cell-{i}",
+            "execution_count": None,
+            "metadata": {},
+            "outputs": [],
+            "source": source,
+        }
         for i, source in enumerate(sources)
     ]
     path.write_text(json.dumps({**NOTEBOOK, "cells": cells}))
@@ -64,11 +73,15 @@ class VoilaServer:
         self._environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> VoilaServer:
+    def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             # A session of its own, so that the kernels can be ended together with the server.
             self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
             )
         end = time.monotonic() + 60
         while time.monotonic() < end:

@@ -54,7 +54,10 @@ class Distribution(Mapping[str, float]):
         return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Distribution) and (self._values, self.locked) == (other._values, other.locked)
+        return isinstance(other, Distribution) and (self._values, self.locked) == (
+            other._values,
+            other.locked,
+        )
 
     def __hash__(self) -> int:
         return hash((tuple(self._values.items()), self.locked))
@@ -145,7 +148,13 @@ class FakeStudy:
 
     def __post_init__(self) -> None:
         self.layers = tuple(
-            Layer(name, "linear" if name == "fc" else "conv2d", shape, math.prod(shape), math.prod(shape) * pixels)
+            Layer(
+                name,
+                "linear" if name == "fc" else "conv2d",
+                shape,
+                math.prod(shape),
+                math.prod(shape) * pixels,
+            )
             for name, shape, pixels in LAYERS
         )
 
@@ -194,7 +203,9 @@ class FakeStudy:
         from explorer.errors import InfeasibleTarget
 
         if speedup > self.feasible_speedups()[1]:
-            raise InfeasibleTarget(f"{speedup:g} × cannot be reached; the highest is {self.feasible_speedups()[1]:.2f} ×.")
+            raise InfeasibleTarget(
+                f"{speedup:g} × cannot be reached; the highest is {self.feasible_speedups()[1]:.2f} ×."
+            )
         self.calls.append(("solve", speedup, locked))
         best = self.uniform(0.0)
         for i in range(100):
@@ -223,7 +234,9 @@ class FakeStudy:
         ms = self.predict(result.asked).latency_ms
         timed = SimpleNamespace(latency_ms=self.dense_ms, spread_ms=0.02)
         return SimpleNamespace(
-            pruned=SimpleNamespace(latency_ms=ms, spread_ms=0.01), dense={"engine, dense": timed}, baseline="engine, dense"
+            pruned=SimpleNamespace(latency_ms=ms, spread_ms=0.01),
+            dense={"engine, dense": timed},
+            baseline="engine, dense",
         )
 
     def save(self, result: Any, folder: Path) -> None:
@@ -268,16 +281,28 @@ class FakeRun:
             grown = min(1.0, max(0.0, (done - 0.1) / 0.4))
             sparsity = final.sparsity * (1 - (1 - grown) ** 3)
             phase = "stabilise" if done <= 0.1 else "prune" if done <= 0.5 else "fine-tune"
-            yield StepEvent(step, self.total, phase, 0.4 + 0.3 * grown * (1 - done), 0.1 * (1 - done), sparsity, (1 - done) * 10)
+            yield StepEvent(
+                step,
+                self.total,
+                phase,
+                0.4 + 0.3 * grown * (1 - done),
+                0.1 * (1 - done),
+                sparsity,
+                (1 - done) * 10,
+            )
             if step % max(1, self.total // 12) == 0:
                 accuracy = 0.931 - 0.06 * grown * max(0.12, 1.4 - 1.4 * done)
-                scaled = {name: value * sparsity / max(1e-9, final.sparsity) for name, value in self.distribution.items()}
+                scaled = {
+                    name: value * sparsity / max(1e-9, final.sparsity)
+                    for name, value in self.distribution.items()
+                }
                 ms = study.predict(scaled).latency_ms
                 yield EvalEvent(step, accuracy, 0.3, sparsity)
                 yield LatencyEvent(step, ms, 0.02, study.dense_ms, study.dense_ms / ms)
         stopped = step < self.total or self._stop.is_set()
         achieved = {
-            layer.name: (math.ceil(layer.n_params * self.distribution[layer.name]), layer.n_params) for layer in study.layers
+            layer.name: (math.ceil(layer.n_params * self.distribution[layer.name]), layer.n_params)
+            for layer in study.layers
         }
         yield DoneEvent(
             SimpleNamespace(

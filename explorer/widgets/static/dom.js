@@ -101,17 +101,16 @@ const words = {
   },
 };
 
-/** Where a KL divergence lies on the colour ramp, 0 to 1: four decades, from 0.0001 to 1 nat. */
+/** Where a KL divergence lies on the colour ramp, 0 to 1: three decades, from 0.001 to 1 nat. */
 function tone(kl) {
-  return kl === null || kl === undefined ? null : Math.min(1, Math.max(0, (Math.log10(Math.max(kl, 1e-9)) + 4) / 4));
+  return kl === null || kl === undefined ? null : Math.min(1, Math.max(0, (Math.log10(Math.max(kl, 1e-9)) + 3) / 3));
 }
 
 /** The colour of a tone, mixed by the style sheet's own colours so that themes stay in one place. */
 function rampColour(place) {
   if (place === null) return "var(--se-edge)";
-  const [from, to, share] =
-    place < 0.5 ? ["--se-low", "--se-mid", place * 2] : ["--se-mid", "--se-high", place * 2 - 1];
-  return `color-mix(in oklab, var(${to}) ${(100 * share).toFixed(0)}%, var(${from}))`;
+  const stop = Math.min(2, Math.floor(place * 3));
+  return `color-mix(in oklab, var(--se-ramp-${stop + 1}) ${(100 * (place * 3 - stop)).toFixed(0)}%, var(--se-ramp-${stop}))`;
 }
 
 /** Value of a measured curve `[sparsities, values]` between its points; null outside. */

@@ -20,7 +20,7 @@ function render({ model, el, signal }) {
     say(left, view.left ?? "");
     say(facts, view.facts ?? "");
     const share = view.share ?? null;
-    bar.hidden = !view.busy;
+    bar.hidden = !view.busy || share === null;
     setOne(bar, "aria-valuenow", share === null ? null : Math.round(100 * share));
     bar.firstElementChild.style.width = `${100 * (share ?? 0)}%`;
     left.hidden = !view.busy;

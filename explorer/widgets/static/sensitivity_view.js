@@ -5,12 +5,15 @@ const KINDS = {
   accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
   loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
 };
+const IMAGES = [[100, "Quick: 100 images"], [500, "500 images"], [2000, "Thorough: 2,000 images"]];
 const HEIGHT = 278;
 
 function render({ model, el, signal }) {
   const root = section(el, "Sensitivity", "se-card se-sens", 2);
-  const measure = button("Measure", () => model.send({ do: "measure" }), signal, { class: "se-primary", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
+  const measure = button("Measure", () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
   let kind = "kl";
+  const images = make("select", { "aria-label": "Images to measure on", title: "Validation images behind each point: more take longer and jitter less" }, ...IMAGES.map(([count, label]) => make("option", { value: count }, label)));
+  images.value = "500";
   const seg = make("div", { class: "se-seg", role: "group", "aria-label": "Kind of loss" }, ...Object.entries(KINDS).map(([key, { label }]) =>
     button(label, () => { kind = key; update(); }, signal, { "data-kind": key })));
   const note = make("small", {});
@@ -20,7 +23,7 @@ function render({ model, el, signal }) {
   const about = make("p", {});
   const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
   const legend = make("p", { class: "se-hint se-key" });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, measure)), plots, legend, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, images, measure)), plots, legend, empty);
 
   for (const figure of [left, right]) {
     const host = figure.lastElementChild;
@@ -46,6 +49,7 @@ function render({ model, el, signal }) {
       : "There is no model yet.");
     say(measure, any ? "Measure again" : "Measure");
     setOne(measure, "class", any ? null : "se-primary");
+    images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
     say(note, view.note ?? "");
     for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
@@ -68,7 +72,7 @@ function render({ model, el, signal }) {
       colour: i === chosen ? "var(--se-accent)" : rampColour(tone(between(curves.kl?.[i], 0.9))),
       width: i === chosen ? 2.8 : 1.5,
       opacity: i === chosen ? 1 : 0.8,
-      dots: i === chosen ? 2.6 : 0,
+      dots: i === chosen ? 2.8 : curve[0].length < 5 ? 2.2 : 0,
       name: view.layers[i],
     });
     const lines = all.map(line).filter((entry) => entry.points.length);

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from explorer.widgets.publisher import DirectScheduler, LoopScheduler, Publisher
+
+
+class HeldScheduler:
+    """Keeps the calls until the test lets them go."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[float, Callable[[], None]]] = []
+
+    def __call__(self, delay: float, call: Callable[[], None]) -> None:
+        self.calls.append((delay, call))
+
+    def go(self) -> None:
+        calls, self.calls = self.calls, []
+        for _, call in calls:
+            call()
+
+
+def test_only_the_latest_news_of_a_slot_is_delivered() -> None:
+    scheduler, seen = HeldScheduler(), []
+    publisher = Publisher(scheduler, interval=0.1)
+    for i in range(1000):
+        publisher.post("a", lambda i=i: seen.append(i))
+    assert len(scheduler.calls) == 1
+    scheduler.go()
+    assert seen == [999]
+
+
+def test_slots_are_delivered_in_the_order_of_their_latest_posting() -> None:
+    scheduler, seen = HeldScheduler(), []
+    publisher = Publisher(scheduler)
+    for name in ("end", "progress", "curves", "end"):
+        publisher.post(name, lambda name=name: seen.append(name))
+    scheduler.go()
+    assert seen == ["progress", "curves", "end"]
+
+
+def test_a_second_delivery_waits_for_the_interval() -> None:
+    scheduler = HeldScheduler()
+    publisher = Publisher(scheduler, interval=60)
+    publisher.post("a", lambda: None)
+    assert scheduler.calls[0][0] <= 0
+    scheduler.go()
+    publisher.post("a", lambda: None)
+    assert 59 < scheduler.calls[0][0] <= 60
+
+
+def test_news_posted_while_delivering_are_not_lost() -> None:
+    seen: list[str] = []
+    publisher = Publisher(DirectScheduler())
+    publisher.post("a", lambda: (seen.append("a"), publisher.post("b", lambda: seen.append("b"))))
+    assert seen == ["a", "b"]
+
+
+def test_posts_of_a_worker_arrive_in_the_thread_of_the_loop_at_ten_hertz() -> None:
+    async def scenario() -> tuple[list[int], set[str]]:
+        seen: list[int] = []
+        threads: set[str] = set()
+        arrived = asyncio.Event()
+        publisher = Publisher(LoopScheduler(asyncio.get_running_loop()), interval=0.05)
+
+        def deliver(i: int) -> None:
+            seen.append(i)
+            threads.add(threading.current_thread().name)
+            if i == 4999:
+                arrived.set()
+
+        def work() -> None:
+            for i in range(5000):
+                publisher.post("a", lambda i=i: deliver(i))
+
+        worker = threading.Thread(target=work, name="worker")
+        worker.start()
+        await asyncio.wait_for(arrived.wait(), 10)
+        worker.join()
+        return seen, threads
+
+    seen, threads = asyncio.run(scenario())
+    assert seen[-1] == 4999
+    assert threads == {threading.main_thread().name}
+    assert len(seen) < 200

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import io
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from explorer.errors import DataError
+from explorer.widgets.jobs import InlineExecutor
+from explorer.widgets.publisher import DirectScheduler
+from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState, RunOptions
+from tests.widgets.fake_study import FakeStudy
+
+
+def test_a_study_on_the_page_has_layers_and_a_uniform_distribution(state: ExplorerState) -> None:
+    assert [layer.name for layer in state.layers][:2] == ["stem.conv", "block1.conv1"]
+    assert set(state.distribution.values()) == {0.0, 0.9}
+    assert state.prediction is None
+    assert state.selected == "stem.conv"
+
+
+def test_measuring_fills_the_curves_and_solves_for_the_target(state: ExplorerState, study: FakeStudy) -> None:
+    state.measure()
+    assert state.error == ""
+    assert state.measured
+    assert len(state.curves.of("kl", "fc")) == len(study.levels) + 1
+    assert state.origin == "solved"
+    assert state.prediction.speedup >= 3
+    assert state.feasible[1] == pytest.approx(study.feasible_speedups()[1])
+    assert state.dense is not None and state.dense.name == "engine, dense"
+
+
+def test_the_ghost_is_the_uniform_distribution_of_the_same_latency(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.measure()
+    assert study.predict(state.ghost).latency_ms == pytest.approx(state.prediction.latency_ms, rel=0.02)
+    assert len({value for value in state.ghost.values() if value}) == 1
+
+
+def test_a_stopped_measurement_keeps_its_points_and_solves_nothing(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.observe(lambda _: state.stop(), names=["curves"])
+    state.measure()
+    assert state.curves.of("kl", "stem.conv")
+    assert not state.measured
+    assert not study.calls
+    assert not state.job.busy
+
+
+def test_a_solved_speedup_respects_locked_layers(state: ExplorerState, study: FakeStudy) -> None:
+    state.measure()
+    state.type_sparsity("fc", "12.5")
+    state.toggle_lock("fc")
+    state.solve("2.5")
+    assert state.error == ""
+    assert study.calls[-1] == ("solve", 2.5, {"fc": 0.125})
+    assert state.distribution["fc"] == 0.125
+    assert state.distribution.locked == {"fc"}
+
+
+@pytest.mark.parametrize("typed", ["", "fast", "nan", "-2", "0.5", "1e999"])
+def test_a_target_that_is_no_speedup_is_refused_with_the_range(state: ExplorerState, typed: str) -> None:
+    state.measure()
+    before = state.distribution
+    state.solve(typed)
+    assert "between 1.0 and 9.5" in state.error
+    assert state.distribution is before
+
+
+def test_a_target_out_of_reach_says_so_and_keeps_the_bars(state: ExplorerState) -> None:
+    state.measure()
+    before = state.distribution
+    state.solve(50)
+    assert "the highest is 9.46" in state.error
+    assert state.distribution is before
+    assert not state.job.busy
+
+
+def test_solving_before_measuring_says_what_to_do(state: ExplorerState) -> None:
+    state.solve(3)
+    assert "press Measure first" in state.error
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("50", 0.5), ("87,5", 0.875), (" 12 % ", 0.12), ("0", 0.0), ("99", 0.99)]
+)
+def test_a_typed_sparsity_is_in_per_cent(state: ExplorerState, typed: str, value: float) -> None:
+    state.type_sparsity("fc", typed)
+    assert state.error == ""
+    assert state.distribution["fc"] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("typed", ["99.9", "-1", "many", "", "inf", "120"])
+def test_a_wrong_sparsity_is_refused(state: ExplorerState, typed: str) -> None:
+    state.type_sparsity("fc", typed)
+    assert "between 0 and 99" in state.error
+    assert state.distribution["fc"] == 0.0
+
+
+def test_a_locked_layer_cannot_be_dragged(state: ExplorerState) -> None:
+    state.toggle_lock("fc")
+    state.edit({"fc": 0.5}, final=True)
+    assert "unlock" in state.error
+    assert state.distribution["fc"] == 0.0
+
+
+def test_a_drag_is_one_step_of_undo(state: ExplorerState) -> None:
+    for value in (0.1, 0.2, 0.3):
+        state.edit({"fc": value}, final=False)
+    state.edit({"fc": 0.3}, final=True)
+    state.undo()
+    assert state.distribution["fc"] == 0.0
+    assert state.can_redo and not state.can_undo
+    state.redo()
+    assert state.distribution["fc"] == 0.3
+
+
+def test_uniform_keeps_locked_layers(state: ExplorerState) -> None:
+    state.edit({"block1.conv1": 0.2}, final=True)
+    state.toggle_lock("block1.conv1")
+    state.make_uniform()
+    assert state.distribution["block1.conv1"] == 0.2
+    assert state.distribution["block3.conv2"] == 0.9
+
+
+def test_a_run_ends_with_a_result_timed_beside_the_dense_network(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.measure()
+    state.set_options({"epochs": "2", "seed": "7", "learning_rate": ""})
+    state.start_run()
+    assert state.error == ""
+    assert state.run is not None and state.run.status == "done"
+    assert state.run.distribution == state.distribution
+    assert state.run.speedup == pytest.approx(study.dense_ms / study.predict(state.distribution).latency_ms)
+    assert state.run.sizes == (4000, 4 * 100 + 125)
+    options = study.calls[-1][2]
+    assert options["epochs"] == 2 and options["seed"] == 7
+    assert "learning_rate" not in options
+
+
+def test_an_option_that_is_out_of_range_is_named(state: ExplorerState) -> None:
+    for wrong in (
+        {"epochs": "none"},
+        {"epochs": "0"},
+        {"seed": "1.5"},
+        {"stabilise": "0.7", "ramp": "0.7"},
+        {"speed": "1"},
+    ):
+        state.dismiss()
+        state.set_options(wrong)
+        assert next(iter(wrong)).split("_")[0] in state.error
+        assert state.options == RunOptions()
+
+
+def test_a_run_that_diverges_keeps_what_it_had_and_says_what_to_do() -> None:
+    state = ExplorerState(FakeStudy(fail_at=15), executor=InlineExecutor())
+    state.start_run()
+    assert "lower the learning rate" in state.error
+    assert state.run is not None and state.run.status == "failed"
+    assert not state.job.busy
+
+
+class Watched:
+    """A state with a real worker, whose changes a test can wait for."""
+
+    def __init__(self, study: FakeStudy, **options: Any) -> None:
+        self.executor = ThreadPoolExecutor(1)
+        self.state = ExplorerState(
+            study, executor=self.executor, scheduler=DirectScheduler(), interval=0.0, **options
+        )
+
+    def until(self, condition: Any, *names: str) -> None:
+        reached = threading.Event()
+        look = lambda _: condition(self.state) and reached.set()  # noqa: E731
+        self.state.observe(look, names=list(names))
+        look(None)
+        assert reached.wait(20)
+        self.state.unobserve(look, names=list(names))
+
+
+def test_a_run_can_be_paused_resumed_and_stopped_with_a_usable_result() -> None:
+    watched = Watched(FakeStudy(pause_s=0.005, steps_per_epoch=1000))
+    state = watched.state
+    state.start_run()
+    watched.until(lambda s: s.run and s.run.step > 3, "run")
+    state.pause()
+    assert state.run is not None and state.run.status == "paused"
+    assert state.job.paused
+    state.resume()
+    step = state.run.step
+    watched.until(lambda s: s.run.step > step + 3, "run")
+    state.stop()
+    watched.until(lambda s: not s.job.busy, "job")
+    watched.until(lambda s: s.run.status == "stopped", "run")
+    assert state.run.result is not None
+    watched.executor.shutdown()
+
+
+def test_a_second_job_is_refused_with_the_name_of_the_first() -> None:
+    watched = Watched(FakeStudy(pause_s=0.002, steps_per_epoch=1000))
+    watched.state.start_run()
+    watched.state.measure()
+    assert "Pruning, run 1 is still going on" in watched.state.error
+    watched.state.stop()
+    watched.until(lambda s: not s.job.busy, "job")
+    watched.executor.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("leaving", "wait", "stopped"),
+    [(False, PATIENCE + 1, True), (True, GRACE + 1, True), (False, GRACE + 1, False)],
+)
+def test_a_job_that_no_page_watches_is_stopped(leaving: bool, wait: float, stopped: bool) -> None:
+    now = [0.0]
+    study = FakeStudy()
+    state = ExplorerState(study, executor=InlineExecutor(), clock=lambda: now[0])
+    state.beat()
+    state.beat(leaving=leaving)
+    now[0] = wait
+    state.start_run()
+    assert state.run is not None and state.run.status == ("stopped" if stopped else "done")
+
+
+def test_a_script_without_a_page_is_never_stopped() -> None:
+    now = [0.0]
+    state = ExplorerState(FakeStudy(), executor=InlineExecutor(), clock=lambda: now[0])
+    now[0] = 1e9
+    state.start_run()
+    assert state.run is not None and state.run.status == "done"
+
+
+def test_the_result_is_packed_as_a_zip_of_weights_recipe_and_figures(state: ExplorerState) -> None:
+    state.start_run()
+    state.pack()
+    assert state.package is not None and state.package.filename == "fashion-resnet-run1.zip"
+    with zipfile.ZipFile(io.BytesIO(state.package.content)) as archive:
+        assert archive.namelist() == ["model.safetensors", "recipe.yaml", "result.json"]
+        assert archive.testzip() is None
+    state.taken()
+    assert state.package.content == b""
+
+
+def test_packing_without_a_result_says_what_to_do(state: ExplorerState) -> None:
+    state.pack()
+    assert "no result yet" in state.error
+
+
+def test_a_result_that_is_too_large_for_the_page_stays_in_a_folder(
+    state: ExplorerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.widgets.state.MAX_DOWNLOAD", 10)
+    state.start_run()
+    state.pack()
+    assert state.package is None
+    assert "in the folder" in state.error
+
+
+def test_a_choice_that_cannot_be_loaded_leaves_the_page_alive() -> None:
+    def refuse(_choice: Choice) -> Any:
+        raise DataError("Fashion-MNIST was not found; install it or name its folder.")
+
+    state = ExplorerState(choices=[Choice("a", "b", "c")], executor=InlineExecutor(), open_study=refuse)
+    state.load(0)
+    assert "install it" in state.error
+    state.load(5)
+    assert "no choice 5" in state.error
+    assert state.study is None
+    state.measure()
+    assert "choose one first" in state.error
+
+
+def test_an_unexpected_error_is_shown_without_its_traceback_which_the_log_has(
+    state: ExplorerState, study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "sensitivity_points", lambda **_: 1 / 0)
+    state.measure()
+    assert "ZeroDivisionError" in state.error
+    assert "Traceback" not in state.error
+    assert any("Traceback" in line for line in state.log)
+    assert not state.job.busy
+
+
+def test_the_log_is_bounded(state: ExplorerState) -> None:
+    for i in range(1000):
+        state.report(DataError(f"error {i}"))
+    assert len(state.log) == 200
+    assert "error 999" in state.log[-1]

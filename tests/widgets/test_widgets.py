@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+
+from explorer.widgets import ExplorerState, SensitivityExplorer
+from explorer.widgets.equalizer import Equalizer
+from explorer.widgets.header import Header
+from explorer.widgets.metrics import tiles
+from explorer.widgets.result_panel import ResultPanel
+from explorer.widgets.run_monitor import RunMonitor
+from explorer.widgets.sensitivity_view import SensitivityView
+
+
+def press(widget: Any, gesture: str, **content: Any) -> None:
+    """Send what the page sends."""
+    widget._handle_custom_msg({"do": gesture, **content}, [])
+
+
+def tile(state: ExplorerState, key: str) -> dict[str, Any]:
+    return next(entry for entry in tiles(state) if entry["key"] == key)
+
+
+def test_dragging_in_the_page_moves_the_distribution_and_the_prediction(state: ExplorerState) -> None:
+    equalizer = Equalizer(state)
+    state.measure()
+    before = state.prediction.latency_ms
+    values = [*equalizer.values]
+    values[1] = 0.0
+    equalizer.set_state({"values": values})
+    assert state.distribution["block1.conv1"] == 0.0
+    assert state.prediction.latency_ms > before
+    assert state.origin == "mine"
+
+
+def test_a_refused_value_goes_back_to_the_page(state: ExplorerState) -> None:
+    equalizer = Equalizer(state)
+    for wrong in (2.0, -0.5):
+        values = [*equalizer.values]
+        values[0] = wrong
+        equalizer.set_state({"values": values})
+        assert "between 0 and 99" in state.error
+        assert equalizer.values[0] == 0.0
+    equalizer.set_state({"values": [0.5]})
+    assert "one sparsity for each of 10 layers" in state.error
+    assert len(equalizer.values) == 10
+
+
+def test_the_buttons_of_the_equalizer_act(state: ExplorerState) -> None:
+    equalizer = Equalizer(state)
+    state.measure()
+    press(equalizer, "solve", speedup="2")
+    assert state.target == 2
+    solved = state.distribution
+    press(equalizer, "uniform")
+    assert state.origin == "uniform"
+    press(equalizer, "undo")
+    assert state.distribution == solved
+    press(equalizer, "redo")
+    press(equalizer, "type", layer="fc", text="40")
+    assert equalizer.values[-1] == 0.4
+    press(equalizer, "lock", layer="fc")
+    assert equalizer.view["layers"][-1]["locked"]
+
+
+def test_messages_that_make_no_sense_do_no_harm(state: ExplorerState) -> None:
+    equalizer = Equalizer(state)
+    before = state.distribution
+    press(equalizer, "explode")
+    press(equalizer, "commit", values="abc")
+    press(equalizer, "commit", values=[None] * 10)
+    press(equalizer, "lock", layer="no such layer")
+    press(equalizer, "solve")
+    assert state.distribution == before
+    assert state.error
+
+
+def test_the_figures_are_predictions_before_a_run_and_measurements_after(state: ExplorerState) -> None:
+    assert tile(state, "latency")["value"] == "–"
+    state.measure()
+    assert tile(state, "latency")["label"] == "Latency, predicted"
+    assert tile(state, "speedup")["note"] == "against engine, dense"
+    state.start_run()
+    assert tile(state, "latency")["label"] == "Latency, measured"
+    assert tile(state, "speedup")["value"] == f"{state.run.speedup:.2f}"
+    assert tile(state, "accuracy")["value"] == f"{100 * state.run.result.accuracy:.1f}"
+
+
+def test_after_a_run_a_moved_bar_shows_predictions_again(state: ExplorerState) -> None:
+    state.measure()
+    state.start_run()
+    state.edit({"fc": 0.123}, final=True)
+    assert tile(state, "latency")["label"] == "Latency, predicted"
+
+
+def test_the_asked_sparsity_is_weighted_by_the_weights_of_a_layer(state: ExplorerState) -> None:
+    total = sum(layer.n_params for layer in state.layers)
+    pruned = sum(layer.n_params for layer in state.layers[1:-1])
+    assert tile(state, "sparsity")["value"] == f"{90 * pruned / total:.1f}"
+
+
+def test_steps_of_a_run_travel_as_float32_triples(state: ExplorerState) -> None:
+    monitor = RunMonitor(state)
+    state.start_run()
+    numbers = struct.unpack(f"<{len(monitor.trace) // 4}f", monitor.trace)
+    assert len(numbers) == 3 * len(state.run.steps)
+    assert numbers[-3] == state.run.total_steps
+    assert monitor.view["run"]["evaluations"][0] == [0, 0.931]
+
+
+def test_start_asks_for_the_options_of_the_page(state: ExplorerState) -> None:
+    monitor = RunMonitor(state)
+    press(monitor, "options", options={"epochs": "1"})
+    press(monitor, "start")
+    assert state.run.epochs == 1
+
+
+def test_every_view_is_plain_json_in_every_stage(state: ExplorerState) -> None:
+    page = SensitivityExplorer(state)
+    widgets = page.children[0].children
+
+    def check() -> None:
+        for widget in widgets:
+            json.dumps(widget.view, allow_nan=False)
+
+    check()
+    state.measure()
+    check()
+    state.start_run()
+    check()
+
+
+def test_a_view_is_not_sent_again_when_nothing_changed(state: ExplorerState) -> None:
+    view = SensitivityView(state)
+    sent: list[object] = []
+    view.observe(sent.append, names=["view", "curves"])
+    view.refresh()
+    assert sent == []
+
+
+def test_the_result_panel_offers_a_download_only_after_a_run(state: ExplorerState) -> None:
+    panel = ResultPanel(state)
+    assert not panel.view["downloadable"]
+    state.start_run()
+    assert panel.view["downloadable"]
+    assert panel.view["columns"] == ["", "Dense", "Pruned", "Change"]
+    press(panel, "pack")
+    assert panel.content.startswith(b"PK")
+    press(panel, "taken")
+    assert panel.content == b""
+
+
+def test_the_steps_of_the_header_follow_the_work(state: ExplorerState) -> None:
+    header = Header(state)
+    assert header.view["steps"] == ["done", "now", "later", "later", "later"]
+    state.measure()
+    assert header.view["steps"][2] == "now"
+    state.start_run()
+    assert header.view["steps"] == ["done", "done", "done", "done", "now"]
+
+
+def test_a_closed_widget_stops_watching(state: ExplorerState) -> None:
+    view = SensitivityView(state)
+    before = view.curves
+    view.close()
+    state.measure()
+    assert view.curves == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "header",
+        "notice",
+        "metrics",
+        "layer_table",
+        "sensitivity_view",
+        "equalizer",
+        "run_monitor",
+        "result_panel",
+    ],
+)
+def test_scripts_take_text_as_text_and_nothing_from_elsewhere(name: str) -> None:
+    from explorer.widgets import assets
+
+    script, sheet = assets.module(name, "chart"), assets.style(name)
+    for forbidden in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "import ",
+        "fetch(",
+        "://cdn",
+    ):
+        assert forbidden not in script, forbidden
+    assert "@import" not in sheet
+    assert "url(" not in sheet
+    # Colours live in the theme only.
+    own = sheet.split("/* Text on a line")[-1]
+    assert "#" not in "".join(
+        line for line in own.splitlines() if "{" in line and not line.startswith(("#", "body"))
+    )
