@@ -118,12 +118,12 @@ class Study:
             example = None if self.data is None else self.data.validation_tensors(1)[0]
             self.model = load_model(model, example)
         else:
-            self.model = load_model(model)
+            self.model = model if isinstance(model, LoadedModel) else load_model(model)
         if self.data is not None:
             check_compatible(self.model, self.data)
-        # What a recipe calls them; a name is what can be loaded again.
-        self.model_source = model if isinstance(model, str) else self.model.name
-        self.data_source = data if isinstance(data, str) else self.data.name if self.data else ""
+        # What a recipe calls them: what loads them again, or the bare name of what was passed as an object.
+        self.model_source = self.model.source or self.model.name
+        self.data_source = self.data.name if self.data else ""
         self._layers = self.model.layers
         self._table: SensitivityTable | None = None
         self._dense: dict[str, Benchmark] | None = None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -32,12 +33,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module = TinyNet()
 
-    def model_named(source: Any, *rest: Any) -> LoadedModel:
-        return (
-            load_model(module, torch.zeros(1, 1, 8, 8), name="tiny")
-            if source == "tiny"
-            else load_model(source, *rest)
-        )
+    def model_named(source: Any) -> LoadedModel:
+        if source != "tiny":
+            return load_model(source)
+        return dataclasses.replace(load_model(module, torch.zeros(1, 1, 8, 8), name="tiny"), source="tiny")
 
     def data_named(source: Any) -> LoadedData:
         if source != "quadrants":

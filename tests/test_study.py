@@ -300,3 +300,8 @@ def test_a_module_takes_its_example_input_from_the_data(data: LoadedData) -> Non
     study = Study(TinyNet(), data)
     assert study.example_input.shape == (1, 1, 8, 8)
     assert isinstance(study.uniform(0.5), SparsityDistribution)
+
+
+def test_a_recipe_names_what_loads_the_demo_again() -> None:
+    study = Study(load_model("demo:fashion-resnet"), load_data("demo:fashion"))
+    assert (study.model_source, study.data_source) == ("demo:fashion-resnet", "demo:fashion")

@@ -29,6 +29,8 @@ class LoadedModel:
         In forward order.
     not_executed : tuple of str
         Convolutions and linear layers that the example input never reached.
+    source : str or None
+        What loads the model again by name, "demo:fashion-resnet" for instance; None for a network that was passed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LoadedModel:
     example_input: Tensor
     layers: tuple[PrunableLayer, ...]
     not_executed: tuple[str, ...] = ()
+    source: str | None = None
 
 
 _ACCEPTED = (
@@ -76,13 +79,14 @@ def load_model(
     if isinstance(source, LoadedModel):
         if example_input is None:
             example_input = source.example_input
-        module, default_name = source.module, source.name
+        module, default_name, again = source.module, source.name, source.source
     elif isinstance(source, str):
         module, demo_input, default_name = _from_name(source)
+        again = source
         if example_input is None:
             example_input = demo_input
     elif isinstance(source, nn.Module):
-        module, default_name = source, type(source).__name__
+        module, default_name, again = source, type(source).__name__, None
     else:
         raise ModelError(f"cannot load a model from {type(source).__name__}; {_ACCEPTED}.")
     if example_input is None:
@@ -93,7 +97,9 @@ def load_model(
     layers, not_executed = scan(module, example_input)
     if not_executed:
         warn_not_executed(not_executed, stacklevel=3)
-    return LoadedModel(name or default_name, module.eval(), example_input.detach(), layers, not_executed)
+    return LoadedModel(
+        name or default_name, module.eval(), example_input.detach(), layers, not_executed, again
+    )
 
 
 def _from_name(source: str) -> tuple[nn.Module, Tensor, str]:
