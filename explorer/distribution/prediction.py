@@ -34,7 +34,7 @@ class Prediction:
     latency_ms : float or None
         Fixed time of the network plus each layer's at its sparsity.
     latency_error_ms : float or None
-        Root mean square of what the same sum missed at the measured levels.
+        `latency_ms` times the share by which the same sum missed the measured levels, root mean square.
     speedup, speedup_error : float or None
         Baseline latency over `latency_ms`; its error comes from `latency_error_ms`.
     nnz, n_params : int
@@ -167,4 +167,5 @@ def _latency(
     if fixed is None or not all(table.has(name, "latency_ms") for name in distribution):
         return None, None
     parts = sum(table.value(name, sparsity, "latency_ms") for name, sparsity in distribution.items())
-    return fixed + parts, table.additive_error_ms
+    share = table.additive_error
+    return fixed + parts, None if share is None else share * (fixed + parts)

@@ -31,7 +31,7 @@ from explorer.sensitivity.replay import PrefixReplay
 
 __all__ = ["Criterion", "LabelledData", "choose_layers", "measure_loss"]
 
-BATCH_SIZE = 250
+BATCH_SIZE = 125
 MIN_IMAGES = 16
 # Statistics over a few hundred images are within about a per cent: convolutions average over positions as well.
 N_CALIBRATION = 250
@@ -102,9 +102,11 @@ def measure_loss(
 ) -> Iterator[SensitivityPoint]:
     """Prune one layer at a time and yield what it does to the outputs.
 
-    Points come in an order that makes the picture useful early: the dense baseline of every layer, one coarse level of every
-    layer, then finer levels; afterwards the same again with refreshed BatchNorm statistics. Each cell gives points of kind "kl", and with
-    labels "loss" and "accuracy", and once "removed_energy".
+    Points come in an order that makes the picture useful early: the dense baseline of every layer, one coarse level of every layer, then
+    finer levels; afterwards the same again with refreshed BatchNorm statistics. Where there are several batches, the coarse level is first
+    measured on one batch, and its points come again, with smaller errors, from all images: of two points with the same key the later
+    counts, as it does in `SensitivityTable`. Each cell gives points of kind "kl", and with labels "loss" and "accuracy", and once
+    "removed_energy".
 
     The divergence is KL(dense || pruned) of the softmax outputs (dimension 1), in nats, averaged over images (and over positions, if
     the output has any): it needs no labels, and ranks layers with fewer images than the loss does.
@@ -174,13 +176,24 @@ def _points(
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     scan = _Scan(module, inputs, labels, calibration, layers, criterion, stop)
-    baseline = _execute(executor, scan.prepare)
-    if baseline is None:
-        return
+    _execute(executor, scan.prepare)
     refresh = refresh_batchnorm and scan.has_batchnorm
-    for layer in layers:
-        yield from baseline.points(layer.name, 0.0, refreshed=False)
-        yield SensitivityPoint(layer.name, 0.0, "removed_energy", 0.0, n_removed=0)
+    baseline: _Cell | None = None
+    for n_batches in sorted({1, scan.n_batches}):
+        baseline = _execute(executor, partial(scan.record, n_batches))
+        if baseline is None:
+            return
+        for layer in layers:
+            yield from baseline.points(layer.name, 0.0, refreshed=False)
+            if n_batches == 1:
+                yield SensitivityPoint(layer.name, 0.0, "removed_energy", 0.0, n_removed=0)
+        if n_batches < scan.n_batches:
+            for layer in layers:
+                cell = _execute(executor, partial(scan.measure, layer, levels[0], refreshed=False))
+                if cell is None:
+                    return
+                yield from cell.points(layer.name, levels[0], refreshed=False)
+    assert baseline is not None
     for refreshed in (False, True) if refresh else (False,):
         if refreshed:
             for layer in layers:  # nothing is pruned, so there is nothing to refresh
@@ -302,14 +315,20 @@ class _Scan:
         self._replay = PrefixReplay(self._module, MEMORY_LIMIT)
         self._first_use: dict[str, int] = {}
         self._start: dict[str, int] = {}
+        self._dense: list[Tensor] = []
         self._dense_log: list[Tensor] = []
         self._calibration_recorded = False
         self.has_batchnorm = any(
             isinstance(child, _BatchNorm) and _has_statistics(child) for child in self._module.modules()
         )
 
-    def prepare(self) -> _Cell | None:
-        """Learn the calls, try the shortened passes, record the dense outputs; returns the dense cell, or None when stopped."""
+    @property
+    def n_batches(self) -> int:
+        """Number of batches that are measured on."""
+        return len(self._images)
+
+    def prepare(self) -> None:
+        """Learn the calls and try the shortened passes."""
         few = self._images[0][:_TRIAL_IMAGES]
         try:
             with torch.inference_mode():
@@ -326,20 +345,22 @@ class _Scan:
         self._check_labels(dense)
         self._find_starts(few, dense)
         self._replay.choose(list(self._start.values()))
+
+    def record(self, n_batches: int) -> _Cell | None:
+        """Record the dense outputs of the first batches, on which cells are measured from now on; returns the dense cell, or None when stopped."""
         try:
             with torch.inference_mode():
-                outputs = []
-                for key, images in enumerate(self._images):
+                for key in range(len(self._dense), n_batches):
                     self._check_stop()
-                    output = self._check_output(self._replay.record(key, images))
+                    output = self._check_output(self._replay.record(key, self._images[key]))
+                    if not bool(torch.isfinite(output).all()):
+                        raise ModelError(
+                            "The dense model's outputs are not finite on the validation images. "
+                            "Check its weights and that the inputs are normalised as in training."
+                        )
+                    self._dense.append(output)
                     self._dense_log.append(_log_softmax(output))
-                    outputs.append(output)
-                if not all(bool(torch.isfinite(output).all()) for output in outputs):
-                    raise ModelError(
-                        "The dense model's outputs are not finite on the validation images. "
-                        "Check its weights and that the inputs are normalised as in training."
-                    )
-                return self._summarise(outputs, "of the dense model", 0.0, 0)
+                return self._summarise(self._dense, "of the dense model", 0.0, 0)
         except _Stopped:
             return None
 
@@ -369,9 +390,9 @@ class _Scan:
 
     def _outputs(self, start: int) -> list[Tensor]:
         outputs = []
-        for key, images in enumerate(self._images):
+        for key in range(len(self._dense)):
             self._check_stop()
-            outputs.append(self._replay.run_from(start, key, images))
+            outputs.append(self._replay.run_from(start, key, self._images[key]))
         return outputs
 
     def _weight(self, name: str) -> Tensor:

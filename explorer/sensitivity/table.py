@@ -298,35 +298,43 @@ class SensitivityTable:
         given = self._metadata.get("baseline_latency_ms")
         return float(given) if given is not None else self.baseline("latency_ms")
 
-    def _network_minus_layers(self) -> NDArray[np.float64]:
-        rests = []
+    def _network_minus_layers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return, for each complete level, the whole network's time and what its layers leave of it."""
+        wholes, rests = [], []
         layers = [layer for layer in self._layers if layer != WHOLE_NETWORK]
         for level in self.levels("latency_ms", WHOLE_NETWORK):
             whole = self._cells["latency_ms", WHOLE_NETWORK, False, level].value
             parts = [self.point(layer, level, "latency_ms") for layer in layers]
             if layers and all(part is not None for part in parts):
+                wholes.append(whole)
                 rests.append(whole - sum(part.value for part in parts if part is not None))
-        if not layers and self.has(WHOLE_NETWORK, "latency_ms"):
-            rests = [0.0]  # the network is its one layer
-        return np.asarray(rests, dtype=np.float64)
+            elif not layers:
+                wholes.append(whole)
+                rests.append(0.0)  # the network is its one layer
+        return np.asarray(wholes, dtype=np.float64), np.asarray(rests, dtype=np.float64)
 
     @property
     def fixed_latency_ms(self) -> float | None:
         """Time of the network outside its prunable layers.
 
-        The median over the measured levels of the whole network's time less the sum of its layers' times. None before one
-        level is complete.
+        The value that makes relative errors over the measured levels least in sum: the median of the whole network's time less its layers',
+        weighted by one over the whole time, because timing noise grows with the time. None before one level is complete.
         """
-        rests = self._network_minus_layers()
-        return float(np.median(rests)) if rests.size else None
+        wholes, rests = self._network_minus_layers()
+        if not rests.size:
+            return None
+        order = np.argsort(rests, kind="stable")
+        weight = np.cumsum(1.0 / np.maximum(wholes[order], 1e-9))
+        return float(rests[order][int(np.searchsorted(weight, weight[-1] / 2))])
 
     @property
-    def additive_error_ms(self) -> float | None:
-        """How far the sum of layers plus the fixed time misses the whole network, root mean square over levels; None if unknown."""
-        rests = self._network_minus_layers()
-        if rests.size < 2:
+    def additive_error(self) -> float | None:
+        """Root mean square over levels of what layers plus fixed time miss, as a share of the whole; None when there is but one level."""
+        wholes, rests = self._network_minus_layers()
+        fixed = self.fixed_latency_ms
+        if fixed is None or rests.size < 2:
             return None
-        return float(np.sqrt(np.mean((rests - np.median(rests)) ** 2)))
+        return float(np.sqrt(np.mean(((rests - fixed) / np.maximum(wholes, 1e-9)) ** 2)))
 
     # New tables from old
 

@@ -62,9 +62,9 @@ def test_the_latency_error_is_what_sums_missed_at_measured_levels() -> None:
     dist = uniform(LAYERS, 0.9)
     assert predict(LAYERS, exact, dist).latency_error_ms == pytest.approx(0.0, abs=1e-12)
     got = predict(LAYERS, noisy, dist)
-    assert 0.03 < got.latency_error_ms < 0.3
+    assert 0.01 < got.latency_error_ms < 0.3
     assert got.speedup_error == pytest.approx(got.speedup * got.latency_error_ms / got.latency_ms)
-    assert got.latency_ms == pytest.approx(predict(LAYERS, exact, dist).latency_ms, abs=0.1)
+    assert got.latency_ms == pytest.approx(predict(LAYERS, exact, dist).latency_ms, abs=0.15)
 
 
 def test_what_was_not_measured_is_none_and_not_a_guess() -> None:

@@ -106,7 +106,8 @@ def test_every_cell_equals_the_naive_scan(memory_limit: int, monkeypatch: pytest
     monkeypatch.setattr(loss_module, "MEMORY_LIMIT", memory_limit)
     monkeypatch.setattr(loss_module, "BATCH_SIZE", 20)
     net, (x, y) = a_network(), some_data()
-    cells = scan(net, (x, y), n_images=60, refresh_batchnorm=False)
+    points = measure_loss(net, (x, y), levels=LEVELS, n_images=60, refresh_batchnorm=False)
+    cells = {(p.layer, p.sparsity, p.kind, p.refreshed): p for p in points}
     names = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "side", "fc"]
     assert list(dict.fromkeys(key[0] for key in cells)) == names
     for name in names:
@@ -188,7 +189,7 @@ def test_refreshing_repairs_a_mere_shift_of_scale() -> None:
         net[1].momentum = 1.0
         net.train()(x)
         net.eval()
-    cells = scan(net, (x, y), n_images=200)
+    cells = scan(net, (x, y), n_images=120)
     assert cells["0", 0.9, "kl", False].value > 0.1
     assert cells["0", 0.9, "kl", True].value < 0.01 * cells["0", 0.9, "kl", False].value
 
@@ -247,6 +248,24 @@ def test_points_come_coarse_first_and_refreshed_last() -> None:
     assert as_is == [0.0] * 7 + [0.9] * 7 + [0.5] * 7 + [0.98] * 7
     assert [p.refreshed for p in points] == sorted(p.refreshed for p in points)
     assert sum(p.refreshed for p in points) == 28
+
+
+def test_the_first_picture_comes_from_one_batch_and_is_then_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "BATCH_SIZE", 20)
+    net, (x, y) = a_network(), some_data(60)
+    points = [
+        p
+        for p in measure_loss(net, (x, y), levels=LEVELS, n_images=60, refresh_batchnorm=False)
+        if p.kind == "kl"
+    ]
+    assert [p.sparsity for p in points[:35]] == ([0.0] * 7 + [0.9] * 7) * 2 + [0.5] * 7
+    first = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:20]
+    for early, late in zip(points[7:14], points[21:28], strict=True):
+        pruned = pruned_copy(net, early.layer, 0.9)
+        assert early.layer == late.layer
+        assert early.value == pytest.approx(naive(net, pruned, x[first], y[first])["kl"], abs=1e-5)
+        assert late.value == pytest.approx(naive(net, pruned, x, y)["kl"], abs=1e-5)
+    assert sum(p.std_error for p in points[7:14]) > sum(p.std_error for p in points[21:28])
 
 
 def test_baseline_is_the_dense_network() -> None:
