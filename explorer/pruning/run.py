@@ -134,6 +134,9 @@ class PruningRun:
         )
         if self._channels_last:
             self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._teacher = self._dense
+        if self.settings.distillation > 0.0 and self._channels_last:
+            self._teacher = copy.deepcopy(self._dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
         # A plain mapping has no locks.
         self.locked: tuple[str, ...] = tuple(sorted(getattr(distribution, "locked", ())))
@@ -304,7 +307,7 @@ class PruningRun:
         # Hinton et al., "Distilling the knowledge in a neural network" (2015); T^2 keeps the gradients' size at any temperature.
         temperature = self.settings.temperature
         with torch.no_grad():
-            taught = functional.log_softmax(self._dense(inputs) / temperature, dim=1)
+            taught = functional.log_softmax(self._teacher(inputs) / temperature, dim=1)
         learnt = functional.log_softmax(scores / temperature, dim=1)
         distance = functional.kl_div(learnt, taught, reduction="batchmean", log_target=True)
         return (1.0 - share) * loss + share * temperature**2 * distance
