@@ -60,6 +60,8 @@ class Equalizer(StateView):
 
     values = t.List(t.Float()).tag(sync=True)
     """Sparsity of each layer in [0, 0.99], in the order of the layers. The page writes it while a bar is dragged."""
+    edit = t.Int(0).tag(sync=True)
+    """Number of the last edit of the page that was dealt with; set after `values`, so that the page knows what they answer."""
     curves = t.Dict().tag(sync=True)
     """KL and latency per layer, for colours and words that follow the pointer without asking the kernel."""
 
@@ -113,6 +115,11 @@ class Equalizer(StateView):
         if not state.measured:
             return "Measure first: a speed-up is solved from the measured curves"
         return f"{state.job.text} is going on" if state.job.busy else ""
+
+    def _on_message(self, widget: object, content: Mapping[str, Any], buffers: object) -> None:
+        super()._on_message(widget, content, buffers)
+        if "edit" in content:
+            self.edit = int(content["edit"])
 
     def _on_values(self, change: Mapping[str, Any]) -> None:
         """Take values that the page wrote during a drag."""

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -48,28 +47,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def voila_command(notebook: Path, port: int) -> list[str]:
+    """Return the command that serves `notebook` as the app is served."""
+    from explorer.cli import app_command
+
+    return app_command(notebook, port, browser=False)
+
+
 class VoilaServer:
-    """Runs Voila on one notebook while the `with` block lasts.
+    """Runs a Voila server while the `with` block lasts.
 
     Parameters
     ----------
-    notebook : Path
+    command : list of str
+        Starts Voila on `port`.
+    port : int
     log : Path
         Where the server's output goes.
     environment : dict, optional
         Added to the environment of server and kernels.
     """
 
-    def __init__(self, notebook: Path, log: Path, environment: dict[str, str] | None = None) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/"
+    def __init__(
+        self, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None
+    ) -> None:
+        self.url = f"http://127.0.0.1:{port}/"
         self._log = log
-        self._command = [
-            *(sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={self.port}"),
-            *("--Voila.ip=127.0.0.1", "--show_tracebacks=False"),
-            *("--MappingKernelManager.cull_interval=10", "--MappingKernelManager.cull_idle_timeout=60"),
-            '--Voila.tornado_settings={"websocket_max_message_size": 209715200, "disable_check_xsrf": True}',
-        ]
+        self._command = command
         self._environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 

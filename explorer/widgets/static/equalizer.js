@@ -59,12 +59,18 @@ function render({ model, el, signal }) {
   let dragging = -1;
   let sentAt = 0;
   let timer = null;
+  let edits = model.get("edit");
 
   const current = () => layers[active]?.name ?? "";
 
   follow(model, ["view", "curves"], update, signal);
-  const onValues = () => { if (dragging < 0) { values = [...model.get("values")]; repaint(); } };
-  follow(model, ["values"], onValues, signal);
+  // What the kernel says counts once it has seen the last thing said here: an answer to an older edit would pull the bar back.
+  const listen = () => {
+    if (dragging >= 0 || model.get("edit") < edits) return;
+    values = [...model.get("values")];
+    repaint();
+  };
+  follow(model, ["values", "edit"], listen, signal);
 
   function update() {
     const view = model.get("view");
@@ -178,7 +184,8 @@ function render({ model, el, signal }) {
 
   function commit() {
     clearTimeout(timer);
-    gesture("commit", { values: [...values] });
+    edits += 1;
+    gesture("commit", { values: [...values], edit: edits });
   }
 
   function choose(i, focus) {

@@ -1,0 +1,149 @@
+"""A server and a watched page for the browser tests.
+
+Two servers: the app as a user starts it, with the real demo, and the same page over the fake study, whose work takes milliseconds.
+A page fails its test when a script throws, when the console has an error, or when anything is asked of another host.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from playwright.sync_api import (
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    Playwright,
+    Request,
+    WebSocket,
+    sync_playwright,
+)
+
+from tests.browser.voila_server import VoilaServer, free_port, voila_command, write_notebook
+
+ROOT = Path(__file__).resolve().parents[2]
+# Voila's own page template links an icon font of a content delivery network. The page does without it; the browser is not let out.
+ICON_FONT = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free"
+BROWSER_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+FAKE_PAGE = """
+from tests.widgets.fake_study import FakeStudy
+from explorer.widgets import ExplorerState, SensitivityExplorer
+from explorer.widgets.sensitivity_explorer import kernel_scheduler
+from explorer.widgets.state import Choice
+from explorer.errors import DataError
+
+def open_study(choice):
+    if choice.data == "missing":
+        raise DataError("Fashion-MNIST was not found. Install dataset-fashion-mnist, or name its folder.")
+    return FakeStudy(pause_s={pause_s}, steps_per_epoch=20)
+
+choices = (Choice("Fake network", "fake", "fake"), Choice("Missing data", "fake", "missing"))
+state = ExplorerState(choices=choices, scheduler=kernel_scheduler(), open_study=open_study)
+page = SensitivityExplorer(state)
+state.load(0)
+page
+"""
+
+
+class Watch:
+    """What a page did that it should not, and how much came to it."""
+
+    def __init__(self, page: Page) -> None:
+        self.problems: list[str] = []
+        self.received = 0
+        page.on("pageerror", lambda error: self.problems.append(f"script: {error}"))
+        page.on("console", self._on_console)
+        page.on("request", self._on_request)
+        page.on("websocket", self._on_websocket)
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        url = message.location.get("url", "")
+        # A page that is left asks Voila to end its kernel, which Voila refuses (voila#1458); idle kernels are ended by culling.
+        allowed = url.startswith(ICON_FONT) or "/voila/api/shutdown/" in url
+        if message.type == "error" and not allowed:
+            self.problems.append(f"console: {message.text} ({message.location})")
+
+    def _on_request(self, request: Request) -> None:
+        url = urlparse(request.url)
+        own = url.hostname in (None, "127.0.0.1") or url.scheme in ("data", "blob")
+        if not own and not request.url.startswith(ICON_FONT):
+            self.problems.append(f"foreign request: {request.url}")
+
+    def _on_websocket(self, socket: WebSocket) -> None:
+        def count(frame: str | bytes) -> None:
+            self.received += len(frame)
+
+        socket.on("framereceived", count)
+
+
+@pytest.fixture(scope="session")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VoilaServer]:
+    """The app as `sparsity-explorer app` serves it."""
+    port = free_port()
+    command = [sys.executable, "-m", "explorer", "app", "--no-browser", f"--port={port}"]
+    log = tmp_path_factory.mktemp("app") / "voila.log"
+    # One thread: several that spin for each other on a busy machine are much slower than one.
+    with VoilaServer(command, port, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fake_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VoilaServer]:
+    """The page over the fake study."""
+    folder = tmp_path_factory.mktemp("fake")
+    port = free_port()
+    notebook = write_notebook(folder / "fake.ipynb", FAKE_PAGE.format(pause_s=0.004))
+    with VoilaServer(
+        voila_command(notebook, port), port, folder / "voila.log", {"PYTHONPATH": str(ROOT)}
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture
+def context(
+    playwright: Playwright, browser_executable: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[BrowserContext]:
+    """A fresh browser; `@pytest.mark.parametrize("context", [{"viewport": ...}], indirect=True)` changes its options."""
+    options = {"viewport": {"width": 1440, "height": 1000}, **getattr(request, "param", {})}
+    context = playwright.chromium.launch_persistent_context(
+        tmp_path / "profile", executable_path=browser_executable, headless=True, args=BROWSER_FLAGS, **options
+    )
+    context.set_default_timeout(20_000)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """A page that fails the test for anything a user would call broken."""
+    page = context.new_page()
+    watch = Watch(page)
+    page.watch = watch  # type: ignore[attr-defined]
+    yield page
+    assert watch.problems == []
+
+
+@pytest.fixture
+def fake_page(page: Page, fake_app: VoilaServer) -> Page:
+    """The page over the fake study, with its model loaded."""
+    fake_app.check_alive()
+    page.goto(fake_app.url)
+    page.get_by_role("slider", name="block3.conv2").wait_for(timeout=60_000)
+    return page
