@@ -32,7 +32,7 @@ class Prediction:
     kl_error, loss_error, accuracy_error : float or None
         Standard errors, from those of the layers' values. They do not cover that damages of several layers may not add up.
     latency_ms : float or None
-        Fixed time of the network plus each layer's at its sparsity.
+        From each layer's time at its sparsity, by the table's `latency_model`.
     latency_error_ms : float or None
         `latency_ms` times the share by which the same sum missed the measured levels, root mean square.
     speedup, speedup_error : float or None
@@ -163,9 +163,12 @@ def _latency(
 ) -> tuple[float | None, float | None]:
     if table is None:
         return None, None
-    fixed = table.fixed_latency_ms
-    if fixed is None or not all(table.has(name, "latency_ms") for name in distribution):
+    if not all(table.has(name, "latency_ms") for name in distribution):
         return None, None
-    parts = sum(table.value(name, sparsity, "latency_ms") for name, sparsity in distribution.items())
+    whole = table.network_latency_ms(
+        sum(table.value(name, sparsity, "latency_ms") for name, sparsity in distribution.items())
+    )
+    if whole is None:
+        return None, None
     share = table.additive_error
-    return fixed + parts, None if share is None else share * (fixed + parts)
+    return whole, None if share is None else share * whole

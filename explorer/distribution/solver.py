@@ -141,19 +141,15 @@ def _pose(
 
 def _latencies(problem: _Problem, table: SensitivityTable) -> tuple[_Floats, float]:
     """Return free layers' times ``(n_free, n_levels)`` and the time of all else."""
-    fixed = _fixed(table)
-    fixed += sum(table.value(name, sparsity, "latency_ms") for name, sparsity in problem.held.items())
-    rows = [table.values_at(layer.name, problem.levels, "latency_ms") for layer in problem.free]
-    return np.asarray(rows).reshape(len(problem.free), problem.levels.size), fixed
-
-
-def _fixed(table: SensitivityTable) -> float:
-    fixed = table.fixed_latency_ms
-    if fixed is None:
+    model = table.latency_model
+    if model is None:
         raise DistributionError(
             "The table holds no complete latency level; run the latency measurement first."
         )
-    return fixed
+    fixed, scale = model
+    held = sum(table.value(name, sparsity, "latency_ms") for name, sparsity in problem.held.items())
+    rows = [scale * table.values_at(layer.name, problem.levels, "latency_ms") for layer in problem.free]
+    return np.asarray(rows).reshape(len(problem.free), problem.levels.size), fixed + scale * held
 
 
 def solve(

@@ -7,6 +7,7 @@ or more time.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -23,6 +24,8 @@ _FORMAT = "sparsity-explorer/sensitivity"
 _FORMAT_VERSION = 1
 # Loss-like values can only rise with sparsity, these can only fall.
 _FALLING = frozenset({"accuracy", "latency_ms"})
+# A fitted scale outside says that something else went wrong.
+_SCALES = (0.8, 1.5)
 
 _Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -298,43 +301,67 @@ class SensitivityTable:
         given = self._metadata.get("baseline_latency_ms")
         return float(given) if given is not None else self.baseline("latency_ms")
 
-    def _network_minus_layers(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return, for each complete level, the whole network's time and what its layers leave of it."""
-        wholes, rests = [], []
+    def _sums_and_wholes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return, for each complete level, the sum of the layers' times and the whole network's time."""
+        sums, wholes = [], []
         layers = [layer for layer in self._layers if layer != WHOLE_NETWORK]
         for level in self.levels("latency_ms", WHOLE_NETWORK):
             whole = self._cells["latency_ms", WHOLE_NETWORK, False, level].value
             parts = [self.point(layer, level, "latency_ms") for layer in layers]
-            if layers and all(part is not None for part in parts):
+            if not layers:
+                sums.append(whole)  # the network is its one layer
                 wholes.append(whole)
-                rests.append(whole - sum(part.value for part in parts if part is not None))
-            elif not layers:
+            elif all(part is not None for part in parts):
+                sums.append(sum(part.value for part in parts if part is not None))
                 wholes.append(whole)
-                rests.append(0.0)  # the network is its one layer
-        return np.asarray(wholes, dtype=np.float64), np.asarray(rests, dtype=np.float64)
+        return np.asarray(sums, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+
+    @property
+    def latency_model(self) -> tuple[float, float] | None:
+        """How layers' times make the network's: ``(fixed_ms, scale)`` with network = fixed_ms + scale * sum of layers.
+
+        The scale is 1 where times add up. It is above 1 where work between the layers grows with them: a network that touches more
+        memory leaves less of the caches to everything else, most of all on a busy machine. The two numbers make the sum of absolute
+        relative errors over the measured levels least; an optimum passes through two of the points, so trying all pairs finds it. None
+        before one level is complete; with fewer than three levels the scale is 1.
+        """
+        sums, wholes = self._sums_and_wholes()
+        if not wholes.size:
+            return None
+        weights = 1.0 / np.maximum(wholes, 1e-9)  # timing noise grows with the time
+        candidates = [(float(fixed), 1.0) for fixed in wholes - sums]
+        if wholes.size >= 3:
+            for i, j in itertools.combinations(range(wholes.size), 2):
+                if abs(sums[i] - sums[j]) > 1e-9:
+                    scale = float((wholes[i] - wholes[j]) / (sums[i] - sums[j]))
+                    if _SCALES[0] <= scale <= _SCALES[1]:
+                        candidates.append((float(wholes[i] - scale * sums[i]), scale))
+        costs = [
+            float((np.abs(wholes - fixed - scale * sums) * weights).sum()) for fixed, scale in candidates
+        ]
+        # Of equally good ones the first, whose scale is 1.
+        return candidates[int(np.argmin(np.round(costs, 9)))]
 
     @property
     def fixed_latency_ms(self) -> float | None:
-        """Time of the network outside its prunable layers.
+        """Time of the network outside its prunable layers, see `latency_model`; None before one level is complete."""
+        model = self.latency_model
+        return None if model is None else model[0]
 
-        The value that makes relative errors over the measured levels least in sum: the median of the whole network's time less its layers',
-        weighted by one over the whole time, because timing noise grows with the time. None before one level is complete.
-        """
-        wholes, rests = self._network_minus_layers()
-        if not rests.size:
-            return None
-        order = np.argsort(rests, kind="stable")
-        weight = np.cumsum(1.0 / np.maximum(wholes[order], 1e-9))
-        return float(rests[order][int(np.searchsorted(weight, weight[-1] / 2))])
+    def network_latency_ms(self, layers_ms: float) -> float | None:
+        """Return the network's time when its layers take `layers_ms` together; None before one level is complete."""
+        model = self.latency_model
+        return None if model is None else model[0] + model[1] * layers_ms
 
     @property
     def additive_error(self) -> float | None:
-        """Root mean square over levels of what layers plus fixed time miss, as a share of the whole; None when there is but one level."""
-        wholes, rests = self._network_minus_layers()
-        fixed = self.fixed_latency_ms
-        if fixed is None or rests.size < 2:
+        """Root mean square over levels of what `latency_model` misses, as a share of the whole; None when there is but one level."""
+        sums, wholes = self._sums_and_wholes()
+        model = self.latency_model
+        if model is None or wholes.size < 2:
             return None
-        return float(np.sqrt(np.mean(((rests - fixed) / np.maximum(wholes, 1e-9)) ** 2)))
+        misses = (wholes - model[0] - model[1] * sums) / np.maximum(wholes, 1e-9)
+        return float(np.sqrt(np.mean(misses**2)))
 
     # New tables from old
 

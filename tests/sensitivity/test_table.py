@@ -109,10 +109,43 @@ def test_records_are_tidy() -> None:
     }
 
 
-def test_fixed_latency_is_the_network_less_its_layers() -> None:
-    # The rests are 1.0, 1.0, 0.9 of 6.0, 5.7, 2.4: the last weighs more than the others together.
-    assert TABLE.fixed_latency_ms == pytest.approx(0.9)
-    assert TABLE.additive_error == pytest.approx(np.sqrt(((0.1 / 6.0) ** 2 + (0.1 / 5.7) ** 2) / 3))
+def a_timed_table(sums: list[float], wholes: list[float]) -> SensitivityTable:
+    levels = np.linspace(0, 0.9, len(sums))
+    return SensitivityTable.from_points(
+        [SensitivityPoint("a", s, "latency_ms", v) for s, v in zip(levels, sums, strict=True)]
+        + [SensitivityPoint("", s, "latency_ms", v) for s, v in zip(levels, wholes, strict=True)]
+    )
+
+
+def test_times_that_add_up_have_a_fixed_part_and_no_scale() -> None:
+    table = a_timed_table([5.0, 3.0, 1.5, 0.5], [5.2, 3.2, 1.7, 0.7])
+    assert table.latency_model == pytest.approx((0.2, 1.0))
+    assert table.fixed_latency_ms == pytest.approx(0.2)
+    assert table.additive_error == pytest.approx(0.0, abs=1e-12)
+    assert table.network_latency_ms(2.0) == pytest.approx(2.2)
+
+
+def test_a_scale_and_an_outlier_do_not_hide_the_fixed_time() -> None:
+    sums = np.array([5.0, 3.0, 2.0, 1.0, 0.5])
+    wholes = 0.2 + 1.1 * sums
+    wholes[1] += 4.0
+    table = a_timed_table(sums.tolist(), wholes.tolist())
+    assert table.latency_model == pytest.approx((0.2, 1.1))
+    assert table.additive_error == pytest.approx(4.0 / 7.5 / np.sqrt(5))
+
+
+def test_the_latency_model_is_the_best_line_for_relative_errors() -> None:
+    rng = np.random.default_rng(0)
+    sums = np.sort(rng.uniform(0.2, 5, 7))[::-1]
+    wholes = (0.3 + 1.05 * sums) * rng.uniform(0.9, 1.1, 7)
+    fixed, scale = a_timed_table(sums.tolist(), wholes.tolist()).latency_model
+    cost = (np.abs(wholes - fixed - scale * sums) / wholes).sum()
+    grid = np.stack(np.meshgrid(np.linspace(0, 1, 201), np.linspace(0.8, 1.5, 201)), -1).reshape(-1, 2)
+    tried = (np.abs(wholes - grid[:, :1] - grid[:, 1:] * sums) / wholes).sum(1)
+    assert cost <= tried.min() + 1e-9
+
+
+def test_the_baseline_latency_is_given_or_the_engines_own() -> None:
     assert TABLE.baseline_latency_ms == TABLE.baseline("latency_ms") == 6.0
     assert TABLE.with_metadata(baseline_latency_ms=4.0).baseline_latency_ms == 4.0
     half = SensitivityTable.from_points(some_points()[:3])
