@@ -12,6 +12,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -430,10 +431,12 @@ def _app(options: argparse.Namespace) -> int:
         )
     _refuse_taken(options.port)
     from explorer.widgets.notebook_path import app_notebook
+    from explorer.widgets.page_template import with_template
 
     command = app_command(app_notebook(), options.port, browser=not options.no_browser)
     print(f"The app is at http://127.0.0.1:{options.port}/ ; Ctrl-C ends it.", flush=True)
-    with subprocess.Popen(command) as server:  # noqa: S603 - our own Python with arguments of ours
+    environment = with_template(os.environ)
+    with subprocess.Popen(command, env=environment) as server:  # noqa: S603 - our own Python with arguments of ours
         try:
             return server.wait()
         except KeyboardInterrupt:
@@ -457,6 +460,8 @@ def app_command(notebook: Path, port: int, *, browser: bool) -> list[str]:
 
     Pages that are left keep their kernel, 130 MB and more, so idle kernels are ended; those with an open page are spared.
     """
+    from explorer.widgets.page_template import TEMPLATE
+
     settings = {"websocket_max_message_size": _WEBSOCKET_BYTES}
     return [
         sys.executable,
@@ -467,6 +472,7 @@ def app_command(notebook: Path, port: int, *, browser: bool) -> list[str]:
         f"--port={port}",
         f"--Voila.open_browser={browser}",
         f"--Voila.tornado_settings={settings}",
+        f"--VoilaConfiguration.template={TEMPLATE}",
         "--VoilaConfiguration.show_tracebacks=False",
         "--MappingKernelManager.cull_interval=60",
         "--MappingKernelManager.cull_idle_timeout=300",

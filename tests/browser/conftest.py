@@ -25,8 +25,6 @@ from playwright.sync_api import (
 from tests.browser.voila_server import VoilaServer, free_port, voila_command, write_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
-# Voila's own page template links an icon font of a content delivery network. The page does without it; the browser is not let out.
-ICON_FONT = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free"
 BROWSER_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -70,14 +68,14 @@ class Watch:
     def _on_console(self, message: ConsoleMessage) -> None:
         url = message.location.get("url", "")
         # A page that is left asks Voila to end its kernel, which Voila refuses (voila#1458); idle kernels are ended by culling.
-        allowed = url.startswith(ICON_FONT) or "/voila/api/shutdown/" in url
+        allowed = "/voila/api/shutdown/" in url
         if message.type == "error" and not allowed:
             self.problems.append(f"console: {message.text} ({message.location})")
 
     def _on_request(self, request: Request) -> None:
         url = urlparse(request.url)
         own = url.hostname in (None, "127.0.0.1") or url.scheme in ("data", "blob")
-        if not own and not request.url.startswith(ICON_FONT):
+        if not own:
             self.problems.append(f"foreign request: {request.url}")
 
     def _on_websocket(self, socket: WebSocket) -> None:

@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
+from explorer.widgets.page_template import with_template
+
 NOTEBOOK: dict[str, Any] = {
     "cells": [],
     "metadata": {
@@ -74,7 +76,7 @@ class VoilaServer:
         self.url = f"http://127.0.0.1:{port}/"
         self._log = log
         self._command = command
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = with_template({**os.environ, **(environment or {})})
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
