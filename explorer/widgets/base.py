@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from explorer.widgets.state import ExplorerState
 
 
+ROOT_LABEL = "model"
+"""What the page calls a layer that is the whole model, whose name is empty."""
+
+
 class StateView(anywidget.AnyWidget):
     """A widget that shows an `ExplorerState`.
 

@@ -8,7 +8,7 @@ import traitlets as t
 
 from explorer.errors import DistributionError
 from explorer.widgets import assets
-from explorer.widgets.base import StateView
+from explorer.widgets.base import ROOT_LABEL, StateView
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,6 +92,7 @@ class Equalizer(StateView):
             "layers": [
                 {
                     "name": layer.name,
+                    "label": layer.name or ROOT_LABEL,
                     "share": layer.share,
                     "n_params": layer.n_params,
                     "locked": layer.name in locked,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from explorer.widgets import assets
-from explorer.widgets.base import StateView
+from explorer.widgets.base import ROOT_LABEL, StateView
 
 
 class LayerTable(StateView):
@@ -23,7 +23,8 @@ class LayerTable(StateView):
         return {
             "rows": [
                 {
-                    "name": layer.name or "model",
+                    "name": layer.name,
+                    "label": layer.name or ROOT_LABEL,
                     "shape": " × ".join(map(str, layer.weight_shape)),
                     "n_params": layer.n_params,
                     "macs": layer.macs,
@@ -33,7 +34,7 @@ class LayerTable(StateView):
                 }
                 for layer in state.layers
             ],
-            "selected": state.selected or "model",
+            "selected": state.selected,
             "note": self._note(),
         }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from explorer.widgets import assets
-from explorer.widgets.base import StateView
+from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.metrics import is_noisy
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ResultPanel(StateView):
             "rows": rows,
             "layers": [
                 [
-                    name or "model",
+                    name or ROOT_LABEL,
                     f"{100 * run.distribution[name]:.2f} %",
                     f"{100 * zeros / elements:.2f} %",
                     f"{zeros:,} of {elements:,}",

@@ -11,7 +11,7 @@ from typing import Any
 import traitlets as t
 
 from explorer.widgets import assets
-from explorer.widgets.base import StateView
+from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.state import DEFAULT_IMAGES
 
 
@@ -39,6 +39,7 @@ class SensitivityView(StateView):
         state = self.state
         return {
             "layers": [layer.name for layer in state.layers],
+            "labels": [layer.name or ROOT_LABEL for layer in state.layers],
             "selected": state.selected,
             "sparsities": [state.distribution[layer.name] for layer in state.layers]
             if state.distribution is not None

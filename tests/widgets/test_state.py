@@ -33,6 +33,25 @@ def test_measuring_fills_the_curves_and_solves_for_the_target(state: ExplorerSta
     assert state.dense is not None and state.dense.name == "engine, dense"
 
 
+def test_a_target_beyond_the_model_is_lowered_for_the_first_picture(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.target = 50.0
+    state.measure()
+    assert state.error == ""
+    assert study.calls == [("solve", round(0.8 * study.feasible_speedups()[1], 1), {})]
+
+
+def test_a_network_that_gains_nothing_is_not_solved_but_said(
+    state: ExplorerState, study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "feasible_speedups", lambda: (0.9, 1.05))
+    state.measure()
+    assert state.error == ""
+    assert not study.calls
+    assert "next to nothing" in state.log[-1]
+
+
 def test_the_ghost_is_the_uniform_distribution_of_the_same_latency(
     state: ExplorerState, study: FakeStudy
 ) -> None:

@@ -107,7 +107,7 @@ function render({ model, el, signal }) {
         make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" }));
       return bar;
     }));
-    names.replaceChildren(...layers.map((layer) => make("span", {}, make("em", {}, layer.name))));
+    names.replaceChildren(...layers.map((layer) => make("span", {}, make("em", {}, layer.label))));
     root.style.setProperty("--se-count", layers.length);
     setOne(root, "data-many", layers.length > 36 ? "yes" : null);
   }
@@ -136,7 +136,7 @@ function render({ model, el, signal }) {
       say(text, shortPercent(value, grow > 0.04));
       setAll(bar, {
         tabindex: i === active ? 0 : -1,
-        "aria-label": layer.name,
+        "aria-label": layer.label,
         "aria-valuenow": Number((100 * value).toFixed(1)),
         "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, kl === null ? "" : `KL ${words.small(kl)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
         "aria-disabled": layer.locked ? "true" : null,
@@ -144,7 +144,7 @@ function render({ model, el, signal }) {
     });
     const layer = layers[active];
     if (layer) {
-      say(chosen, layer.name);
+      say(chosen, layer.label);
       if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
       typed.disabled = Boolean(layer.locked);
       say(lock, layer.locked ? "Unlock" : "Lock");
@@ -209,7 +209,7 @@ function render({ model, el, signal }) {
   function showTip(i) {
     if (i < 0 || !layers[i] || values[i] === undefined) { tip.hidden = true; return; }
     const bar = field.children[i];
-    tip.replaceChildren(make("b", {}, `${layers[i].name}  ${words.percent(values[i])}${layers[i].locked ? ", locked" : ""}`), story(i));
+    tip.replaceChildren(make("b", {}, `${layers[i].label}  ${words.percent(values[i])}${layers[i].locked ? ", locked" : ""}`), story(i));
     tip.hidden = false;
     const [box, frame] = [bar.getBoundingClientRect(), stage.getBoundingClientRect()];
     const middle = box.left + box.width / 2 - frame.left;

@@ -39,7 +39,7 @@ function render({ model, el, signal }) {
   }, signal);
 
   function row(layer) {
-    const choose = button(layer.name, () => model.send({ do: "select", layer: layer.name }), signal, { class: "se-name", title: layer.name });
+    const choose = button(layer.label, () => model.send({ do: "select", layer: layer.name }), signal, { class: "se-name", title: layer.label });
     const share = make("td", { class: "se-num se-share" }, make("span", {}, layer.share === null ? "–" : words.percent(layer.share, layer.share < 0.1 ? 1 : 0)));
     if (layer.share !== null) share.prepend(make("i", { style: `width:${(40 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
     return make("tr", { "data-layer": layer.name },

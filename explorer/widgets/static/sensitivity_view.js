@@ -32,7 +32,7 @@ function render({ model, el, signal }) {
     figure.append(tip);
     host.addEventListener("pointermove", (event) => hover(figure, tip, event), { signal });
     host.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
-    host.addEventListener("click", () => figure.near && model.send({ do: "select", layer: figure.near }), { signal });
+    host.addEventListener("click", () => figure.near !== null && figure.near !== undefined && model.send({ do: "select", layer: figure.near }), { signal });
   }
 
   follow(model, ["view", "curves"], update, signal);
@@ -54,7 +54,8 @@ function render({ model, el, signal }) {
     say(note, view.note ?? "");
     for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
     if (!any) return;
-    say(legend, view.selected ? `${view.selected} is drawn strong, with its place in the distribution. Point at a line to see its layer; click to choose it.` : "");
+    const at = view.layers.indexOf(view.selected);
+    say(legend, at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution. Point at a line to see its layer; click to choose it.` : "");
     paint(left, kind, curves, view);
     paint(right, "latency_ms", curves, view);
   }
@@ -74,6 +75,7 @@ function render({ model, el, signal }) {
       opacity: i === chosen ? 1 : 0.8,
       dots: i === chosen ? 2.8 : curve[0].length < 5 ? 2.2 : 0,
       name: view.layers[i],
+      label: view.labels[i],
     });
     const lines = all.map(line).filter((entry) => entry.points.length);
     lines.sort((a, b) => a.width - b.width);
@@ -114,13 +116,13 @@ function render({ model, el, signal }) {
       for (const [s, v] of entry.points) {
         const [x, y] = figure.place(s, v);
         const distance = Math.hypot(x - px, y - py);
-        if (distance < 28 && (!best || distance < best.distance)) best = { distance, x, y, s, v, name: entry.name };
+        if (distance < 28 && (!best || distance < best.distance)) best = { distance, x, y, s, v, name: entry.name, label: entry.label };
       }
     tip.hidden = !best;
     figure.near = best?.name ?? null;
     if (!best) return;
     const value = figure.what === "latency_ms" ? `${words.ms(best.v)} ms` : figure.what === "accuracy" ? `${best.v.toFixed(1)} % accurate` : `${figure.what === "kl" ? "KL" : "loss"} ${words.small(best.v)}`;
-    tip.replaceChildren(make("b", {}, best.name), `${words.percent(best.s, 0)} sparse: ${value}`);
+    tip.replaceChildren(make("b", {}, best.label), `${words.percent(best.s, 0)} sparse: ${value}`);
     const shift = best.x > box.width / 2 ? "translate(calc(-100% - 12px), -110%)" : "translate(12px, -110%)";
     Object.assign(tip.style, { left: `${(best.x * box.width) / figure.width}px`, top: `${best.y + figure.children[1].offsetTop}px`, transform: shift });
   }

@@ -1,0 +1,165 @@
+"""Make the pictures of the README from the real app: `python -m tests.browser.make_pictures`.
+
+It starts the app, does the main job on the demo as a person would, and writes `docs/images/app-light.png`, `app-dark.png` and
+`app.gif`. Run it on a quiet machine: the figures in the pictures are measured ones. Needs the extra `test`, pillow and a chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.browser.conftest import BROWSER_FLAGS, ROOT
+from tests.browser.voila_server import VoilaServer, free_port
+from tests.conftest import find_browser
+
+IMAGES = ROOT / "docs" / "images"
+WIDTH, HEIGHT = 1440, 1640
+GIF_WIDTH = 900
+GIF_COLOURS = 96
+MINUTES = 60_000
+CURSOR = """() => {
+  const arrow = document.createElement("div");
+  arrow.style.cssText = "position:fixed;z-index:9999;width:18px;height:18px;margin:-9px 0 0 -9px;border-radius:50%;"
+    + "background:rgb(20 30 35 / 35%);border:2px solid white;pointer-events:none;left:-40px";
+  document.body.append(arrow);
+  addEventListener("pointermove", (event) => { arrow.style.left = `${event.clientX}px`; arrow.style.top = `${event.clientY}px`; }, true);
+}"""
+
+
+class Film:
+    """Frames with the time that each is shown."""
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._frames: list[Image.Image] = []
+        self._times: list[int] = []
+
+    def shoot(self, milliseconds: int) -> None:
+        """Add a frame; one that shows the same as the last makes that one longer."""
+        image = Image.open(io.BytesIO(self._page.screenshot())).convert("RGB")
+        frame = image.resize(
+            (GIF_WIDTH, round(image.height * GIF_WIDTH / image.width)), Image.Resampling.LANCZOS
+        )
+        if self._frames and frame.tobytes() == self._frames[-1].tobytes():
+            self._times[-1] += milliseconds
+            return
+        self._frames.append(frame)
+        self._times.append(milliseconds)
+
+    def save(self, path: Path) -> None:
+        """Write an animated GIF with one palette for all frames, so that only what moves is stored again."""
+        palette = self._frames[-1].quantize(GIF_COLOURS)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self._frames]
+        frames[0].save(
+            path, save_all=True, append_images=frames[1:], duration=self._times, loop=0, optimize=False
+        )
+
+
+def main() -> None:
+    """Make all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--speedup", default="4", help="target that is solved for")
+    parser.add_argument("--epochs", default="6")
+    options = parser.parse_args()
+    browser = find_browser()
+    if browser is None:
+        sys.exit("No chromium was found.")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, "-m", "explorer", "app", "--no-browser", f"--port={port}"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        VoilaServer(command, port, Path(folder) / "voila.log", {"PYTHONPATH": str(ROOT)}) as server,
+        sync_playwright() as playwright,
+    ):
+        context = playwright.chromium.launch_persistent_context(
+            Path(folder) / "profile",
+            executable_path=browser,
+            headless=True,
+            args=BROWSER_FLAGS,
+            viewport={"width": WIDTH, "height": HEIGHT},
+        )
+        page = context.new_page()
+        page.goto(server.url)
+        _do_the_job(page, options.speedup, options.epochs)
+        page.mouse.move(5, 5)
+        page.screenshot(path=IMAGES / "app-light.png")
+        page.emulate_media(color_scheme="dark")
+        expect(page.locator("html")).to_have_attribute("data-se-theme", "dark")
+        page.wait_for_function("() => document.getAnimations().length === 0")
+        page.screenshot(path=IMAGES / "app-dark.png")
+        context.close()
+    for path in sorted(IMAGES.iterdir()):
+        sys.stdout.write(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.2f} MB\n")
+
+
+def _do_the_job(page: Page, speedup: str, epochs: str) -> None:
+    status = page.locator(".se-now")
+    expect(status).to_have_text("Next: measure how each layer reacts to pruning.", timeout=2 * MINUTES)
+    page.evaluate(CURSOR)
+    film = Film(page)
+    film.shoot(1200)
+    page.get_by_role("button", name="Measure", exact=True).hover()
+    film.shoot(500)
+    page.get_by_role("button", name="Measure", exact=True).click()
+    film.shoot(300)
+    _watch(film, page, "Solving", every=1.2, shown=220)
+    expect(status).to_contain_text("Next: drag the bars", timeout=5 * MINUTES)
+    target = page.get_by_label("Target speed-up, typed")
+    target.click()
+    target.fill(speedup)
+    film.shoot(500)
+    page.get_by_role("button", name="Solve").click()
+    expect(status).to_contain_text("Solving")
+    expect(status).to_contain_text("Next: drag the bars", timeout=5 * MINUTES)
+    film.shoot(1300)
+    _drag(film, page, "block1.conv1", 0.06)
+    page.get_by_role("textbox", name="Epochs").fill(epochs)
+    page.get_by_role("button", name="Start pruning").hover()
+    film.shoot(700)
+    page.get_by_role("button", name="Start pruning").click()
+    _watch(film, page, "Run 1 finished", every=2.5, shown=200)
+    expect(status).to_contain_text("Run 1 finished", timeout=10 * MINUTES)
+    page.mouse.move(5, 5)
+    film.shoot(3000)
+    film.save(IMAGES / "app.gif")
+
+
+def _watch(film: Film, page: Page, until: str, *, every: float, shown: int) -> None:
+    """Add a frame every `every` seconds until the status says `until`."""
+    end = time.monotonic() + 15 * 60
+    while until not in page.locator(".se-now").inner_text():
+        assert time.monotonic() < end, f"The page did not come to {until!r} within a quarter of an hour."
+        page.wait_for_timeout(1000 * every)
+        film.shoot(shown)
+
+
+def _drag(film: Film, page: Page, layer: str, by: float) -> None:
+    """Pull a bar up by a share of the height, with a frame at each step."""
+    bar = page.get_by_role("slider", name=layer)
+    box = bar.bounding_box()
+    assert box is not None
+    x = box["x"] + box["width"] / 2
+    y = box["y"] + box["height"] * (1 - float(bar.get_attribute("aria-valuenow") or 0) / 100)
+    page.mouse.move(x, y)
+    film.shoot(500)
+    page.mouse.down()
+    for i in range(1, 9):
+        page.mouse.move(x, y - box["height"] * by * i / 8)
+        page.wait_for_timeout(150)
+        film.shoot(90)
+    page.mouse.up()
+    page.wait_for_timeout(400)
+    film.shoot(900)
+
+
+if __name__ == "__main__":
+    main()
