@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.capture import capture
@@ -83,7 +84,8 @@ def compile(
                 f"{name} is {tensor.dtype} on {tensor.device}; the engine runs float32 on the CPU. "
                 "Compile a copy: copy.deepcopy(module).float().cpu()."
             )
-    return SparseModule(capture(module, example_input), threads or 1, sparse)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    return SparseModule(capture(module, inputs), inputs, threads or 1, sparse)
 
 
 class SparseModule:
@@ -102,7 +104,7 @@ class SparseModule:
         Layer name -> kernel chosen.
     """
 
-    def __init__(self, graph: Graph, threads: int, mode: Mode) -> None:
+    def __init__(self, graph: Graph, example: tuple[Any, ...], threads: int, mode: Mode) -> None:
         self._captured, self.threads, self._mode = graph, threads, mode
         self._isa = current_isa()
         self.isa = self._isa.name
@@ -114,9 +116,8 @@ class SparseModule:
         self._batch = self._plan.images
         self._runner: Runner | None = None
         self._steps: Steps | None = None
-        self._example = {
-            n: torch.zeros(graph.shapes[n], dtype=graph.dtypes[n]) for n in graph.inputs if n in graph.shapes
-        }
+        self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
+        self._separable: bool | None = None
         self._choose()
 
     # ---- description
@@ -225,9 +226,36 @@ class SparseModule:
             self._steps.set_batch(images)
             self._batch = images
             return inputs
+        if self._separable is None:
+            self._separable = self._is_separable()
+        if not self._separable:
+            raise EngineError(
+                f"A batch of {images} was passed to a network that was compiled for {self.batch_size} and in which one sample's "
+                "output depends on the others'. Compile it again with an example input of that size."
+            )
         return tuple(
             self._padded(name, value, images) for name, value in zip(self._graph.inputs, inputs, strict=True)
         )
+
+    def _is_separable(self) -> bool:
+        """Whether the first sample's outputs stay the same when all other samples change: then padding a batch is harmless."""
+
+        def with_other_samples(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch_size:
+                return value
+            other = torch.randn(value.shape) if value.is_floating_point() else value.flip(0)
+            return torch.cat([value[:1], other[1:].to(value.dtype)])
+
+        changed = tuple(with_other_samples(value) for value in self._example)
+        both = [pytree.tree_leaves(self._run(inputs, self.batch_size)) for inputs in (self._example, changed)]
+        for before, after in zip(*both, strict=True):
+            if not isinstance(before, Tensor):
+                continue
+            if before.dim() == 0 or before.shape[0] != self.batch_size:
+                return False
+            if not torch.allclose(before[:1], after[:1], rtol=1e-5, atol=1e-6, equal_nan=True):
+                return False
+        return True
 
     def _padded(self, name: str, value: Tensor, images: int) -> Tensor:
         wanted = self._graph.shapes.get(name)
@@ -302,13 +330,10 @@ class SparseModule:
     def _step_times(self, repeats: int) -> NDArray[np.float64]:
         """The fastest of `repeats` runs of each step, in milliseconds (noise only ever adds)."""
         runs = []
-        inputs = tuple(self._example[n] for n in self._graph.inputs if n in self._example)
-        if len(inputs) != len(self._graph.inputs):
-            return np.zeros(len(self._plan.native))
         with torch_threads(self.threads), torch.no_grad():
             start = time.perf_counter()
             for turn in range(repeats + 2):
-                self._run(inputs, self.batch_size)
+                self._run(self._example, self.batch_size)
                 runs.append(self._ticks())
                 if turn >= 3 and time.perf_counter() - start > _CHOICE_S:
                     break

@@ -391,12 +391,10 @@ def build_steps(
         follows = plan.follows_batch(layout)
         per_image.append(row.jobs if follows else 0)
         fixed.append(0 if follows else row.jobs * layout.images)
-    table: NDArray[np.int64] = memory.zeros(max(len(rows), 1) * 3, np.int64).reshape(-1, 3)
-    if rows:
-        table[:] = np.array(rows, np.int64)
+    table: NDArray[np.int64] = memory.zeros(len(rows) * 3, np.int64).reshape(-1, 3)
+    table[:] = np.array(rows, np.int64).reshape(-1, 3)
     steps = Steps(
         memory, table, np.array(per_image, np.int64), np.array(fixed, np.int64), builder.scratch_bytes, labels, graph
     )  # fmt: skip
-    if rows:
-        steps.set_batch(plan.images)
+    steps.set_batch(plan.images)
     return steps

@@ -58,7 +58,7 @@ def conv_graph(
 
 def run(graph: Graph, *inputs: torch.Tensor, mode: Mode, threads: int = 1) -> torch.Tensor:
     """Compile a hand-made graph and run it."""
-    return SparseModule(graph, threads, mode)(*inputs)
+    return SparseModule(graph, inputs, threads, mode)(*inputs)
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import explorer
+from explorer.errors import EngineError
 from explorer.masks import magnitude_mask
 from explorer.models import architectures
 from tests.inference.graphs import relative_error
@@ -136,3 +137,67 @@ def test_in_place_writes_views_and_structured_outputs_come_out_as_in_torch() -> 
         strict=True,
     ):
         assert relative_error(a, b) < 1e-5
+
+
+class Mixing(nn.Module):
+    """One sample's output depends on the others', outside the engine's own kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y - y.mean(0, keepdim=True)
+
+
+def test_a_smaller_batch_is_refused_where_samples_mix_and_padding_would_change_the_answer() -> None:
+    torch.manual_seed(0)
+    network, x = Mixing().eval(), torch.randn(4, 6)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        assert relative_error(engine(x), network(x)) < 1e-5
+    with pytest.raises(EngineError, match="depends on the others"):
+        engine(x[:2])
+
+
+class Everything(nn.Module):
+    """Operators without a native kernel between native ones: concatenation, gates, embeddings, transposed and 3-D convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.same = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding="same")
+        self.gate, self.up = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(16, 4, 2, stride=2)
+        self.deep = nn.Conv3d(1, 2, 3, padding=1)
+        self.words, self.out = nn.Embedding(20, 6), nn.Linear(6, 20, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.a(x)
+        y = y * torch.sigmoid(self.gate(nn.functional.adaptive_avg_pool2d(y, 1)))
+        z = self.up(torch.cat([y, nn.functional.hardswish(self.same(x))], 1))
+        return self.deep(z[:, None]), z.argmax(1), self.out(nn.functional.gelu(self.words(words))), x
+
+
+def test_what_has_no_native_kernel_runs_through_torch_and_is_named() -> None:
+    torch.manual_seed(0)
+    network = Everything().eval()
+    x, words = torch.randn(3, 3, 7, 6), torch.randint(0, 20, (3, 5))
+    engine = explorer.compile(network, (x, words))
+    for operator in ("cat", "conv_transpose2d", "conv3d", "embedding", "gelu"):
+        assert any(operator in fallback for fallback in engine.fallbacks), operator
+    with torch.no_grad():
+        for n in (3, 1):
+            for got, wanted in zip(engine(x[:n], words[:n]), network(x[:n], words[:n]), strict=True):
+                assert got.dtype == wanted.dtype
+                assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [(nn.Identity(), (2, 3)), (nn.Linear(5, 3), (5,)), (nn.Conv2d(1, 1, 1), (1, 1, 1, 1))],
+)
+def test_networks_with_next_to_nothing_in_them_work(network: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert relative_error(explorer.compile(network.eval(), x)(x), network(x)) < 1e-5
