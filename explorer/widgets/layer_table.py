@@ -6,6 +6,7 @@ from typing import Any
 
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
+from explorer.widgets.metrics import count
 
 
 class LayerTable(StateView):
@@ -42,5 +43,6 @@ class LayerTable(StateView):
         state = self.state
         if state.study is None:
             return ""
-        total = sum(layer.n_params for layer in state.layers)
-        return f"{len(state.layers)} layers · {total / 1e6:.2f} M weights · {sum(layer.macs for layer in state.layers) / 1e6:.0f} M multiply-adds an image"
+        weights = count(sum(layer.n_params for layer in state.layers))
+        macs = count(sum(layer.macs for layer in state.layers))
+        return f"{len(state.layers)} layers · {weights} weights · {macs} multiply-adds an image"

@@ -65,17 +65,17 @@ def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     n_params = sum(layer.n_params for layer in state.layers)
     asked = sum(layer.n_params * state.distribution[layer.name] for layer in state.layers) / max(1, n_params)
     if run is None:
-        kept = _count(n_params * (1 - asked))
+        kept = count(n_params * (1 - asked))
         return tile | {
             "value": f"{100 * asked:.1f}",
             "note": "asked for",
-            "more": f"{kept} of {_count(n_params)} weights stay",
+            "more": f"{kept} of {count(n_params)} weights stay",
         }
     achieved = run.result.sparsity if run.result is not None else run.sparsity
     return tile | {
         "value": f"{100 * achieved:.1f}",
         "note": f"achieved; asked {100 * asked:.1f} %",
-        "more": f"{_count(n_params * (1 - achieved))} of {_count(n_params)} weights left",
+        "more": f"{count(n_params * (1 - achieved))} of {count(n_params)} weights left",
     }
 
 
@@ -219,7 +219,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
+    """Return a count with three significant digits, such as "1.23 M"."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
             return f"{value / size:.3g}{unit}"

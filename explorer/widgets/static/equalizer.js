@@ -114,43 +114,51 @@ function render({ model, el, signal }) {
 
   function repaint() {
     const curves = model.get("curves");
-    layers.forEach((layer, i) => {
-      const bar = field.children[i];
-      const name = names.children[i];
-      if (!bar || values[i] === undefined) return;
-      const value = values[i];
-      const kl = between(curves.kl?.[i], value);
-      const ms = between(curves.latency_ms?.[i], value);
-      const grow = Math.max(layer.share ?? 1 / layers.length, 0.004);
-      bar.style.flexGrow = name.style.flexGrow = grow;
-      bar.style.setProperty("--se-at", value);
-      bar.style.setProperty("--se-colour", rampColour(tone(kl)));
-      setOne(bar, "data-locked", layer.locked ? "yes" : null);
-      setOne(bar, "data-active", i === active ? "yes" : null);
-      setOne(name, "data-active", i === active ? "yes" : null);
-      const [, even, ghost, text] = bar.children;
-      even.hidden = layer.even === null;
-      if (layer.even !== null) even.style.bottom = `${100 * layer.even}%`;
-      ghost.hidden = layer.ghost === null;
-      if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
-      say(text, shortPercent(value, grow > 0.04));
-      setAll(bar, {
-        tabindex: i === active ? 0 : -1,
-        "aria-label": layer.label,
-        "aria-valuenow": Number((100 * value).toFixed(1)),
-        "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, kl === null ? "" : `KL ${words.small(kl)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
-        "aria-disabled": layer.locked ? "true" : null,
-      });
+    layers.forEach((_, i) => paint(i, curves));
+    tell();
+  }
+
+  /** Draw one bar from the page's own copy of the values; while a bar is dragged nothing else is touched. */
+  function paint(i, curves) {
+    const layer = layers[i];
+    const bar = field.children[i];
+    const name = names.children[i];
+    if (!bar || values[i] === undefined) return;
+    const value = values[i];
+    const kl = between(curves.kl?.[i], value);
+    const ms = between(curves.latency_ms?.[i], value);
+    const grow = Math.max(layer.share ?? 1 / layers.length, 0.004);
+    bar.style.flexGrow = name.style.flexGrow = grow;
+    bar.style.setProperty("--se-at", value);
+    bar.style.setProperty("--se-colour", rampColour(tone(kl)));
+    setOne(bar, "data-locked", layer.locked ? "yes" : null);
+    setOne(bar, "data-active", i === active ? "yes" : null);
+    setOne(name, "data-active", i === active ? "yes" : null);
+    const [, even, ghost, text] = bar.children;
+    even.hidden = layer.even === null;
+    if (layer.even !== null) even.style.bottom = `${100 * layer.even}%`;
+    ghost.hidden = layer.ghost === null;
+    if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
+    say(text, shortPercent(value, grow > 0.04));
+    setAll(bar, {
+      tabindex: i === active ? 0 : -1,
+      "aria-label": layer.label,
+      "aria-valuenow": Number((100 * value).toFixed(1)),
+      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, kl === null ? "" : `KL ${words.small(kl)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
+      "aria-disabled": layer.locked ? "true" : null,
     });
+  }
+
+  /** Describe the chosen layer below the bars. */
+  function tell() {
     const layer = layers[active];
-    if (layer) {
-      say(chosen, layer.label);
-      if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
-      typed.disabled = Boolean(layer.locked);
-      say(lock, layer.locked ? "Unlock" : "Lock");
-      setOne(lock, "aria-pressed", String(Boolean(layer.locked)));
-      say(effect, story(active));
-    }
+    if (!layer) return;
+    say(chosen, layer.label);
+    if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
+    typed.disabled = Boolean(layer.locked);
+    say(lock, layer.locked ? "Unlock" : "Lock");
+    setOne(lock, "aria-pressed", String(Boolean(layer.locked)));
+    say(effect, story(active));
   }
 
   /** One line on what the sparsity of a layer does to it. */
@@ -202,7 +210,8 @@ function render({ model, el, signal }) {
   function change(i, value) {
     if (layers[i].locked) return false;
     values[i] = Math.min(MAX, Math.max(0, Math.round(value * 1000) / 1000));
-    repaint();
+    paint(i, model.get("curves"));
+    tell();
     return true;
   }
 
