@@ -66,21 +66,20 @@ class Curves:
 class CurveBuilder:
     """Collects points and makes `Curves` of them. Used by one thread at a time.
 
-    Where a point was measured both with the network's own BatchNorm statistics and with refreshed ones, the refreshed one is shown:
-    it says what the weights can still do, and a run refreshes the statistics anyway.
+    Points with refreshed BatchNorm statistics are left out: predictions and targets are made from the others, and a page must not
+    show one thing and solve with another.
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, dict[str, dict[float, tuple[bool, float]]]] = {}
+        self._values: dict[str, dict[str, dict[float, float]]] = {}
 
     def add(self, point: Any) -> None:
-        """Add a `SensitivityPoint`; points of the whole network (layer "") and unknown kinds are left out."""
-        if point.kind not in KINDS or not math.isfinite(point.value):
+        """Add a `SensitivityPoint`; unknown kinds and values that are no numbers are left out."""
+        if point.kind not in KINDS or point.refreshed or not math.isfinite(point.value):
             return
-        at = self._values.setdefault(point.kind, {}).setdefault(point.layer, {})
-        refreshed = bool(point.refreshed)
-        if point.sparsity not in at or refreshed >= at[point.sparsity][0]:
-            at[point.sparsity] = (refreshed, float(point.value))
+        self._values.setdefault(point.kind, {}).setdefault(point.layer, {})[point.sparsity] = float(
+            point.value
+        )
 
     def count(self, kind: str) -> int:
         """Return how many points of `kind` are there."""
@@ -90,10 +89,7 @@ class CurveBuilder:
         """Return what was collected so far."""
         return Curves(
             {
-                kind: {
-                    layer: tuple((s, value) for s, (_, value) in sorted(levels.items()))
-                    for layer, levels in layers.items()
-                }
+                kind: {layer: tuple(sorted(levels.items())) for layer, levels in layers.items()}
                 for kind, layers in self._values.items()
             }
         )

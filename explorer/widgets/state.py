@@ -270,10 +270,10 @@ class ExplorerState(t.HasTraits):
         started = self._clock()
         shown = -math.inf
         done = 0
-        # Loss as it is, loss with refreshed BatchNorm statistics where there are any, and latency.
-        passes = 3 if _has_batch_norm(study.model.module) else 2
-        total = len(study.layers) * len(study.levels) * passes
-        for point in study.sensitivity_points(n_images=n_images, stop=stop):
+        # Each layer at each level, once for the loss and once for the latency. Predictions do not use refreshed BatchNorm statistics,
+        # so nobody is made to wait for them.
+        total = len(study.layers) * len(study.levels) * 2
+        for point in study.sensitivity_points(n_images=n_images, stop=stop, refresh_batchnorm=False):
             builder.add(point)
             if point.layer and point.sparsity > 0 and point.kind in ("kl", "latency_ms"):
                 done += 1
@@ -747,12 +747,6 @@ def _evaluate_every(study: Any, epochs: float) -> int:
 
     steps = epochs * len(study.data.train) / RunSettings().batch_size
     return max(5, round(steps / min(MAX_EVALUATIONS, max(3, 2 * epochs))))
-
-
-def _has_batch_norm(module: Any) -> bool:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def _sizes(study: Any, result: Any) -> tuple[int, int]:

@@ -22,11 +22,13 @@ from tests.conftest import find_browser
 
 IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT = 1440, 1640
-GIF_WIDTH = 900
-GIF_COLOURS = 96
+GIF_WIDTH = 860
+GIF_COLOURS = 64
+MAX_WATCHED = 24
 MINUTES = 60_000
 CURSOR = """() => {
   const arrow = document.createElement("div");
+  arrow.id = "film-cursor";
   arrow.style.cssText = "position:fixed;z-index:9999;width:18px;height:18px;margin:-9px 0 0 -9px;border-radius:50%;"
     + "background:rgb(20 30 35 / 35%);border:2px solid white;pointer-events:none;left:-40px";
   document.body.append(arrow);
@@ -54,9 +56,24 @@ class Film:
         self._frames.append(frame)
         self._times.append(milliseconds)
 
+    def thin(self, start: int, keep: int) -> None:
+        """Of the frames from `start` on, keep `keep`, evenly spaced."""
+        n = len(self._frames) - start
+        if n > keep:
+            chosen = [start + i * (n - 1) // (keep - 1) for i in range(keep)]
+            self._frames[start:] = [self._frames[i] for i in chosen]
+            self._times[start:] = [self._times[i] for i in chosen]
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
     def save(self, path: Path) -> None:
         """Write an animated GIF with one palette for all frames, so that only what moves is stored again."""
-        palette = self._frames[-1].quantize(GIF_COLOURS)
+        some = [self._frames[i * (len(self._frames) - 1) // 3] for i in range(4)]
+        sheet = Image.new("RGB", (GIF_WIDTH, sum(frame.height for frame in some)))
+        for i, frame in enumerate(some):
+            sheet.paste(frame, (0, i * frame.height))
+        palette = sheet.quantize(GIF_COLOURS)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self._frames]
         frames[0].save(
             path, save_all=True, append_images=frames[1:], duration=self._times, loop=0, optimize=False
@@ -90,7 +107,7 @@ def main() -> None:
         page = context.new_page()
         page.goto(server.url)
         _do_the_job(page, options.speedup, options.epochs)
-        page.mouse.move(5, 5)
+        page.locator("#film-cursor").evaluate("(cursor) => cursor.remove()")
         page.screenshot(path=IMAGES / "app-light.png")
         page.emulate_media(color_scheme="dark")
         expect(page.locator("html")).to_have_attribute("data-se-theme", "dark")
@@ -136,10 +153,12 @@ def _do_the_job(page: Page, speedup: str, epochs: str) -> None:
 def _watch(film: Film, page: Page, until: str, *, every: float, shown: int) -> None:
     """Add a frame every `every` seconds until the status says `until`."""
     end = time.monotonic() + 15 * 60
+    start = len(film)
     while until not in page.locator(".se-now").inner_text():
         assert time.monotonic() < end, f"The page did not come to {until!r} within a quarter of an hour."
         page.wait_for_timeout(1000 * every)
         film.shoot(shown)
+    film.thin(start, MAX_WATCHED)
 
 
 def _drag(film: Film, page: Page, layer: str, by: float) -> None:
