@@ -19,7 +19,7 @@ class History(Generic[T]):
     --------
     >>> history = History()
     >>> history.record("a")
-    ... history.record("b")
+    >>> history.record("b")
     >>> history.undo(), history.can_undo, history.redo()
     ('a', False, 'b')
     """

@@ -81,5 +81,11 @@ class Publisher:
             self._pending.clear()
             self._scheduled = False
             self._last = time.monotonic()
+        failures = []
         for call in calls:
-            call()
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - a broken drawing must not swallow the end of a job
+                failures.append(error)
+        if failures:
+            raise failures[0]

@@ -4,6 +4,8 @@ import asyncio
 import threading
 from collections.abc import Callable
 
+import pytest
+
 from explorer.widgets.publisher import DirectScheduler, LoopScheduler, Publisher
 
 
@@ -56,6 +58,16 @@ def test_news_posted_while_delivering_are_not_lost() -> None:
     publisher = Publisher(DirectScheduler())
     publisher.post("a", lambda: (seen.append("a"), publisher.post("b", lambda: seen.append("b"))))
     assert seen == ["a", "b"]
+
+
+def test_a_call_that_fails_does_not_keep_the_others_from_being_delivered() -> None:
+    scheduler, seen = HeldScheduler(), []
+    publisher = Publisher(scheduler)
+    publisher.post("broken", lambda: 1 / 0)
+    publisher.post("end", lambda: seen.append("end"))
+    with pytest.raises(ZeroDivisionError):
+        scheduler.go()
+    assert seen == ["end"]
 
 
 def test_posts_of_a_worker_arrive_in_the_thread_of_the_loop_at_ten_hertz() -> None:
