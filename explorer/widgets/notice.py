@@ -30,17 +30,21 @@ class Notice(StateView):
             "busy": job.busy,
             "share": share,
             "left": _left(job.seconds_left) if not job.paused else "",
-            "stoppable": job.kind in ("measure", "prune"),
+            "stoppable": job.kind == "measure" or self._training(),
             "stopping": job.stopping,
-            "pausable": job.kind == "prune" and not job.stopping,
+            "pausable": self._training() and not job.stopping,
             "paused": job.paused,
             "error": state.error,
             "facts": state.facts,
         }
 
+    def _training(self) -> bool:
+        """Return whether a run trains: its last job, timing the result, is short and cannot be stopped."""
+        return self.state.job.kind == "prune" and self.state.run is not None and self.state.run.active
+
     def _text(self) -> str:
         state, job = self.state, self.state.job
-        if job.kind == "prune" and state.run is not None and state.run.phase:
+        if self._training() and state.run is not None and state.run.phase:
             words = {
                 "stabilise": "training before the first weight goes",
                 "prune": "removing weights",

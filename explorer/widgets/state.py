@@ -241,8 +241,12 @@ class ExplorerState(t.HasTraits):
         if not 0 <= index < len(self.choices):
             raise ExplorerError(f"There is no choice {index}; there are {len(self.choices)}.")
         choice = self.choices[index]
-        self.choice = index
-        self._start("load", f"Loading {choice.label}", lambda _stop: self._open_study(choice), self.adopt)
+
+        def finished(study: Any) -> None:
+            self.choice = index
+            self.adopt(study)
+
+        self._start("load", f"Loading {choice.label}", lambda _stop: self._open_study(choice), finished)
 
     @_guarded
     def select(self, name: str) -> None:

@@ -83,7 +83,7 @@ class Film:
 def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--speedup", default="4", help="target that is solved for")
+    parser.add_argument("--speedup", default="3", help="target that is solved for")
     parser.add_argument("--epochs", default="6")
     options = parser.parse_args()
     browser = find_browser()

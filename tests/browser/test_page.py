@@ -165,6 +165,7 @@ def test_data_that_are_missing_are_explained_and_the_page_goes_on(fake_page: Pag
     page = fake_page
     page.get_by_label("Model and data").select_option(label="Missing data")
     expect(page.get_by_role("alert")).to_contain_text("Install dataset-fashion-mnist")
+    expect(page.get_by_label("Model and data")).to_have_value("Fake network")
     measured(page)
     expect(page.get_by_role("alert")).to_be_hidden()
 
