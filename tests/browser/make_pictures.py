@@ -23,8 +23,21 @@ from tests.conftest import find_browser
 IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT = 1440, 1640
 GIF_WIDTH = 860
-GIF_COLOURS = 64
+GIF_COLOURS = 96
 MAX_WATCHED = 24
+SWATCH = 160
+THEME = [
+    "--se-bg",
+    "--se-card",
+    "--se-accent",
+    "--se-wash",
+    "--se-line",
+    "--se-mute",
+    "--se-ramp-0",
+    "--se-ramp-1",
+    "--se-ramp-2",
+    "--se-ramp-3",
+]
 MINUTES = 60_000
 CURSOR = """() => {
   const arrow = document.createElement("div");
@@ -67,13 +80,24 @@ class Film:
     def __len__(self) -> int:
         return len(self._frames)
 
+    def _sheet(self) -> Image.Image:
+        """Return a few frames, and the theme's colours large enough to get a place each in the palette."""
+        colours = self._page.evaluate(
+            "(names) => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim())",
+            THEME,
+        )
+        some = [self._frames[i * (len(self._frames) - 1) // 3] for i in range(4)]
+        some += [Image.new("RGB", (GIF_WIDTH, SWATCH), colour) for colour in colours]
+        sheet = Image.new("RGB", (GIF_WIDTH, sum(part.height for part in some)))
+        top = 0
+        for part in some:
+            sheet.paste(part, (0, top))
+            top += part.height
+        return sheet
+
     def save(self, path: Path) -> None:
         """Write an animated GIF with one palette for all frames, so that only what moves is stored again."""
-        some = [self._frames[i * (len(self._frames) - 1) // 3] for i in range(4)]
-        sheet = Image.new("RGB", (GIF_WIDTH, sum(frame.height for frame in some)))
-        for i, frame in enumerate(some):
-            sheet.paste(frame, (0, i * frame.height))
-        palette = sheet.quantize(GIF_COLOURS)
+        palette = self._sheet().quantize(GIF_COLOURS)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self._frames]
         frames[0].save(
             path, save_all=True, append_images=frames[1:], duration=self._times, loop=0, optimize=False

@@ -101,9 +101,9 @@ const words = {
   },
 };
 
-/** Where a KL divergence lies on the colour ramp, 0 to 1: three decades, from 0.001 to 1 nat. */
+/** Where a KL divergence lies on the colour ramp, 0 to 1: three decades, from 0.003 to 3 nats. */
 function tone(kl) {
-  return kl === null || kl === undefined ? null : Math.min(1, Math.max(0, (Math.log10(Math.max(kl, 1e-9)) + 3) / 3));
+  return kl === null || kl === undefined ? null : Math.min(1, Math.max(0, (Math.log10(Math.max(kl, 1e-9) / 3) + 3) / 3));
 }
 
 /** The colour of a tone, mixed by the style sheet's own colours so that themes stay in one place. */

@@ -47,7 +47,7 @@ function render({ model, el, signal }) {
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
   const legend = make("div", { class: "se-foot" },
     make("span", {}, "Width: share of dense time"),
-    make("span", { class: "se-rampline" }, "Colour: KL at this sparsity", make("em", {}, "0.001"), ramp, make("em", {}, "1")),
+    make("span", { class: "se-rampline" }, "Colour: KL at this sparsity", make("em", {}, "0.003"), ramp, make("em", {}, "3")),
     make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
     make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), "uniform at about the same latency"),
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
