@@ -39,7 +39,12 @@ ENTRY = np.dtype([("offset", "<i4"), ("weight", "<f4")])
 
 
 def sparse_rows(
-    weight: NDArray[np.float32], offsets: NDArray[np.int64], channels: NDArray[np.int64], keep_empty: bool
+    weight: NDArray[np.float32],
+    offsets: NDArray[np.int64],
+    channels: NDArray[np.int64],
+    unroll: int,
+    *,
+    keep_empty: bool,
 ) -> tuple[NDArray[np.generic], NDArray[np.int32], NDArray[np.int32]]:
     """Nonzeros of some rows, in the order in which the sparse kernel takes them.
 
@@ -50,27 +55,37 @@ def sparse_rows(
         Byte offset of the operand of each weight.
     channels : (rows,) int64
         Output channel of each row.
+    unroll : int
+        Rows are padded with zero weights to a multiple of this many entries.
     keep_empty : bool
         Whether rows without a nonzero must be visited all the same (in the first and the last block they must).
 
     Returns
     -------
-    entries : (nonzeros,) of {offset int32, weight float32}
+    entries : (padded nonzeros,) of {offset int32, weight float32}
     rows : (rows kept,) int32
-        Output channels, rows with equally many nonzeros next to one another.
+        Output channels, rows with equally many entries next to one another.
     groups : (2 * groups,) int32
-        {nonzeros, rows} of each run of such rows.
+        {entries / unroll, rows} of each run of such rows.
     """
     present = weight != 0
-    count = present.sum(1)
-    order = np.argsort(count, kind="stable")
+    turns = -(-present.sum(1) // unroll)
+    order = np.argsort(turns, kind="stable")
     if not keep_empty:
-        order = order[count[order] > 0]
+        order = order[turns[order] > 0]
+    turns = turns[order]
     r, k = np.nonzero(present[order])
-    entries = np.empty(len(r), ENTRY)
-    entries["weight"] = weight[order[r], k]
-    entries["offset"] = offsets[order[r], k] if offsets.ndim == 2 else offsets[k]
-    values, starts = np.unique(count[order], return_index=True)
+    count = np.bincount(r, minlength=len(order))
+    padded = turns * unroll
+    within = np.arange(len(r)) - np.repeat(np.cumsum(count) - count, count)
+    at = (np.cumsum(padded) - padded)[r] + within
+    where = (offsets[order[r], k] if offsets.ndim == 2 else offsets[k]).astype(np.int32)
+    entries = np.zeros(int(padded.sum()), ENTRY)
+    # A padding entry reads what its row's last entry reads: an operand that is needed anyway, times zero.
+    ends = np.cumsum(count)[count > 0] - 1
+    entries["offset"] = np.repeat(where[ends], padded[count > 0])
+    entries["offset"][at], entries["weight"][at] = where, weight[order[r], k]
+    values, starts = np.unique(turns, return_index=True)
     sizes = np.diff(np.append(starts, len(order)))
     groups = np.stack([values, sizes], 1).astype(np.int32).reshape(-1)
     return entries, channels[order].astype(np.int32), groups
@@ -127,7 +142,7 @@ def conv_blocks(
                 blocks.append(_dense_block(piece, offsets, sources, low, kernel.dense_rows))
             else:
                 entries, rows, counts = sparse_rows(
-                    piece, offsets, np.arange(low, high), i == 0 or i == n_blocks - 1
+                    piece, offsets, np.arange(low, high), kernel.unroll, keep_empty=i in (0, n_blocks - 1)
                 )
                 blocks.append(Block(stop - start, sources, np.empty(0, np.int32), entries, rows, counts))
         result.append(blocks)
@@ -170,7 +185,9 @@ def _grouped_blocks(
         if kernel.reach == "direct":
             mine = slice(low * per_group, high * per_group)
             offsets = where[inputs[mine]].reshape(-1, cg * taps)
-            entries, rows, counts = sparse_rows(flat[mine], offsets, channels[mine], True)
+            entries, rows, counts = sparse_rows(
+                flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
+            )
             result.append([Block(cg * taps, np.empty(0, np.int64), empty, entries, rows, counts)])
             continue
         blocks = []
@@ -181,7 +198,9 @@ def _grouped_blocks(
             sources = where[start * cg : stop * cg].reshape(-1).astype(np.int64)
             local = (inputs[mine] - start * cg)[:, :, None] * taps + np.arange(taps)
             offsets = (local * row_bytes).reshape(-1, cg * taps)
-            entries, rows, counts = sparse_rows(flat[mine], offsets, channels[mine], True)
+            entries, rows, counts = sparse_rows(
+                flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
+            )
             blocks.append(Block((stop - start) * cg * taps, sources, empty, entries, rows, counts))
         result.append(blocks)
     most = max(len(blocks) for blocks in result)

@@ -7,6 +7,7 @@ The algorithm in plain words
              "shift"   the shifted rows are first copied into an L1 buffer, so that the hot loop loads whole cache lines
              "gather"  the same for strides other than one, element by element through an index table
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
+             (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) and zeroes the gap between image rows.
 
@@ -34,7 +35,7 @@ ARGUMENTS = Record(
 """One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
 
 BLOCK = Record(("n_rows", "sources", "offsets", "entries", "rows", "groups", "n_groups", "first_channel"))
-"""One K block of one part. Sparse: `rows` (channels), `groups` ({nonzeros, channels} pairs), `entries` ({byte offset, weight} pairs).
+"""One K block of one part. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
 
 BUFFER_BYTES = 1 << 16
@@ -76,6 +77,15 @@ class ConvKernel:
     masked: bool
     aligned: bool
     independent: bool
+
+    @property
+    def unroll(self) -> int:
+        """Nonzeros that the sparse kernel takes at once, each with sums of its own.
+
+        An FMA takes four cycles and a core starts two a cycle: fewer than eight independent sums leave it waiting. Rows are padded with
+        zero weights to a multiple of this, see pack.py.
+        """
+        return 1 << max(0, (8 // self.tile).bit_length() - 1)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -169,16 +179,23 @@ class _Generator:
             channel = b.sext(f.load(row, I32), I64)
             start = self._start(f, first, bias, sums, channel)
 
-            def nonzero(_: Value, entry: Value, *totals: Value) -> list[Value]:
-                offset, weight = b.sext(f.load(entry, I32), I64), f.splat(f.load(entry, F32, 4))
-                pointer = f.opaque(f.at(operands, offset))
-                new = [
-                    f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total)
-                    for i, total in enumerate(totals)
-                ]
-                return [f.at(entry, 8), *new]
+            zeros = [ir.Constant(f.vector, [0.0] * f.lanes)] * (k.tile * (k.unroll - 1))
 
-            entry, *totals = f.loop(count, nonzero, [entry, *start])
+            def nonzeros(_: Value, entry: Value, *sets: Value) -> list[Value]:
+                new = []
+                for u in range(k.unroll):
+                    offset, weight = (
+                        b.sext(f.load(entry, I32, 8 * u), I64),
+                        f.splat(f.load(entry, F32, 8 * u + 4)),
+                    )
+                    pointer = f.opaque(f.at(operands, offset))
+                    for i in range(k.tile):
+                        total = sets[u * k.tile + i]
+                        new.append(f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total))
+                return [f.at(entry, 8 * k.unroll), *new]
+
+            entry, *sets = f.loop(count, nonzeros, [entry, *start, *zeros])
+            totals = self._sum_of_sets(f, sets)
             if last:
                 self._finish(f, totals, channel, low, high)
             else:
@@ -195,6 +212,14 @@ class _Generator:
         f.loop(f.field(block, BLOCK, "n_groups"), one_group, [entries, rows])
         b.ret_void()
         return name
+
+    def _sum_of_sets(self, f: Function, sets: list[Value]) -> list[Value]:
+        """Add the sums of the `unroll` independent chains, in pairs."""
+        tile = self.k.tile
+        while len(sets) > tile:
+            half = len(sets) // 2
+            sets = [f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
+        return sets
 
     # ---- dense
 
