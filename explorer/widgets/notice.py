@@ -7,6 +7,12 @@ from typing import Any
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
 
+PHASES = {
+    "stabilise": "training before the first weight goes",
+    "prune": "removing weights",
+    "fine-tune": "fine-tuning",
+}
+
 
 class Notice(StateView):
     """Status, progress, Stop, and the error region."""
@@ -44,14 +50,9 @@ class Notice(StateView):
 
     def _text(self) -> str:
         state, job = self.state, self.state.job
-        if self._training() and state.run is not None and state.run.phase:
-            words = {
-                "stabilise": "training before the first weight goes",
-                "prune": "removing weights",
-                "fine-tune": "fine-tuning",
-            }
-            text = f"{job.text}: {words.get(state.run.phase, state.run.phase)}"
-            return f"{text}, paused" if job.paused else text
+        if self._training() and state.run is not None:
+            phase = f": {PHASES.get(state.run.phase, state.run.phase)}" if state.run.phase else ""
+            return f"{job.text}{phase}{', paused' if job.paused else ''}"
         if job.busy:
             return job.text
         if state.study is None:

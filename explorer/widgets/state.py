@@ -437,6 +437,8 @@ class ExplorerState(t.HasTraits):
         given["evaluate_every"] = _evaluate_every(study, options.epochs)
         run = study.prune(record.distribution, **given)
         self._pruning = run
+        if self.job.paused:
+            run.pause()
         try:
             for event in run:
                 last = recorder.add(event)
@@ -473,20 +475,23 @@ class ExplorerState(t.HasTraits):
     @_guarded
     def pause(self) -> None:
         """Hold the run after its current step."""
-        if self._pruning is None or self.run is None:
+        if self.job.kind != "prune" or self.run is None or not self.run.active:
             return
-        self._pruning.pause()
+        # Noted first: the worker looks here when it has made the run, which takes a moment.
         self.job = dataclasses.replace(self.job, paused=True)
+        if self._pruning is not None:
+            self._pruning.pause()
         self.run = dataclasses.replace(self.run, status="paused")
         self._say("Paused.")
 
     @_guarded
     def resume(self) -> None:
         """Let a paused run go on."""
-        if self._pruning is None or self.run is None:
+        if self.job.kind != "prune" or self.run is None or not self.run.active:
             return
-        self._pruning.resume()
         self.job = dataclasses.replace(self.job, paused=False)
+        if self._pruning is not None:
+            self._pruning.resume()
         self.run = dataclasses.replace(self.run, status="running")
         self._say("Resumed.")
 

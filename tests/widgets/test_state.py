@@ -221,6 +221,29 @@ def test_a_run_can_be_paused_resumed_and_stopped_with_a_usable_result() -> None:
     watched.executor.shutdown()
 
 
+def test_a_pause_pressed_before_the_run_is_made_holds_it() -> None:
+    study = FakeStudy(steps_per_epoch=1000)
+    made = threading.Event()
+    prune = study.prune
+
+    def slowly(*given: Any, **options: Any) -> Any:
+        assert made.wait(10)
+        return prune(*given, **options)
+
+    study.prune = slowly  # type: ignore[method-assign]
+    watched = Watched(study)
+    watched.state.start_run()
+    watched.state.pause()
+    made.set()
+    watched.until(lambda s: s.run.evaluations, "run")
+    assert watched.state.run is not None and watched.state.run.step == 0
+    assert watched.state.run.status == "paused"
+    watched.state.stop()
+    watched.until(lambda s: not s.job.busy, "job")
+    assert watched.state.run.status == "stopped"
+    watched.executor.shutdown()
+
+
 def test_a_second_job_is_refused_with_the_name_of_the_first() -> None:
     watched = Watched(FakeStudy(pause_s=0.002, steps_per_epoch=1000))
     watched.state.start_run()
