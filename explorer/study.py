@@ -516,7 +516,9 @@ class Study:
             if isinstance(distribution, SparsityDistribution)
             else SparsityDistribution(distribution)
         )
-        return predict_distribution(self.model.layers, self._need_table(), known)
+        prunable = 4 * sum(layer.n_params for layer in self.model.layers)
+        others = (dense_bytes(self.model.module) - prunable) // 4
+        return predict_distribution(self.model.layers, self._need_table(), known, other_params=others)
 
     def feasible_speedups(self) -> tuple[float, float]:
         """Return the smallest and the largest predicted speed-up that `solve` can reach.

@@ -264,6 +264,13 @@ def test_the_main_job_from_measurement_to_files(measured: Study, tmp_path: Path)
     study.save(result, tmp_path / "run", overwrite=True)
 
 
+def test_the_predicted_size_is_that_of_the_whole_network_with_batch_norm_and_all(measured: Study) -> None:
+    from explorer.formats import dense_bytes
+
+    dense = measured.uniform(0.0)
+    assert measured.predict(dense).size_bytes == dense_bytes(measured.model.module)
+
+
 def test_a_layer_that_stays_as_it_is_needs_no_entry(measured: Study) -> None:
     run = measured.prune({"fc": 0.5}, epochs=0.5, batch_size=32, latency=False)
     recipe = measured.recipe(run.finish())
