@@ -52,8 +52,15 @@ def removed_energy(table: SensitivityTable, layers: Sequence[str], levels: _Floa
 
 
 def quadratic(_table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
-    """Square of the sparsity as a fraction of the largest level, the same for every layer."""
-    return np.tile((levels / max(float(levels[-1]), 1e-12)) ** 2, (len(layers), 1))
+    """The prior of SPDY: the square of how many equal cuts of what remains lead to a level, over that of the largest level.
+
+    Frantar and Alistarh, "SPDY: Accurate pruning with speedup guarantees" (2022), section 3.3: level i of n, each of which removes the
+    same fraction of the remaining weights, scores ``(i / (n - 1))**2``. That is ``(log(1 - s) / log(1 - s_max))**2``, the same for every layer:
+    0.02 at 0.5, 0.25 at 0.9 and 1 at 0.99, if that is the largest.
+    """
+    cuts = np.log1p(-levels)
+    last = float(cuts[-1])
+    return np.tile((cuts / last) ** 2 if last < 0 else np.zeros_like(levels), (len(layers), 1))
 
 
 SCORES: dict[str, Score] = {

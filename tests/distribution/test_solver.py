@@ -163,10 +163,19 @@ def test_bad_arguments_are_refused() -> None:
 def test_the_default_score_is_half_scaled_root_and_half_quadratic_prior() -> None:
     levels = np.asarray([0.0, 0.5, 0.9])
     expected_kl = np.asarray([[tables.HARM[n] * s**4 for s in levels] for n in ("a", "b")])
-    expected = 0.5 * np.sqrt(expected_kl) / np.sqrt(expected_kl.max()) + 0.5 * (levels / 0.9) ** 2
+    prior = (np.log(1.0 - levels) / np.log(0.1)) ** 2
+    expected = 0.5 * np.sqrt(expected_kl) / np.sqrt(expected_kl.max()) + 0.5 * prior
     np.testing.assert_allclose(score_table("mix_kl_sqrt", TABLE, ["a", "b"], levels), expected)
     np.testing.assert_allclose(score_table("loss", TABLE, ["a", "b"], levels), expected_kl, atol=1e-12)
     np.testing.assert_allclose(score_table("removed_energy", TABLE, ["a"], levels), [levels**3], atol=1e-12)
+
+
+def test_the_prior_is_that_of_spdy_on_levels_that_each_remove_the_same_fraction() -> None:
+    n = 11
+    levels = 1.0 - 0.01 ** (np.arange(n) / (n - 1))
+    np.testing.assert_allclose(
+        score_table("quadratic", TABLE, ["a"], levels), [(np.arange(n) / (n - 1)) ** 2], atol=1e-12
+    )
 
 
 def test_every_score_starts_at_zero_and_never_falls() -> None:
