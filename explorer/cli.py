@@ -39,7 +39,7 @@ _INTERRUPTED = 130
 _FAILED = 2
 
 # Enough to rank layers (the divergence needs few images), quick enough to leave the time to training.
-_SOLVE_IMAGES = 256
+_SOLVE_IMAGES = 128
 
 # One upload in the app is one message.
 _WEBSOCKET_BYTES = 200 * 2**20
