@@ -158,6 +158,11 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--distillation", type=float, metavar="W", help="weight of the dense outputs in the loss"
     )
+    training.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="arithmetic of the training (default auto)",
+    )
     training.add_argument("--training-threads", type=_count, help="default: all that torch takes")
     latency = parser.add_argument_group("latency")
     latency.add_argument("--threads", type=_count, help="threads of latencies (default 1)")
@@ -277,6 +282,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[s
         "seed": options.seed,
         "learning_rate": options.learning_rate,
         "distillation": options.distillation,
+        "precision": options.precision,
         "threads": options.training_threads,
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

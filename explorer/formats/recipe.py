@@ -32,6 +32,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
         "distillation",
         "temperature",
         "threads",
+        "precision",
     ),
     "evaluation": ("evaluate_every", "n_validation"),
 }
@@ -148,6 +149,9 @@ class Recipe:
             entries = _mapping(document.get(section, {}), section)
             _refuse_unknown(entries, set(names), section)
             for name, value in entries.items():
+                if name == "precision":
+                    values[name] = _text(entries, name)
+                    continue
                 values[name] = _number(
                     value, f"{section}.{name}", whole=name in _WHOLE_NUMBERS, optional=name in _OPTIONAL
                 )

@@ -119,8 +119,12 @@ class PruningRun:
         **options: Any,
     ) -> None:
         chosen = _with_options(settings or RunSettings(), options)
-        # Sums in another order round differently: the recipe must say with how many threads these weights came about.
-        self.settings = dataclasses.replace(chosen, threads=chosen.threads or torch.get_num_threads())
+        # Sums in another order or precision round differently: the recipe must say how these weights came about.
+        self.settings = dataclasses.replace(
+            chosen,
+            threads=chosen.threads or torch.get_num_threads(),
+            precision=_fastest_precision() if chosen.precision == "auto" else chosen.precision,
+        )
         self._data = data
         inputs, labels = data.train_tensors()
         if len(inputs) == 0:
@@ -294,7 +298,8 @@ class PruningRun:
         )
 
     def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        scores = self._module(inputs)
+        with self._autocast():
+            scores = self._module(inputs).float()
         if scores.ndim != 2 or len(scores) != len(labels):
             raise RunError(
                 f"The model's output has shape {tuple(scores.shape)} for {len(labels)} samples; "
@@ -306,8 +311,8 @@ class PruningRun:
             return loss
         # Hinton et al., "Distilling the knowledge in a neural network" (2015); T^2 keeps the gradients' size at any temperature.
         temperature = self.settings.temperature
-        with torch.no_grad():
-            taught = functional.log_softmax(self._teacher(inputs) / temperature, dim=1)
+        with torch.no_grad(), self._autocast():
+            taught = functional.log_softmax(self._teacher(inputs).float() / temperature, dim=1)
         learnt = functional.log_softmax(scores / temperature, dim=1)
         distance = functional.kl_div(learnt, taught, reduction="batchmean", log_target=True)
         return (1.0 - share) * loss + share * temperature**2 * distance
@@ -423,6 +428,9 @@ class PruningRun:
     def _laid_out(self, inputs: Tensor) -> Tensor:
         return inputs.contiguous(memory_format=torch.channels_last) if self._channels_last else inputs
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
         before = torch.get_num_threads()
@@ -445,6 +453,12 @@ class PruningRun:
         finally:
             self._random_state = torch.get_rng_state()
             torch.set_rng_state(outside)
+
+
+def _fastest_precision() -> str:
+    """Return bfloat16 where the CPU has matrix units for it; without them it is emulated, and slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
 def _with_options(settings: RunSettings, options: Mapping[str, Any]) -> RunSettings:

@@ -181,6 +181,19 @@ def test_a_layer_that_is_sparser_than_asked_lets_weights_back_in(
     assert int((~kept).sum()) == n_zeros(weight.numel(), 0.25)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_learns_in_either_precision_and_says_which_it_was(
+    tiny_model: LoadedModel, tiny_data: LoadedData, precision: str
+) -> None:
+    result = a_run(tiny_model, tiny_data, precision=precision).finish()
+    assert result.settings.precision == precision
+    assert result.accuracy > 0.9
+    assert all(value.dtype != torch.bfloat16 for value in result.module.state_dict().values())
+    assert a_run(tiny_model, tiny_data).settings.precision in ("float32", "bfloat16")
+    with pytest.raises(RunError, match="precision is 'half'; give one of auto, float32, bfloat16"):
+        a_run(tiny_model, tiny_data, precision="half")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_data: LoadedData) -> None:
     # Dropout draws from torch's global generator, which a run must not depend on, nor disturb.
     torch.manual_seed(0)
