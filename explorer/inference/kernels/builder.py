@@ -114,6 +114,20 @@ class Function:
         bits = self.b.and_(self.b.bitcast(value, self.int_vector), mask)
         return self.b.bitcast(bits, self.vector)
 
+    def sum_lanes(self, value: Value) -> Value:
+        """The sum of a vector's lanes, halves added to halves."""
+        count = self.lanes
+        while count > 1:
+            count //= 2
+            low, high = (
+                ir.Constant(ir.VectorType(I32, count), [i + start for i in range(count)])
+                for start in (0, count)
+            )
+            value = self.b.fadd(
+                self.b.shuffle_vector(value, value, low), self.b.shuffle_vector(value, value, high)
+            )
+        return self.b.extract_element(value, I32(0))
+
     def gather(
         self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None
     ) -> Value:

@@ -69,9 +69,7 @@ class LinearKernel:
                 return [f.fma(f.load(f.at(weights, o), f.vector, 0, width), value, total)]
 
             (total,) = f.loop(end, vector, [zero], start=begin)
-            y = f.load(f.at(bias, at), F32)
-            for lane in range(f.lanes):
-                y = b.fadd(y, b.extract_element(total, I32(lane)))
+            y = b.fadd(f.load(f.at(bias, at), F32), f.sum_lanes(total))
             y = b.select(b.fcmp_ordered("<", y, low), low, y)
             f.store(b.select(b.fcmp_ordered(">", y, high), high, y), f.at(out, at))
 

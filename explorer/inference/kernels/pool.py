@@ -101,9 +101,7 @@ class PoolKernel:
             return [b.fadd(total, f.load(f.at(plane, b.mul(i, I64(width))), f.vector, 0, width))]
 
         (total,) = f.loop(field("vectors"), one_vector, [zero])
-        y = b.extract_element(total, ir.Constant(ir.IntType(32), 0))
-        for lane in range(1, f.lanes):
-            y = b.fadd(y, b.extract_element(total, ir.Constant(ir.IntType(32), lane)))
+        y = f.sum_lanes(total)
         y = b.fmul(y, f.load(field("scale", PTR), F32))
         y = b.select(b.fcmp_ordered("<", y, low), low, y)
         f.store(b.select(b.fcmp_ordered(">", y, high), high, y), to)
