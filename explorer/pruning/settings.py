@@ -63,13 +63,13 @@ class RunSettings:
     """
 
     method: str = "gmp"
-    epochs: float = 6
+    epochs: float = 7
     batch_size: int = 128
     learning_rate: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-4
     stabilise: float = 0.05
-    ramp: float = 0.35
+    ramp: float = 0.25
     update_every: int = 20
     distillation: float = 1.0
     temperature: float = 4.0
