@@ -2,7 +2,8 @@
 
 All layers are pruned to one level together and timed inside the running network, so one pass a level serves every layer, caches and
 threads behave as in use, and the cost does not depend on the depth. The network is compiled once; other levels only bring new
-weights into the same program.
+weights into the same program. Each level is timed in turn with the dense network, so that levels can be compared although the machine's speed
+changes between them.
 """
 
 from __future__ import annotations
@@ -110,16 +111,24 @@ def _points(
         layer.name: pruned.get_submodule(layer.name).get_parameter("weight").detach().clone()
         for layer in everything
     }
+    clock: _Clock | None = None
     program: SparseModule | None = None
     for level in levels:
         if stop is not None and stop.is_set():
             return
         n_removed = _prune(pruned, dense, level)
-        if program is None:
-            program = inference.compile(pruned, example_input, threads=threads)
+        if clock is None:
+            # Level 0 comes first: the dense network is the clock that all other levels are timed by.
+            reference = inference.compile(pruned, example_input, threads=threads)
+            clock = _Clock(reference, example_input)
+            milliseconds, whole_ms, spread_ms = _time(reference, example_input, repeats, None)
+            clock.set(whole_ms)
         else:
-            program.update_weights(pruned)
-        milliseconds, whole_ms, spread_ms = _time(program, example_input, repeats)
+            if program is None:
+                program = inference.compile(pruned, example_input, threads=threads)
+            else:
+                program.update_weights(pruned)
+            milliseconds, whole_ms, spread_ms = _time(program, example_input, repeats, clock)
         is_one_layer = [layer.name for layer in everything] == [WHOLE_NETWORK]
         for layer in () if is_one_layer else reported:
             found = [milliseconds[name] for name in (layer.name, *layer.tied) if name in milliseconds]
@@ -134,13 +143,32 @@ def _points(
         yield SensitivityPoint(WHOLE_NETWORK, level, "latency_ms", whole_ms, std_error=spread_ms)
 
 
+class _Clock:
+    """The dense network, timed now and then: how fast the machine is at the moment, against when level 0 was measured.
+
+    Other work on a shared machine can halve its speed for seconds. Without this, a level that met such a phase would look slow beside one that
+    did not, and a solver would choose between phases of the machine instead of between sparsities.
+    """
+
+    def __init__(self, dense: SparseModule, example_input: Tensor) -> None:
+        self._dense, self._example_input, self._ms = dense, example_input, 0.0
+
+    def set(self, ms: float) -> None:
+        """Take `ms` as the dense network's time."""
+        self._ms = ms
+
+    def factor(self, repeats: int) -> float:
+        """Return what a time measured now must be multiplied by to compare with level 0."""
+        return self._ms / self._dense.benchmark(self._example_input, repeats=repeats).latency_ms
+
+
 def _time(
-    program: SparseModule, example_input: Tensor, repeats: int | None
+    program: SparseModule, example_input: Tensor, repeats: int | None, clock: _Clock | None
 ) -> tuple[dict[str, float], float, float]:
     """Return milliseconds by layer name, and median and spread of the whole network.
 
-    Whole passes and clocked ones take turns in several rounds and the median round counts: other work on the machine comes in bursts,
-    and must not fall on one kind alone, since the time outside the layers is their difference.
+    Whole passes, clocked ones and the dense network take turns in several rounds and the median round counts: other work on the machine comes
+    in bursts, and must not fall on one kind alone, since the time outside the layers is their difference.
     """
     if repeats is None:
         first = program.benchmark(example_input, repeats=_ROUNDS).latency_ms
@@ -149,13 +177,14 @@ def _time(
     whole, spread = [], []
     layers: dict[str, list[float]] = {}
     for _ in range(min(_ROUNDS, repeats)):
+        factor = clock.factor(max(1, each // 2)) if clock else 1.0
         timed = program.benchmark(example_input, repeats=each)
-        whole.append(timed.latency_ms)
-        spread.append(timed.spread_ms)
+        whole.append(timed.latency_ms * factor)
+        spread.append(timed.spread_ms * factor)
         total: dict[str, float] = {}
         for timing in program.profile(example_input, repeats=each):
             # A layer that is called twice, or done in several steps, costs the sum.
-            total[timing.name] = total.get(timing.name, 0.0) + timing.ms
+            total[timing.name] = total.get(timing.name, 0.0) + timing.ms * factor
         for name, ms in total.items():
             layers.setdefault(name, []).append(ms)
     return {name: median(ms) for name, ms in layers.items()}, median(whole), median(spread)
