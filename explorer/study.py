@@ -542,7 +542,7 @@ class Study:
         self,
         distribution: Mapping[str, float],
         method: str = "gmp",
-        epochs: float = 7,
+        epochs: float = 8,
         *,
         latency: bool = True,
         **options: Any,

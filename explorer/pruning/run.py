@@ -37,7 +37,7 @@ State = Literal["ready", "running", "paused", "finished", "stopped", "failed"]
 
 # Validation samples of an evaluation during the run, unless the settings say otherwise: enough for a curve, cheap enough to
 # leave the time to training. The final figures use all test samples.
-_N_VALIDATION = 2000
+_N_VALIDATION = 1000
 
 
 class TimedLatency(Protocol):

@@ -54,7 +54,7 @@ class RunSettings:
     evaluate_every : int or None
         Steps from one evaluation to the next; None evaluates after each epoch.
     n_validation : int or None
-        Validation samples of an evaluation during the run; None takes up to 2,000.
+        Validation samples of an evaluation during the run; None takes up to 1,000.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class RunSettings:
     """
 
     method: str = "gmp"
-    epochs: float = 7
+    epochs: float = 8
     batch_size: int = 128
     learning_rate: float = 0.05
     momentum: float = 0.9

@@ -103,3 +103,32 @@ def test_bad_requests_are_refused_before_any_work(net: Net) -> None:
         measure_latency(net, x, levels=(2.0,))
     with pytest.raises(EngineError, match="repeats=0"):
         measure_latency(net, x, repeats=0)
+
+
+def test_a_level_that_meets_a_slow_phase_of_the_machine_is_not_taken_for_a_slow_level() -> None:
+    from explorer.inference import Benchmark, LayerTiming
+    from explorer.sensitivity.latency import _Clock, _time
+
+    class Machine:
+        slowness = 1.0
+
+    class Program:
+        """Takes `ms` on a machine at full speed."""
+
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def benchmark(self, x: torch.Tensor, repeats: int) -> Benchmark:
+            return Benchmark(self.ms * Machine.slowness, 0.1 * Machine.slowness, 0.0, repeats, 1, 1, "test")
+
+        def profile(self, x: torch.Tensor, repeats: int) -> tuple[LayerTiming, ...]:
+            return (LayerTiming("layer", "conv", 0.5 * self.ms * Machine.slowness, "sparse", 0.0, 1, True),)
+
+    x = torch.zeros(1)
+    clock = _Clock(Program(8.0), x)
+    clock.set(8.0)
+    Machine.slowness = 3.0
+    layers, whole, spread = _time(Program(2.0), x, 10, clock)
+    assert layers == {"layer": pytest.approx(1.0)}
+    assert whole == pytest.approx(2.0)
+    assert spread == pytest.approx(0.1)
