@@ -446,6 +446,9 @@ def _app(options: argparse.Namespace) -> int:
     print(f"The app is at http://127.0.0.1:{options.port}/ ; Ctrl-C ends it.", flush=True)
     environment = with_template(os.environ)
     with subprocess.Popen(command, env=environment) as server:  # noqa: S603 - our own Python with arguments of ours
+        # A service manager ends this process, not the server: pass it on, or the server and its kernels stay behind.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: server.terminate())
         try:
             return server.wait()
         except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -255,6 +256,28 @@ def test_voila_understands_every_flag_of_the_app() -> None:
     manager = kernels.AsyncMappingKernelManager(config=app.config)
     assert (manager.cull_interval, manager.cull_idle_timeout) == (60, 300)
     assert manager.cull_connected is False
+
+
+def test_ending_the_command_ends_the_server_too() -> None:
+    pytest.importorskip("voila", reason="the extra 'app' is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def is_served() -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return True
+        return False
+
+    command = [sys.executable, "-m", "explorer", "app", "--no-browser", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as app:
+        deadline = time.monotonic() + 90
+        while not is_served() and app.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert is_served()
+        app.terminate()
+        app.wait(timeout=60)
+    assert not is_served()
 
 
 def test_a_port_that_is_taken_is_said_before_a_server_starts(capsys: pytest.CaptureFixture[str]) -> None:
