@@ -119,6 +119,8 @@ def _ride(graph: Graph, kind: str) -> None:
             if carrier.kind != "conv" or other == carrier.output:
                 continue
             carrier.inputs = [*carrier.inputs, other]
+        elif carrier.kind == "add" and len(graph.shapes[carrier.output]) not in (2, 3, 4):
+            continue  # no layout for it: it may have to run through torch, without the clamp
         elif carrier.kind in ("conv", "linear", "add", "max_pool", "average_pool", "plane_average"):
             carrier.attributes = {**carrier.attributes, **rider.attributes}
         else:

@@ -115,23 +115,26 @@ class Plan:
         if any(graph.dtypes.get(name) != torch.float32 for name in operation.inputs):
             return None
         shape = shapes[0]
+        # An operation that carries a residual or a clamp must find a family here: its torch form knows nothing of them.
         if operation.kind == "conv":
-            if len(shape) == 4 and shape[2:] == (1, 1):
-                weight = graph.constants[operation.weight or ""]
-                is_vector = weight.shape[2:] == (1, 1) and operation.attributes["groups"] == 1
-                return (
-                    "vectors"
-                    if is_vector and len(operation.inputs) == 1 and operation.attributes["padding"] == (0, 0)
-                    else None
-                )
-            return "planes"
+            weight = graph.constants[operation.weight or ""]
+            is_vector = len(shape) == 4 and shape[2:] == (1, 1) and weight.shape[2:] == (1, 1)
+            plain = (
+                len(operation.inputs) == 1
+                and operation.attributes["padding"] == (0, 0)
+                and operation.attributes["groups"] == 1
+            )
+            return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
         if operation.kind in ("max_pool", "average_pool", "plane_average"):
-            return "planes" if len(shape) == 4 and shape[2:] != (1, 1) else None
+            return "planes"
         if operation.kind in ("add", "clamp"):
             families = {self._family.get(self.root(name)) for name in operation.inputs} - {None}
-            return next(iter(families)) if len(families) == 1 else None
+            if len(families) == 1:
+                return next(iter(families))
+            if operation.kind == "add" and "low" in operation.attributes:
+                return {2: "vectors", 3: "tokens", 4: "planes"}[len(shape)]
         return None
 
     def root(self, name: str) -> str:

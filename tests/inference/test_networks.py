@@ -201,3 +201,39 @@ def test_networks_with_next_to_nothing_in_them_work(network: nn.Module, shape: t
     x = torch.randn(shape)
     with torch.no_grad():
         assert relative_error(explorer.compile(network.eval(), x)(x), network(x)) < 1e-5
+
+
+class Carried(nn.Module):
+    """Additions and activations that ride on an operation whose operands come from torch, or which is one pixel large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        p, q = torch.tanh(x), torch.sin(x)
+        small = x.mean((2, 3), keepdim=True)
+        one = torch.relu(self.a(small) + small)
+        three = torch.relu(self.b(one) + one)
+        flat = torch.relu(p.flatten(1) + q.flatten(1))
+        deep = torch.relu(p[:, None] + q[:, None])
+        line = torch.relu(p.flatten(2) + q.flatten(2))
+        return (
+            torch.relu(p + q),
+            one,
+            three,
+            flat,
+            deep,
+            line,
+            torch.relu(nn.functional.max_pool2d(one - 9, 1)),
+        )
+
+
+def test_no_residual_or_activation_is_lost_where_an_operation_falls_back_to_torch() -> None:
+    torch.manual_seed(0)
+    network, x = Carried().eval(), torch.randn(2, 3, 4, 5)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        for got, wanted in zip(engine(x), network(x), strict=True):
+            assert got.shape == wanted.shape
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
