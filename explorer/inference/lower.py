@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.graph import Graph, Ref
 
 
 def lower(graph: Graph) -> Graph:
@@ -130,8 +130,3 @@ def _ride(graph: Graph, kind: str) -> None:
         order[rider.output] = order.pop(carrier.output)
         carrier.output = rider.output
     graph.operations = [o for o in graph.operations if id(o) not in gone]
-
-
-def operations_reading(graph: Graph, name: str) -> list[Operation]:
-    """Every operation that reads value `name`."""
-    return [o for o in graph.operations if name in (o.inputs if o.kind != "torch" else o.references())]

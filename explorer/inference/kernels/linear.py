@@ -70,8 +70,7 @@ class LinearKernel:
 
             (total,) = f.loop(end, vector, [zero], start=begin)
             y = b.fadd(f.load(f.at(bias, at), F32), f.sum_lanes(total))
-            y = b.select(b.fcmp_ordered("<", y, low), low, y)
-            f.store(b.select(b.fcmp_ordered(">", y, high), high, y), f.at(out, at))
+            f.store(f.clamp(y, low, high), f.at(out, at))
 
         f.loop(last, one_row, start=first)
 

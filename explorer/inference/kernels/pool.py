@@ -103,8 +103,7 @@ class PoolKernel:
         (total,) = f.loop(field("vectors"), one_vector, [zero])
         y = f.sum_lanes(total)
         y = b.fmul(y, f.load(field("scale", PTR), F32))
-        y = b.select(b.fcmp_ordered("<", y, low), low, y)
-        f.store(b.select(b.fcmp_ordered(">", y, high), high, y), to)
+        f.store(f.clamp(y, low, high), to)
 
 
 def reference_max(
