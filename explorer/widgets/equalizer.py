@@ -59,29 +59,27 @@ class Equalizer(StateView):
     }
 
     values = t.List(t.Float()).tag(sync=True)
-    """Sparsity of each layer in [0, 0.99], in the order of the layers. The page writes it while a bar is dragged."""
+    """Sparsity of each layer in [0, 0.99], in the order of the layers. Only the kernel writes it."""
+    drag = t.Dict().tag(sync=True)
+    """What the page shows while a bar is dragged: the values, and the number of the last edit that it had sent before. The page may hold
+    such a message back until the kernel is idle, and so send it after the edit that ended the drag: it is then out of date."""
     edit = t.Int(0).tag(sync=True)
     """Number of the last edit of the page that was dealt with; set after `values`, so that the page knows what they answer."""
     curves = t.Dict().tag(sync=True)
     """KL and latency per layer, for colours and words that follow the pointer without asking the kernel."""
 
     def __init__(self, state: ExplorerState) -> None:
-        self._showing = False
         super().__init__(state)
-        self.observe(self._on_values, names=["values"])
+        self.observe(self._on_drag, names=["drag"])
 
     def refresh(self) -> None:
         """Make view, curves and values anew from the state."""
         state = self.state
-        self._showing = True
-        try:
-            super().refresh()
-            pages = state.curves.to_page(layer.name for layer in state.layers)
-            self.curves = {kind: pages[kind] for kind in ("kl", "latency_ms") if kind in pages}
-            if state.distribution is not None:
-                self.values = [state.distribution[layer.name] for layer in state.layers]
-        finally:
-            self._showing = False
+        super().refresh()
+        pages = state.curves.to_page(layer.name for layer in state.layers)
+        self.curves = {kind: pages[kind] for kind in ("kl", "latency_ms") if kind in pages}
+        if state.distribution is not None:
+            self.values = [state.distribution[layer.name] for layer in state.layers]
 
     def make_view(self) -> dict[str, Any]:
         """Return everything but values and curves."""
@@ -122,12 +120,13 @@ class Equalizer(StateView):
         if "edit" in content:
             self.edit = int(content["edit"])
 
-    def _on_values(self, change: Mapping[str, Any]) -> None:
-        """Take values that the page wrote during a drag."""
-        if self._showing or not self.state.layers:
+    def _on_drag(self, change: Mapping[str, Any]) -> None:
+        """Take values that the page wrote during a drag, unless it has let go since."""
+        drag = change["new"]
+        if not self.state.layers or drag.get("edit", 0) < self.edit:
             return
         try:
-            self.state.edit(_by_layer(self.state, change["new"]), final=False)
+            self.state.edit(_by_layer(self.state, drag.get("values")), final=False)
         except DistributionError as error:
             self.state.report(error)
         # What was refused goes back to the page.

@@ -20,6 +20,11 @@ def press(widget: Any, gesture: str, **content: Any) -> None:
     widget._handle_custom_msg({"do": gesture, **content}, [])
 
 
+def drag(equalizer: Equalizer, values: list[float], edit: int | None = None) -> None:
+    """Send what the page sends while a bar is dragged."""
+    equalizer.set_state({"drag": {"values": values, "edit": equalizer.edit if edit is None else edit}})
+
+
 def tile(state: ExplorerState, key: str) -> dict[str, Any]:
     return next(entry for entry in tiles(state) if entry["key"] == key)
 
@@ -30,7 +35,7 @@ def test_dragging_in_the_page_moves_the_distribution_and_the_prediction(state: E
     before = state.prediction.latency_ms
     values = [*equalizer.values]
     values[1] = 0.0
-    equalizer.set_state({"values": values})
+    drag(equalizer, values)
     assert state.distribution["block1.conv1"] == 0.0
     assert state.prediction.latency_ms > before
     assert state.origin == "mine"
@@ -41,12 +46,24 @@ def test_a_refused_value_goes_back_to_the_page(state: ExplorerState) -> None:
     for wrong in (2.0, -0.5):
         values = [*equalizer.values]
         values[0] = wrong
-        equalizer.set_state({"values": values})
+        drag(equalizer, values)
         assert "between 0 and 99" in state.error
         assert equalizer.values[0] == 0.0
-    equalizer.set_state({"values": [0.5]})
+    drag(equalizer, [0.5])
     assert "one sparsity for each of 10 layers" in state.error
     assert len(equalizer.values) == 10
+
+
+def test_a_step_of_a_drag_that_arrives_after_its_end_changes_nothing(state: ExplorerState) -> None:
+    # ipywidgets holds trait changes back until the kernel is idle, but sends messages at once.
+    equalizer = Equalizer(state)
+    start, end, late = ([*equalizer.values] for _ in range(3))
+    start[1], end[1], late[1] = 0.30, 0.95, 0.94
+    drag(equalizer, start, edit=0)
+    press(equalizer, "commit", values=end, edit=1)
+    drag(equalizer, late, edit=0)
+    assert state.distribution["block1.conv1"] == 0.95
+    assert (equalizer.values[1], equalizer.edit) == (0.95, 1)
 
 
 def test_the_buttons_of_the_equalizer_act(state: ExplorerState) -> None:

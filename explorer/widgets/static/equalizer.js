@@ -186,7 +186,7 @@ function render({ model, el, signal }) {
       return;
     }
     sentAt = performance.now();
-    model.set("values", [...values]);
+    model.set("drag", { values: [...values], edit: edits });
     model.save_changes();
   }
 
