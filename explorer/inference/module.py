@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -118,6 +119,7 @@ class SparseModule:
         self._steps: Steps | None = None
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
         self._separable: bool | None = None
+        self._straight: _StraightPath | None = None
         self._choose()
 
     # ---- description
@@ -162,6 +164,13 @@ class SparseModule:
         EngineError
             When a shape or dtype does not fit what was compiled.
         """
+        straight = self._straight
+        if straight is not None and len(inputs) == 1:
+            x = inputs[0]
+            if x.__class__ is Tensor and x.shape == straight.shape and x.dtype is torch.float32 and not x.requires_grad:
+                with self._lock:
+                    if self._batch == self.batch_size:
+                        return straight.run(x)
         images = self._check(inputs)
         with self._lock, torch.no_grad():
             return self._run(inputs, images)
@@ -305,6 +314,24 @@ class SparseModule:
             self._runner = Runner(self._isa, self.threads, n_steps, steps.scratch_bytes)
         self._runner.use(steps)
         self._steps, self._batch = steps, self._plan.images
+        self._straight = self._straight_path(self._runner)
+
+    def _straight_path(self, runner: Runner) -> _StraightPath | None:
+        segments, outputs = self._plan.segments, self._graph.outputs
+        leaf = object()
+        match segments:
+            case [ImportSegment(value, place), NativeSegment(0, last)]:
+                inputs_fit = self._graph.inputs == [value] and self._graph.dtypes[value] == torch.float32
+            case _:
+                return None
+        if not inputs_fit or len(outputs) != 1 or not isinstance(outputs[0], Ref):
+            return None
+        if self._graph.unflatten([leaf]) is not leaf:
+            return None
+        view, result = self._plan.places[place].view, self._value(outputs[0].name, {})
+        if view is None or view.shape != self._graph.shapes[value]:
+            return None
+        return _StraightPath(view.shape, view, runner, last, result)
 
     def _choose(self) -> None:
         """Time every candidate of every layer inside the network and keep the fastest."""
@@ -441,6 +468,26 @@ class SparseModule:
             outputs = int(np.prod(self._graph.shapes[o.output])) * images // self.batch_size
             macs = outputs * weight[0].numel()
         return LayerTiming(o.name or "model", o.kind, ms, self._steps.labels[step], sparsity, macs, prunable)
+
+
+@dataclass(frozen=True, slots=True)
+class _StraightPath:
+    """What a call does when one input goes through native steps only to one output, and nothing else.
+
+    After a network has run, the interpreter's own code and data have left the cache, and each line of Python costs several times what it
+    does in a tight loop: for a network of 270 microseconds the general path added 90.
+    """
+
+    shape: torch.Size
+    input: Tensor
+    runner: Runner
+    n_steps: int
+    output: Tensor
+
+    def run(self, x: Tensor) -> Tensor:
+        self.input.copy_(x)
+        self.runner.run(0, self.n_steps)
+        return self.output.clone(memory_format=torch.contiguous_format)
 
 
 def _operator(target: Any) -> str:

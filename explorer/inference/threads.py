@@ -87,6 +87,8 @@ class Runner:
         for name, array in (("stamps", self.stamps), ("tickets", tickets), ("done", done)):
             state.set(name, address(array))
         self._steps: Steps | None = None
+        self._range = (-1, -1)
+        self._arguments = ctypes.c_void_p(address(state.record)), ctypes.c_void_p(state.scratch[0])
         self._helpers = [
             threading.Thread(target=_helper, args=(state, me), name=f"explorer-helper-{me}", daemon=True)
             for me in range(1, threads)
@@ -105,12 +107,17 @@ class Runner:
     def run(self, first: int, last: int) -> None:
         """Run steps [first, last)."""
         state = self._state
-        state.set("first", first)
-        state.set("last", last)
+        if self._range != (first, last):
+            state.set("first", first)
+            state.set("last", last)
+            self._range = (first, last)
+        if not self._helpers:
+            state.run(*self._arguments)
+            return
         wake = any(state.asleep)
         if wake:
             state.wake.set()
-        state.run(address(state.record), state.scratch[0])
+        state.run(*self._arguments)
         if wake:
             state.wake.clear()
 
