@@ -23,7 +23,8 @@ class Operation:
     Attributes
     ----------
     kind : str
-        "conv", "linear", "add", "clamp", "max_pool", "average_pool", "plane_average", "batch_norm", "same" (no change), or "torch".
+        "conv", "linear", "add", "clamp", "max_pool", "average_pool", "plane_average", "split" (into phases), "batch_norm", "same" (no
+        change), or "torch".
     output : str
         The name of its value.
     inputs : list of str

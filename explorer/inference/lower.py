@@ -1,4 +1,4 @@
-"""Makes the graph cheaper without changing what it computes: folds batch normalisation, and lets convolutions add and clamp on the way out."""
+"""Makes the graph cheaper without changing what it computes: folds batch normalisation, lets convolutions add and clamp, removes strides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from explorer.inference.graph import Graph, Ref
+from explorer.inference.graph import Graph, Operation, Ref
 
 
 def lower(graph: Graph) -> Graph:
@@ -15,19 +15,25 @@ def lower(graph: Graph) -> Graph:
 
     - "same" operations are gone,
     - a batch norm after a convolution or linear layer is folded into its weight and bias,
-    - an addition whose other operand is ready, and then a clamp, ride on the convolution before them.
+    - an addition whose other operand is ready, and then a clamp, ride on the convolution before them,
+    - a convolution with a stride reads the phases of its input instead.
 
     What has no native form any more (a batch norm on its own) runs through torch. The captured graph is left as it was, so that it can be
     lowered again with new weights.
     """
     lowered = replace(
-        graph, operations=[copy.copy(o) for o in graph.operations], constants=dict(graph.constants)
+        graph,
+        operations=[copy.copy(o) for o in graph.operations],
+        constants=dict(graph.constants),
+        shapes=dict(graph.shapes),
+        dtypes=dict(graph.dtypes),
     )
     lowered.outputs = list(graph.outputs)
     _drop_same(lowered)
     _fold_batch_norm(lowered)
     _ride(lowered, "add")
     _ride(lowered, "clamp")
+    _split_phases(lowered)
     for operation in lowered.operations:
         if operation.kind == "batch_norm":
             operation.kind = "torch"
@@ -130,3 +136,49 @@ def _ride(graph: Graph, kind: str) -> None:
         order[rider.output] = order.pop(carrier.output)
         carrier.output = rider.output
     graph.operations = [o for o in graph.operations if id(o) not in gone]
+
+
+def _split_phases(graph: Graph) -> None:
+    """Turn strides into phases: pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the image.
+
+    A convolution of stride s then reads planes at stride one, and one split serves all that read the same image at the same stride.
+    """
+    wanted: dict[tuple[str, tuple[int, int]], set[tuple[int, int]]] = {}
+    strided = []
+    for operation in graph.operations:
+        a = operation.attributes
+        if operation.kind != "conv" or a["stride"] == (1, 1):
+            continue
+        shape, kernel = graph.shapes[operation.inputs[0]], tuple(graph.constants[operation.weight or ""].shape)
+        if shape[2:] == kernel[2:] and a["padding"] == (0, 0):
+            operation.attributes = {**a, "stride": (1, 1)}  # one output pixel: there is nothing to step over
+            continue
+        if graph.dtypes[operation.inputs[0]] != torch.float32 or 0 in shape:
+            continue
+        strided.append(operation)
+        rows, columns = (
+            {(k * d - p) % s for k in range(n)}
+            for n, d, p, s in zip(_two(kernel[2:]), a["dilation"], a["padding"], a["stride"], strict=True)
+        )
+        needed = wanted.setdefault((operation.inputs[0], a["stride"]), set())
+        needed.update((r, c) for r in rows for c in columns)
+    done: dict[tuple[str, tuple[int, int]], str] = {}
+    for operation in strided:
+        source, stride = key = operation.inputs[0], operation.attributes["stride"]
+        phases = tuple(sorted(wanted[key]))
+        if key not in done:
+            done[key] = f"{source}.phases_{stride[0]}x{stride[1]}"
+            n, channels, *size = graph.shapes[source]
+            steps = stride[2 - len(size) :]
+            graph.shapes[done[key]] = (n, channels * len(phases), *(-(-a // s) for a, s in zip(size, steps, strict=True)))
+            graph.dtypes[done[key]] = torch.float32
+            split = Operation("split", done[key], [source], operation.name, operation.target)
+            split.attributes = {"stride": stride, "phases": phases}
+            graph.operations.insert(graph.operations.index(operation), split)
+        operation.inputs = [done[key], *operation.inputs[1:]]
+        operation.attributes = {**operation.attributes, "phases": phases}
+
+
+def _two(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns; a line of pixels has one row."""
+    return size if len(size) == 2 else (1, *size)

@@ -13,11 +13,95 @@ from explorer.inference.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
+class Operands:
+    """Where a convolution finds the operand of each weight.
+
+    Attributes
+    ----------
+    sources : (S, 2) int64
+        Byte offset from the pixel, and vectors beyond the tile: what is copied to the buffer, in rows one after another.
+    source : (K,) int64
+        The source of each operand.
+    within : (K,) int64
+        Byte offset of each operand in the row that its source becomes ("direct": from the pixel itself).
+    row_bytes : int
+        Bytes of a tile.
+    width : int
+        Bytes of a vector.
+    """
+
+    sources: NDArray[np.int64]
+    source: NDArray[np.int64]
+    within: NDArray[np.int64]
+    row_bytes: int
+    width: int
+
+    @property
+    def n_bytes(self) -> NDArray[np.int64]:
+        """Bytes of each source's row in the buffer."""
+        return self.row_bytes + self.sources[:, 1] * self.width
+
+
+def operands(
+    planes: NDArray[np.int64], shifts: NDArray[np.int64], plane: int, kernel: conv.ConvKernel, lanes: int
+) -> Operands:
+    """Plan how operands are reached.
+
+    Parameters
+    ----------
+    planes : (C, taps) int64
+        The plane that each tap of each channel reads.
+    shifts : (taps,) int64
+        Elements from a pixel to the operand of each tap.
+    plane : int
+        Elements from one plane to the next.
+    kernel : ConvKernel
+    lanes : int
+    """
+    channels, taps = planes.shape
+    width = 4 * lanes
+    row_bytes = width * kernel.tile
+    place = (planes * plane + shifts) * 4
+    if kernel.reach != "shift":
+        each = np.arange(channels * taps)
+        sources = np.stack([place.reshape(-1), np.zeros(channels * taps, np.int64)], 1)
+        within = place.reshape(-1) if kernel.reach == "direct" else np.zeros(channels * taps, np.int64)
+        return Operands(sources, each, within, row_bytes, width)
+    # Taps that read the same plane, at shifts that differ by whole vectors, share a source. All channels are alike.
+    groups: list[list[int]] = []
+    for tap in sorted(range(taps), key=lambda t: (planes[0, t], shifts[t] % lanes, shifts[t])):
+        last = groups[-1][0] if groups else -1
+        together = (
+            bool(groups)
+            and planes[0, last] == planes[0, tap]
+            and (shifts[tap] - shifts[last]) % lanes == 0
+            and shifts[tap] - shifts[last] <= _LONGEST_SHARE * kernel.tile * lanes
+        )
+        if together:
+            groups[-1].append(tap)
+        else:
+            groups.append([tap])
+    group = np.empty(taps, np.int64)
+    for i, members in enumerate(groups):
+        group[members] = i
+    first = np.array([members[0] for members in groups])
+    extra = np.array([(shifts[members[-1]] - shifts[members[0]]) // lanes for members in groups])
+    source = np.arange(channels)[:, None] * len(groups) + group
+    within = np.broadcast_to((shifts - shifts[first][group]) * 4, (channels, taps))
+    sources = np.stack([place[:, first], np.broadcast_to(extra, (channels, len(groups)))], 2)
+    return Operands(sources.reshape(-1, 2), source.reshape(-1), within.reshape(-1), row_bytes, width)
+
+
+_LONGEST_SHARE = 2
+"""Taps further apart than this many tiles do not share a copy: it would be mostly of pixels that no tap reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """One K block of one part of the output channels, see `explorer.inference.kernels.conv.BLOCK`."""
 
-    n_rows: int
     sources: NDArray[np.int64]
+    depth: int
     offsets: NDArray[np.int32]
     entries: NDArray[np.generic]
     rows: NDArray[np.int32] | int
@@ -31,8 +115,8 @@ class Block:
         if not isinstance(self.groups, int):
             groups, n_groups = memory.put(self.groups), self.groups.size // 2
         # Weights are prefetched past their end, which never faults; the entries need no padding.
-        tables = [memory.put(self.sources), memory.put(self.offsets), memory.put(self.entries)]
-        return [self.n_rows, *tables, rows, groups, int(n_groups), self.first_channel]
+        sources, offsets, entries = (memory.put(t) for t in (self.sources, self.offsets, self.entries))
+        return [len(self.sources), sources, self.depth, offsets, entries, rows, groups, int(n_groups), self.first_channel]
 
 
 ENTRY = np.dtype([("offset", "<i4"), ("weight", "<f4")])
@@ -92,61 +176,55 @@ def sparse_rows(
 
 
 def conv_blocks(
-    weight: NDArray[np.float32],
-    groups: int,
-    direct_offsets: NDArray[np.int64],
-    kernel: conv.ConvKernel,
-    lanes: int,
-    parts: int,
+    weight: NDArray[np.float32], reach: Operands, kernel: conv.ConvKernel, parts: int
 ) -> list[list[Block]]:
     """The K blocks of a convolution, per part of the output channels.
 
     Parameters
     ----------
-    weight : (M, C / groups, taps) float32
-    groups : int
-    direct_offsets : (C, taps) int64
-        Byte offset of each operand from the pixel itself ("direct", "shift"), or (C, taps, 2): plane offset and tap ("gather").
+    weight : (M, K) float32
+    reach : Operands
     kernel : ConvKernel
-    lanes : int
     parts : int
         Parts of the output channels that run as separate jobs.
     """
-    m, cg, taps = weight.shape
-    row_bytes = 4 * lanes * kernel.tile
-    if groups > 1:
-        return _grouped_blocks(weight, groups, direct_offsets, kernel, row_bytes, parts)
-    depth = cg * taps
-    flat = weight.reshape(m, depth)
-    per_block = depth
-    if kernel.reach != "direct" or kernel.dense_rows:
-        per_block = max(8, conv.BLOCK_BYTES // row_bytes)
-    # Blocks of equal size: a last block of a few rows would pay all the overhead of a block.
-    n_blocks = max(1, -(-depth // per_block))
-    edges = np.linspace(0, depth, n_blocks + 1).astype(int)
+    m, depth = weight.shape
     step = max(kernel.dense_rows, 1)
     bounds = [min(m, -(-m * p // parts // step) * step) for p in range(parts)] + [m]
-    where = direct_offsets.reshape(depth, -1)
+    everything = np.arange(len(reach.sources))
+    needed = [everything] * parts
+    if not kernel.dense_rows:
+        # What no nonzero of a part reads need not be copied.
+        needed = [np.unique(reach.source[weight[low:high].any(0)]) for low, high in pairwise(bounds)]
+    n_blocks = 1
+    if kernel.reach != "direct" or kernel.dense_rows:
+        n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // conv.BLOCK_BYTES) for sources in needed))
     result = []
-    for low, high in pairwise(bounds):
+    for (low, high), sources in zip(pairwise(bounds), needed, strict=True):
+        part = weight[low:high]
+        n_bytes = reach.n_bytes[sources]
+        # Blocks of about equal size: a last block of a few rows would pay all the overhead of a block.
+        block_of = (np.cumsum(n_bytes) - n_bytes) * n_blocks // max(int(n_bytes.sum()), 1)
         blocks = []
-        for i, (start, stop) in enumerate(pairwise(edges)):
-            piece = flat[low:high, start:stop]
-            sources = where[start:stop].reshape(-1).astype(np.int64)
-            offsets = (
-                where[start:stop, 0]
-                if kernel.reach == "direct"
-                else np.arange(stop - start, dtype=np.int64) * row_bytes
-            )
+        for i in range(n_blocks):
+            mine = sources[block_of == i]
+            starts = np.full(len(reach.sources), -1)
+            starts[mine] = np.cumsum(reach.n_bytes[mine]) - reach.n_bytes[mine]
+            ks = np.flatnonzero(starts[reach.source] >= 0)
+            offsets = reach.within[ks] + (0 if kernel.reach == "direct" else starts[reach.source[ks]])
+            copied = reach.sources[mine]
             if kernel.dense_rows:
-                blocks.append(_dense_block(piece, offsets, sources, low, kernel.dense_rows))
-            else:
-                entries, rows, counts = sparse_rows(
-                    piece, offsets, np.arange(low, high), kernel.unroll, keep_empty=i in (0, n_blocks - 1)
-                )
-                blocks.append(Block(stop - start, sources, np.empty(0, np.int32), entries, rows, counts))
+                blocks.append(_dense_block(part[:, ks], offsets, copied, low, kernel.dense_rows))
+                continue
+            entries, rows, counts = sparse_rows(
+                part[:, ks], offsets, np.arange(low, high), kernel.unroll, keep_empty=i in (0, n_blocks - 1)
+            )
+            blocks.append(Block(copied, len(ks), _NO_OFFSETS, entries, rows, counts))
         result.append(blocks)
     return result
+
+
+_NO_OFFSETS = np.empty(0, np.int32)
 
 
 def _dense_block(
@@ -159,53 +237,36 @@ def _dense_block(
     rest = piece[full * rows :].T.reshape(-1)
     has_rest = int(m % rows != 0)
     packed = np.concatenate([body, rest]).astype(np.float32)
-    return Block(depth, sources, offsets.astype(np.int32), packed, has_rest, full, first)
+    return Block(sources, depth, offsets.astype(np.int32), packed, has_rest, full, first)
 
 
-def _grouped_blocks(
-    weight: NDArray[np.float32],
-    groups: int,
-    where: NDArray[np.int64],
-    kernel: conv.ConvKernel,
-    row_bytes: int,
-    parts: int,
+def grouped_blocks(
+    weight: NDArray[np.float32], groups: int, reach: Operands, kernel: conv.ConvKernel, parts: int
 ) -> list[list[Block]]:
-    """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only."""
+    """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only, read where they lie.
+
+    Parameters
+    ----------
+    weight : (M, C / groups, taps) float32
+    groups : int
+    reach : Operands
+        "direct".
+    kernel : ConvKernel
+    parts : int
+        Parts of the groups that run as separate jobs.
+    """
     m, cg, taps = weight.shape
     per_group = m // groups
     channels = np.arange(m)
-    inputs = (channels // per_group)[:, None] * cg + np.arange(
-        cg
-    )  # (M, C / groups): input channels of each output channel
-    flat = weight.reshape(m, cg * taps)
-    empty = np.empty(0, np.int32)
+    inputs = (channels // per_group)[:, None] * cg + np.arange(cg)  # (M, C / groups): what each output channel reads
+    flat, where = weight.reshape(m, cg * taps), reach.within.reshape(-1, taps)
     result = []
     for p in range(parts):
-        low, high = groups * p // parts, groups * (p + 1) // parts
-        if kernel.reach == "direct":
-            mine = slice(low * per_group, high * per_group)
-            offsets = where[inputs[mine]].reshape(-1, cg * taps)
-            entries, rows, counts = sparse_rows(
-                flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
-            )
-            result.append([Block(cg * taps, np.empty(0, np.int64), empty, entries, rows, counts)])
-            continue
-        blocks = []
-        at_once = max(1, conv.BLOCK_BYTES // (row_bytes * cg * taps))
-        for start in range(low, high, at_once):
-            stop = min(start + at_once, high)
-            mine = slice(start * per_group, stop * per_group)
-            sources = where[start * cg : stop * cg].reshape(-1).astype(np.int64)
-            local = (inputs[mine] - start * cg)[:, :, None] * taps + np.arange(taps)
-            offsets = (local * row_bytes).reshape(-1, cg * taps)
-            entries, rows, counts = sparse_rows(
-                flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
-            )
-            blocks.append(Block((stop - start) * cg * taps, sources, empty, entries, rows, counts))
-        result.append(blocks)
-    most = max(len(blocks) for blocks in result)
-    nothing = Block(0, np.empty(0, np.int64), empty, np.empty(0, ENTRY), empty, empty)
-    return [blocks + [nothing] * (most - len(blocks)) for blocks in result]
+        mine = slice(groups * p // parts * per_group, groups * (p + 1) // parts * per_group)
+        offsets = where[inputs[mine]].reshape(-1, cg * taps)
+        entries, rows, counts = sparse_rows(flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True)
+        result.append([Block(np.empty((0, 2), np.int64), cg * taps, _NO_OFFSETS, entries, rows, counts)])
+    return result
 
 
 def linear_sparse(

@@ -127,7 +127,7 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
-        if operation.kind in ("max_pool", "average_pool", "plane_average"):
+        if operation.kind in ("max_pool", "average_pool", "plane_average", "split"):
             return "planes"
         if operation.kind in ("add", "clamp"):
             families = {self._family.get(self.root(name)) for name in operation.inputs} - {None}
@@ -226,11 +226,10 @@ class Plan:
                 continue
             a = operation.attributes
             if operation.kind == "conv":
-                if a["stride"] == (1, 1):
-                    classes.tie(ins[0], out)
-                    classes.pad(ins[0], *a["padding"])
-                for other in ins[1:]:
-                    classes.tie(other, out)
+                for place in ins:
+                    classes.tie(place, out)
+                # In phases, a padding of p pixels is one of p / stride, rounded up.
+                classes.pad(ins[0], *(-(-p // s) for p, s in zip(a["padding"], a["stride"], strict=True)))
             elif operation.kind in ("linear", "add", "clamp"):
                 for place in ins:
                     classes.tie(place, out)
@@ -299,12 +298,13 @@ class Plan:
         forms = ["direct"]
         a = operation.attributes
         if operation.kind == "conv" and self._family[operation.output] == "planes":
-            if a["stride"] != (1, 1):
-                forms = ["gather"]
+            if a["groups"] > 1:
+                return [Choice(False)]
+            out = self.places[operation.output].layout
+            if isinstance(out, Planes) and out.is_compactable:
+                forms = ["compact", "direct"]
             elif weight.shape[2:].numel() > 1:
                 forms = ["shift", "direct"]
-            if a["groups"] > 1:
-                return [Choice(False, forms[-1])]
         dense = [Choice(True, form) for form in forms]
         sparse = [Choice(False, form) for form in forms]
         if mode == "dense":

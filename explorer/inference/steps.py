@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from explorer.inference.graph import Graph, Operation
-from explorer.inference.kernels import conv, driver, linear, pointwise, pool
+from explorer.inference.kernels import conv, driver, linear, pointwise, pool, split
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import Planes, Vectors
+from explorer.inference.layout import MAX_TILE, Planes, Vectors
 from explorer.inference.memory import Memory
 from explorer.inference.native import machine_code
-from explorer.inference.pack import conv_blocks, linear_dense, linear_sparse
+from explorer.inference.pack import Block, conv_blocks, grouped_blocks, linear_dense, linear_sparse, operands
 from explorer.inference.plan import Choice, Place, Plan
 
 _INFINITY = float("inf")
@@ -77,6 +77,8 @@ class _StepBuilder:
             return self._conv(operation, places, out, choice)
         if operation.kind in ("add", "clamp"):
             return self._pointwise(operation, places, out)
+        if operation.kind == "split":
+            return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
     def _code(self, kernel: Any) -> int:
@@ -121,33 +123,29 @@ class _StepBuilder:
         elif weight.ndim == 3:
             weight = weight[:, :, None, :]
         m, cg, kh, kw = weight.shape
-        lanes, vectors = self.plan.isa.lanes, y.vectors
-        tile = _tile(vectors)
-        rows = min(conv.dense_rows(tile, self.plan.isa), m) if choice.dense else 0
-        tiles = -(-vectors // tile)
-        parts = _parts(tiles, m, self.plan.threads, y.images)
-        aligned = choice.reach == "direct" and kh * kw == 1 and a["padding"] == (0, 0)
-        independent = a["groups"] > 1
-        kernel = conv.ConvKernel(
-            tile, choice.reach, rows, m % rows if rows else 0, len(places) > 1, y.has_gaps, aligned, independent
-        )  # fmt: skip
-        table, table_tap = 0, 0
-        if choice.reach == "gather":
-            table = self._taps(x, y, (kh, kw), a["stride"], a["padding"], a["dilation"])
-            table_tap = 4 * vectors * lanes
-            where = np.zeros((x.channels, kh * kw, 2), np.int64)
-            where[:, :, 0] = np.arange(x.channels)[:, None] * x.plane * 4
-            where[:, :, 1] = np.arange(kh * kw)
-        else:
-            dy = np.arange(kh)[:, None] * a["dilation"][0] - a["padding"][0]
-            dx = np.arange(kw)[None, :] * a["dilation"][1] - a["padding"][1]
-            shifts = (dy * x.pitch + dx).reshape(-1)
-            where = (np.arange(x.channels, dtype=np.int64)[:, None] * x.plane + shifts) * 4
-        blocks = self._once(
-            operation,
-            choice,
-            lambda: conv_blocks(weight.reshape(m, cg, kh * kw), a["groups"], where, kernel, lanes, parts),
-        )
+        kernel, tiles, parts = self._conv_kernel(y, m, choice, residual=len(places) > 1, grouped=a["groups"] > 1)
+        phases = a.get("phases", ((0, 0),))
+        taps = [
+            (row * a["dilation"][0] - a["padding"][0], column * a["dilation"][1] - a["padding"][1])
+            for row in range(kh)
+            for column in range(kw)
+        ]
+        (sy, sx) = a["stride"]
+        which = np.array([phases.index((dy % sy, dx % sx)) for dy, dx in taps])
+        shifts = np.array([dy // sy * x.pitch + dx // sx for dy, dx in taps])
+        channels = x.channels // len(phases)
+        planes = np.arange(channels)[:, None] * len(phases) + which
+        lanes = self.plan.isa.lanes
+        if choice.reach == "direct":
+            kernel = replace(kernel, aligned=not np.any(shifts % lanes))
+        reach = operands(planes, shifts, x.plane, kernel, lanes)
+
+        def pack() -> list[list[Block]]:
+            if a["groups"] > 1:
+                return grouped_blocks(weight.reshape(m, cg, kh * kw), a["groups"], reach, kernel, parts)
+            return conv_blocks(weight.reshape(m, -1), reach, kernel, parts)
+
+        blocks = self._once(operation, choice, pack)
         rows_of_blocks = np.array([block.place(self.memory) for part in blocks for block in part], np.int64)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, lanes))
         residual = places[1] if len(places) > 1 else None
@@ -168,15 +166,29 @@ class _StepBuilder:
             bias=self.memory.put(bias),
             tiles=tiles,
             parts=parts,
-            last_tile=4 * lanes * (vectors - tile),
+            last_tile=0 if choice.reach == "compact" else 4 * lanes * (y.vectors - kernel.tile),
             mask=self._mask(y),
-            table=table,
-            table_tap=table_tap,
             blocks=self.memory.put(rows_of_blocks),
             n_blocks=len(blocks[0]),
             **self._bounds(operation),
         )
         return _Row(self._code(kernel), arguments, tiles * parts, choice.label)
+
+    def _conv_kernel(
+        self, y: Planes, channels: int, choice: Choice, *, residual: bool, grouped: bool
+    ) -> tuple[conv.ConvKernel, int, int]:
+        """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
+        compact = {}
+        tile = _tile(y.vectors)
+        tiles = -(-y.vectors // tile)
+        if choice.reach == "compact":
+            tile, tiles = -(-y.rows * y.columns // y.lanes), 1
+            compact = {"columns": y.columns, "pitch": y.pitch, "plane": y.vectors}
+        rows = min(conv.dense_rows(tile, self.plan.isa), channels) if choice.dense else 0
+        kernel = conv.ConvKernel(
+            tile, choice.reach, rows, channels % rows if rows else 0, residual, y.has_gaps, False, grouped, **compact
+        )
+        return kernel, tiles, _parts(tiles, channels, self.plan.threads, y.images)
 
     def _mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) int32."""
@@ -188,37 +200,20 @@ class _StepBuilder:
             self._tables[key] = self.memory.put(mask)
         return self._tables[key]
 
-    def _taps(
-        self,
-        x: Planes,
-        y: Planes,
-        size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> int:
-        """For each tap and output element, the element of the input plane; -1 where there is none: (taps, vectors * lanes) int32."""
-        key = (
-            "taps",
-            x.rows,
-            x.columns,
-            x.pitch,
-            y.rows,
-            y.columns,
-            y.pitch,
-            size,
-            stride,
-            padding,
-            dilation,
-        )
+    def _taps(self, x: Planes, y: Planes, taps: Sequence[tuple[int, int]], stride: tuple[int, int]) -> int:
+        """For each tap (rows, columns) and output element, the element of the input plane; -1 where there is none.
+
+        The table is (taps, vectors * lanes) int32.
+        """
+        key = ("taps", x.rows, x.columns, x.pitch, y.rows, y.columns, y.pitch, tuple(taps), stride)
         if key not in self._tables:
-            table = np.full((size[0] * size[1], y.vectors * y.lanes), -1, np.int32)
+            table = np.full((len(taps), y.vectors * y.lanes), -1, np.int32)
             at = (np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)).reshape(-1)
-            for tap in range(len(table)):
-                iy = np.arange(y.rows)[:, None] * stride[0] + tap // size[1] * dilation[0] - padding[0]
-                ix = np.arange(y.columns)[None, :] * stride[1] + tap % size[1] * dilation[1] - padding[1]
+            for row, (dy, dx) in zip(table, taps, strict=True):
+                iy = np.arange(y.rows)[:, None] * stride[0] + dy
+                ix = np.arange(y.columns)[None, :] * stride[1] + dx
                 inside = (iy >= 0) & (iy < x.rows) & (ix >= 0) & (ix < x.columns)
-                table[tap, at] = np.where(inside, iy * x.pitch + ix, -1).reshape(-1)
+                row[at] = np.where(inside, iy * x.pitch + ix, -1).reshape(-1)
             self._tables[key] = self.memory.put(table)
         return self._tables[key]
 
@@ -290,8 +285,8 @@ class _StepBuilder:
             return _Row(self._code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
         assert isinstance(y, Planes)
         a = operation.attributes
-        table = self._taps(x, y, a["size"], a["stride"], a["padding"], a["dilation"])
-        taps = a["size"][0] * a["size"][1]
+        (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
+        window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         scale = 0
         if operation.kind == "average_pool":
             scale = self.memory.put(_window_scale(x, y, a))
@@ -300,8 +295,8 @@ class _StepBuilder:
             out_image=4 * y.image,
             out_plane=4 * y.plane,
             vectors=y.vectors,
-            n_taps=taps,
-            table=table,
+            n_taps=len(window),
+            table=self._taps(x, y, window, a["stride"]),
             table_tap=4 * y.vectors * y.lanes,
             mask=self._mask(y),
             scale=scale,
@@ -309,6 +304,26 @@ class _StepBuilder:
         )
         kind = "max" if operation.kind == "max_pool" else "average"
         return _Row(self._code(pool.PoolKernel(kind)), arguments, jobs["jobs"], "pool")
+
+    def _split(self, operation: Operation, place: Place, out: Place) -> _Row:
+        x, y = place.layout, out.layout
+        assert isinstance(x, Planes)
+        assert isinstance(y, Planes)
+        phases = operation.attributes["phases"]
+        arguments = _fill(
+            split.ARGUMENTS,
+            x=place.address,
+            x_image=4 * x.image,
+            x_plane=4 * x.plane,
+            out=out.address,
+            out_image=4 * y.image,
+            out_plane=4 * y.plane,
+            vectors=y.vectors,
+            n_phases=len(phases),
+            table=self._taps(x, y, phases, operation.attributes["stride"]),
+            **self._channel_jobs(x.channels),
+        )
+        return _Row(self._code(split.SplitKernel()), arguments, int(arguments[split.ARGUMENTS.index("jobs")]), "split")
 
     def _pointwise(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         layouts = [p.layout for p in (*places, out)]
@@ -351,7 +366,7 @@ def _tile(vectors: int) -> int:
 
     Each tile costs its vectors plus about one and a half for reading the nonzeros again.
     """
-    sizes = range(min(4, vectors), min(8, vectors) + 1)
+    sizes = range(min(4, vectors), min(MAX_TILE, vectors) + 1)
     return min(sizes, key=lambda t: (-(-vectors // t) * (t + 1.5), -t))
 
 

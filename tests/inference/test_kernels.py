@@ -181,6 +181,9 @@ def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
     isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, features)
     for kernel in (
         conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False, independent=False),
+        conv.ConvKernel(
+            4, "compact", 0, 0, residual=True, masked=True, aligned=False, independent=False, columns=4, pitch=5, plane=5
+        ),
         conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False, independent=False),
     ):
         text = native.assembly(isa, kernel.build(isa)[0], triple)

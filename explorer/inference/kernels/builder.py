@@ -128,6 +128,26 @@ class Function:
             )
         return self.b.extract_element(value, I32(0))
 
+    def pick(self, vectors: Sequence[Value], elements: Sequence[int | None], count: int) -> list[Value]:
+        """`count` vectors that hold the given elements of the row that `vectors` form; zeros for None and past the end.
+
+        The elements are constants, so that this becomes register shuffles, two source vectors at a time.
+        """
+        wanted = [*elements, *[None] * (count * self.lanes - len(elements))]
+        result = []
+        for i in range(count):
+            mine = wanted[i * self.lanes : (i + 1) * self.lanes]
+            total = ir.Constant(self.vector, [0.0] * self.lanes)
+            for source in sorted({e // self.lanes for e in mine if e is not None}):
+                take = [
+                    self.lanes + e % self.lanes if e is not None and e // self.lanes == source else lane
+                    for lane, e in enumerate(mine)
+                ]
+                chosen = ir.Constant(ir.VectorType(I32, self.lanes), take)
+                total = self.b.shuffle_vector(total, vectors[source], chosen)
+            result.append(total)
+        return result
+
     def gather(
         self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None
     ) -> Value:

@@ -3,9 +3,10 @@
 The algorithm in plain words
   A job is one tile (T vectors of neighbouring pixels of one image) times a part of the output channels. The K dimension (input channel x
   kernel tap) is cut into blocks whose operands fit the L1 cache. For each block:
-    reach    "direct"  operands are read where they lie: every tap is the input plane, shifted by a constant (see layout.py)
-             "shift"   the shifted rows are first copied into an L1 buffer, so that the hot loop loads whole cache lines
-             "gather"  the same for strides other than one, element by element through an index table
+    reach    "direct"   operands are read where they lie: every tap is the input plane, shifted by a constant (see layout.py)
+             "shift"    the shifted pixels are first copied into an L1 buffer, so that the hot loop loads whole cache lines. Taps whose shifts
+                        differ by whole vectors share one copy, a few vectors longer: in rows of whole vectors, 3 copies serve 3 x 3 taps
+             "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
@@ -29,13 +30,13 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     (
         "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
-        "tiles", "parts", "last_tile", "mask", "table", "table_tap", "blocks", "n_blocks",
+        "tiles", "parts", "last_tile", "mask", "blocks", "n_blocks",
     )
 )  # fmt: skip
 """One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
 
-BLOCK = Record(("n_rows", "sources", "offsets", "entries", "rows", "groups", "n_groups", "first_channel"))
-"""One K block of one part. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
+BLOCK = Record(("n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel"))
+"""One K block of one part. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
 
 BUFFER_BYTES = 1 << 16
@@ -56,7 +57,7 @@ class ConvKernel:
     tile : int
         Vectors of pixels in a tile (T).
     reach : str
-        "direct", "shift" or "gather".
+        "direct", "shift" or "compact".
     dense_rows : int
         Output channels that share their operand loads (R); 0 for the sparse kernel.
     remainder : int
@@ -67,6 +68,9 @@ class ConvKernel:
         Whether direct operands start on vector boundaries.
     independent : bool
         Whether each block computes channels of its own from start to end (grouped convolution), instead of continuing the same sums.
+    columns, pitch, plane : int
+        "compact" only: pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
+        vectors without gaps.
     """
 
     tile: int
@@ -77,6 +81,9 @@ class ConvKernel:
     masked: bool
     aligned: bool
     independent: bool
+    columns: int = 0
+    pitch: int = 0
+    plane: int = 0
 
     @property
     def unroll(self) -> int:
@@ -139,15 +146,30 @@ class _Generator:
             f.native.args[argument].add_attribute("noalias")
         return f
 
-    def _vectors(self, f: Function, pointer: Value, align: int) -> list[Value]:
-        return [f.load(pointer, f.vector, self.width * i, align) for i in range(self.k.tile)]
+    def _vectors(self, f: Function, pointer: Value, align: int, count: int | None = None) -> list[Value]:
+        return [f.load(pointer, f.vector, self.width * i, align) for i in range(count or self.k.tile)]
+
+    def _compact(self, f: Function, plane: list[Value]) -> list[Value]:
+        """The pixels of a plane without the gaps between its rows."""
+        k = self.k
+        pixels = [i for i in range(k.plane * f.lanes) if i % k.pitch < k.columns]
+        return f.pick(plane, pixels[: k.tile * f.lanes], k.tile)
+
+    def _spread(self, f: Function, pixels: list[Value]) -> list[Value]:
+        """The opposite of `_compact`, with zeros in the gaps."""
+        k = self.k
+        n = k.tile * f.lanes
+        where = [i // k.pitch * k.columns + i % k.pitch if i % k.pitch < k.columns else None for i in range(k.plane * f.lanes)]
+        return f.pick(pixels, [i if i is not None and i < n else None for i in where], k.plane)
 
     def _finish(self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value) -> None:
         """Residual, clamp, gap mask, store: the epilogue of one output channel."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         to = f.at(out, f.b.mul(channel, out_plane))
+        if self.k.reach == "compact":
+            sums = self._spread(f, sums)
         if self.k.residual:
-            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width)
+            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, len(sums))
             sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
         sums = [f.clamp(s, low, high) for s in sums]
         if self.k.masked:
@@ -231,7 +253,7 @@ class _Generator:
         block, operands, sums, bias, *_, low, high = f.arguments
         low, high = f.splat(low), f.splat(high)
         align = self.width if self.packed or k.aligned else 4
-        depth, offsets = f.field(block, BLOCK, "n_rows"), f.field(block, BLOCK, "offsets", PTR)
+        depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "entries", PTR)
         tile = k.tile
         is_rest = n_rows == k.remainder and n_rows != k.dense_rows
@@ -290,10 +312,8 @@ class _Generator:
 
     # ---- one job
 
-    def _pack(
-        self, f: Function, block: Value, x: Value, buffer: Value, table: Value, table_tap: Value
-    ) -> None:
-        """Operands of one K block into the L1 buffer: row k holds T aligned vectors."""
+    def _pack(self, f: Function, block: Value, x: Value, buffer: Value) -> None:
+        """Operands of one K block into the L1 buffer."""
         b = f.b
         sources = f.field(block, BLOCK, "sources", PTR)
 
@@ -301,18 +321,23 @@ class _Generator:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
             for i, value in enumerate(self._vectors(f, pointer, 4)):
                 f.store(value, to, self.width * i, self.width)
-            return [f.at(source, 8), f.at(to, self.row_bytes)]
+            extra = f.load(source, I64, 8, 8)
 
-        def gathered(_: Value, source: Value, to: Value) -> list[Value]:
-            plane, tap = f.at(x, f.load(source, I64, 0, 8)), f.load(source, I64, 8, 8)
-            indices = f.at(table, b.mul(tap, table_tap))
-            for i in range(self.k.tile):
-                index = f.load(indices, f.int_vector, self.width * i, self.width)
-                f.store(f.gather(plane, index), to, self.width * i, self.width)
+            def one_more(_: Value, pointer: Value, to: Value) -> list[Value]:
+                f.store(f.load(pointer, f.vector), to, 0, self.width)
+                return [f.at(pointer, self.width), f.at(to, self.width)]
+
+            _, to = f.loop(extra, one_more, [f.at(pointer, self.row_bytes), f.at(to, self.row_bytes)])
+            return [f.at(source, 16), to]
+
+        def compacted(_: Value, source: Value, to: Value) -> list[Value]:
+            pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
+            for i, value in enumerate(self._compact(f, self._vectors(f, pointer, 4, self.k.plane))):
+                f.store(value, to, self.width * i, self.width)
             return [f.at(source, 16), f.at(to, self.row_bytes)]
 
-        body = shifted if self.k.reach == "shift" else gathered
-        f.loop(f.field(block, BLOCK, "n_rows"), body, [sources, buffer])
+        body = shifted if self.k.reach == "shift" else compacted
+        f.loop(f.field(block, BLOCK, "n_sources"), body, [sources, buffer])
 
     def _job(self, parts: dict[tuple[int, int], tuple[str, str | None]]) -> None:
         k = self.k
@@ -327,15 +352,13 @@ class _Generator:
         tile, image = b.srem(rest, tiles), b.sdiv(rest, tiles)
         position = f.minimum(b.mul(tile, I64(self.row_bytes)), field("last_tile"))
 
-        def tensor(name: str, moved: bool = True) -> Value:
-            start = b.mul(image, field(f"{name}_image"))
-            return f.at(field(name, PTR), b.add(start, position) if moved else start)
+        def tensor(name: str) -> Value:
+            return f.at(field(name, PTR), b.add(b.mul(image, field(f"{name}_image")), position))
 
-        x = tensor("x", moved=k.reach != "gather")
+        x = tensor("x")
         out = tensor("out")
         residual = tensor("residual") if k.residual else out
         mask = f.at(field("mask", PTR), position) if k.masked else out
-        table = f.at(field("table", PTR), position) if k.reach == "gather" else x
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         bias, n_blocks = field("bias", PTR), field("n_blocks")
         blocks = f.row(field("blocks", PTR), BLOCK, b.mul(part, n_blocks))
@@ -345,7 +368,7 @@ class _Generator:
             block = f.row(blocks, BLOCK, index)
             operands = scratch if self.packed else x
             if self.packed:
-                self._pack(f, block, x, scratch, table, field("table_tap"))
+                self._pack(f, block, x, scratch)
 
             def run(names: tuple[str, str | None]) -> None:
                 for name in filter(None, names):
