@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,8 +58,8 @@ _RESERVE = 0.03
 # Each round corrects the budget by what was measured; the error shrinks a lot each time, and more rounds only chase noise.
 _CHECKS = 4
 # Seconds of timing for one of these checks, and for one point of a run's latency curve.
-_CHECK_S = 0.6
 _GLANCE_S = 0.4
+_CHECK_S, _CHECK_ROUNDS = 0.7, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +206,38 @@ class Study:
         EngineError
             If the engine cannot capture the network.
         """
-        pruned, dense = self._beside_dense(module, seconds=_GLANCE_S)
+        [(pruned, dense)] = self._beside_dense(module, seconds=_GLANCE_S)
         return LatencyBesideDense(pruned.latency_ms, pruned.spread_ms, dense.latency_ms)
 
-    def _beside_dense(self, module: nn.Module, seconds: float) -> tuple[Benchmark, Benchmark]:
+    def pruned_latency(self, distribution: Mapping[str, float]) -> LatencyBesideDense:
+        """Measure what a distribution gives, before any training.
+
+        A copy is pruned by magnitude. Training moves zeros about but keeps their number in each layer, on which the time depends.
+
+        Parameters
+        ----------
+        distribution : mapping of str to float
+            Sparsity by layer.
+
+        Raises
+        ------
+        EngineError
+            If the engine cannot capture the network.
+        """
+        return self.latency(self._pruned_copy(distribution))
+
+    def _pruned_copy(self, distribution: Mapping[str, float]) -> nn.Module:
+        pruned = copy.deepcopy(self.model.module)
+        with torch.no_grad():
+            for name, sparsity in distribution.items():
+                weight = pruned.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
+        return pruned
+
+    def _beside_dense(
+        self, module: nn.Module, seconds: float, rounds: int = 1
+    ) -> list[tuple[Benchmark, Benchmark]]:
         """Time `module` on the sparse engine and the dense baseline in turn: what slows one down slows the other."""
         from explorer.inference import EngineCall, compare_latency
 
@@ -219,23 +248,19 @@ class Study:
                 "pruned": EngineCall(self._packed(module), self.example_input),
                 "dense": self._dense_calls()[self.dense_baseline[0]],
             }
-            timed = compare_latency(calls, threads=self.threads, batch_size=self.batch_size, seconds=seconds)
-        return timed["pruned"], timed["dense"]
+            timed = [
+                compare_latency(
+                    calls, threads=self.threads, batch_size=self.batch_size, seconds=seconds / rounds
+                )
+                for _ in range(rounds)
+            ]
+        return [(one["pruned"], one["dense"]) for one in timed]
 
     def _reached(self, distribution: Mapping[str, float]) -> float:
-        """Return the speed-up of a copy that is pruned by magnitude, before any training.
-
-        Training moves zeros about but keeps their number in each layer, on which the time depends.
-        """
-        pruned = copy.deepcopy(self.model.module)
-        with torch.no_grad():
-            for name, sparsity in distribution.items():
-                weight = pruned.get_submodule(name).weight
-                assert isinstance(weight, Tensor)
-                weight.masked_fill_(~magnitude_mask(weight, sparsity), 0.0)
-        fast, dense = self._beside_dense(pruned, seconds=_CHECK_S)
-        # The fastest turns, not the medians: this decides, and noise only ever adds.
-        return dense.min_ms / fast.min_ms
+        """Return the speed-up that a distribution gives, see `pruned_latency`."""
+        # A ratio of short rounds, in each of which the machine hardly changes its speed, and of these the median.
+        rounds = self._beside_dense(self._pruned_copy(distribution), seconds=_CHECK_S, rounds=_CHECK_ROUNDS)
+        return median(dense.latency_ms / pruned.latency_ms for pruned, dense in rounds)
 
     def final_latency(self, result: RunResult) -> FinalLatency:
         """Time a result and every dense contestant in turn, in one run; measured once for a result.

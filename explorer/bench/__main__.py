@@ -1,4 +1,7 @@
-"""`python -m explorer.bench`, which is `make bench`: time one network in every engine on this machine and print the table."""
+"""`python -m explorer.bench`, which is `make bench`: what this engine does on this machine, as a table.
+
+`engines` (the default) times one network in every engine; `prediction` compares predicted with measured speed-ups of many distributions.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,29 @@ from collections.abc import Sequence
 
 import torch
 
+from explorer.bench import prediction
 from explorer.bench.engines import machine, table, time_engines
 from explorer.errors import ExplorerError
 from explorer.models import LoadedModel, architectures, load_model
+from explorer.study import Study
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vgg11")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when it is done, 1 when an engine fails."""
-    parser = argparse.ArgumentParser(prog="python -m explorer.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m explorer.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="?", choices=("engines", "prediction"), default="engines")
     parser.add_argument(
         "--model",
         default="demo:fashion-resnet",
         help=f"the demo, or one of {', '.join(NETWORKS)} with random weights at 224 x 224 (default: %(default)s)",
     )
+    parser.add_argument("--data", default="demo:fashion", help="for `prediction` (default: %(default)s)")
     parser.add_argument(
         "--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95], metavar="S", help="fractions in [0, 1)"
     )
@@ -31,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.batch_size < 1 or not all(0 <= s < 1 for s in options.sparsity):
         parser.error("--threads and --batch-size are at least 1, --sparsity is a fraction from 0 to below 1")
+    torch.set_num_threads(options.threads)
     try:
+        if options.what == "prediction":
+            return _prediction(options)
         model = _load(options.model)
         example = model.example_input[:1].repeat(options.batch_size, *[1] * (model.example_input.dim() - 1))
         print(f"{model.name} on {machine()}")
@@ -45,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExplorerError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _prediction(options: argparse.Namespace) -> int:
+    if options.model in NETWORKS:
+        print(
+            f"Error: {options.model} comes without data, on which the solved distributions depend; use the demo.",
+            file=sys.stderr,
+        )
+        return 1
+    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    print(f"{study.model.name} on {machine()}")
+    print(
+        f"{options.threads} thread(s), batch {options.batch_size}; speed-ups over the fastest dense run, in turn with it"
+    )
+    print(prediction.table(list(prediction.check_predictions(study))))
     return 0
 
 

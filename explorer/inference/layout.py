@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-
 MAX_TILE = 8
 """Vectors of pixels that a job takes at most."""
 

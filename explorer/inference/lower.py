@@ -149,7 +149,10 @@ def _split_phases(graph: Graph) -> None:
         a = operation.attributes
         if operation.kind != "conv" or a["stride"] == (1, 1):
             continue
-        shape, kernel = graph.shapes[operation.inputs[0]], tuple(graph.constants[operation.weight or ""].shape)
+        shape, kernel = (
+            graph.shapes[operation.inputs[0]],
+            tuple(graph.constants[operation.weight or ""].shape),
+        )
         if shape[2:] == kernel[2:] and a["padding"] == (0, 0):
             operation.attributes = {**a, "stride": (1, 1)}  # one output pixel: there is nothing to step over
             continue
@@ -170,7 +173,11 @@ def _split_phases(graph: Graph) -> None:
             done[key] = f"{source}.phases_{stride[0]}x{stride[1]}"
             n, channels, *size = graph.shapes[source]
             steps = stride[2 - len(size) :]
-            graph.shapes[done[key]] = (n, channels * len(phases), *(-(-a // s) for a, s in zip(size, steps, strict=True)))
+            graph.shapes[done[key]] = (
+                n,
+                channels * len(phases),
+                *(-(-a // s) for a, s in zip(size, steps, strict=True)),
+            )
             graph.dtypes[done[key]] = torch.float32
             split = Operation("split", done[key], [source], operation.name, operation.target)
             split.attributes = {"stride": stride, "phases": phases}

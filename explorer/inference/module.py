@@ -31,8 +31,10 @@ from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_t
 
 Mode = Literal["auto", "dense", "sparse"]
 
-_CHOICE_S = 0.15
-"""Seconds after which a candidate has run long enough; a large network then runs four times instead of nine."""
+_CHOICE_PASSES, _CHOICE_REPEATS = 3, 5
+"""How often the candidates take turns, and the runs of one turn."""
+_CHOICE_S = 0.05
+"""Seconds after which a turn has been long enough: a large network runs but once or twice a turn."""
 
 
 def compile(
@@ -167,7 +169,12 @@ class SparseModule:
         straight = self._straight
         if straight is not None and len(inputs) == 1:
             x = inputs[0]
-            if x.__class__ is Tensor and x.shape == straight.shape and x.dtype is torch.float32 and not x.requires_grad:
+            if (
+                x.__class__ is Tensor
+                and x.shape == straight.shape
+                and x.dtype is torch.float32
+                and not x.requires_grad
+            ):
                 with self._lock:
                     if self._batch == self.batch_size:
                         return straight.run(x)
@@ -305,13 +312,9 @@ class SparseModule:
 
     # ---- kernels
 
-    def _install(
-        self, choices: Mapping[int, Choice], packed: dict[tuple[str, Choice], Any] | None = None
-    ) -> None:
-        steps = build_steps(self._plan, self._graph, choices, packed)
-        n_steps = len(self._plan.native)
+    def _install(self, steps: Steps) -> None:
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
-            self._runner = Runner(self._isa, self.threads, n_steps, steps.scratch_bytes)
+            self._runner = Runner(self._isa, self.threads, len(self._plan.native), steps.scratch_bytes)
         self._runner.use(steps)
         self._steps, self._batch = steps, self._plan.images
         self._straight = self._straight_path(self._runner)
@@ -338,33 +341,38 @@ class SparseModule:
         layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
         candidates = {i: self._plan.candidates(self._graph, i, self._mode) for i in layers}
         rounds = max((len(c) for c in candidates.values()), default=1)
-        best: dict[int, tuple[float, Choice]] = {}
         packed: dict[tuple[str, Choice], Any] = {}
+        self._choices = {i: c[0] for i, c in candidates.items()}
         if rounds > 1:
-            for turn in range(rounds):
-                # A layer with fewer candidates keeps its first while the others try on.
-                choices = {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()}
-                self._install(choices, packed)
-                ms = self._step_times(repeats=7)
-                for step, index in enumerate(self._plan.native):
-                    if index in candidates and (index not in best or ms[step] < best[index][0]):
-                        best[index] = (float(ms[step]), choices[index])
-            self._choices = {i: choice for i, (_, choice) in best.items()}
-        else:
-            self._choices = {i: c[0] for i, c in candidates.items()}
-        self._install(self._choices, packed)
+            # A layer with fewer candidates keeps its first while the others try on.
+            tried = [
+                {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()}
+                for turn in range(rounds)
+            ]
+            steps = [build_steps(self._plan, self._graph, choices, packed) for choices in tried]
+            best: dict[int, float] = {}
+            # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
+            for _ in range(_CHOICE_PASSES):
+                for choices, these in zip(tried, steps, strict=True):
+                    self._install(these)
+                    ms = self._step_times()
+                    for step, index in enumerate(self._plan.native):
+                        if index in choices and ms[step] < best.get(index, float("inf")):
+                            best[index], self._choices[index] = float(ms[step]), choices[index]
+        self._install(build_steps(self._plan, self._graph, self._choices, packed))
 
-    def _step_times(self, repeats: int) -> NDArray[np.float64]:
-        """The fastest of `repeats` runs of each step, in milliseconds (noise only ever adds)."""
+    def _step_times(self) -> NDArray[np.float64]:
+        """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""
         runs = []
         with torch_threads(self.threads), torch.no_grad():
             start = time.perf_counter()
-            for turn in range(repeats + 2):
+            for turn in range(_CHOICE_REPEATS + 1):
                 self._run(self._example, self.batch_size)
-                runs.append(self._ticks())
-                if turn >= 3 and time.perf_counter() - start > _CHOICE_S:
+                if turn > 0:
+                    runs.append(self._ticks())
+                if turn > 0 and time.perf_counter() - start > _CHOICE_S:
                     break
-        fastest: NDArray[np.int64] = np.min(runs[2:], axis=0)
+        fastest: NDArray[np.int64] = np.min(runs, axis=0)
         return fastest / cycles_per_ms(self._isa)
 
     def _ticks(self) -> NDArray[np.int64]:
@@ -409,7 +417,7 @@ class SparseModule:
             if choose:
                 self._choose()
             else:
-                self._install(self._choices)
+                self._install(build_steps(self._plan, self._graph, self._choices))
 
     # ---- measuring
 

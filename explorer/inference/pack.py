@@ -116,7 +116,17 @@ class Block:
             groups, n_groups = memory.put(self.groups), self.groups.size // 2
         # Weights are prefetched past their end, which never faults; the entries need no padding.
         sources, offsets, entries = (memory.put(t) for t in (self.sources, self.offsets, self.entries))
-        return [len(self.sources), sources, self.depth, offsets, entries, rows, groups, int(n_groups), self.first_channel]
+        return [
+            len(self.sources),
+            sources,
+            self.depth,
+            offsets,
+            entries,
+            rows,
+            groups,
+            int(n_groups),
+            self.first_channel,
+        ]
 
 
 ENTRY = np.dtype([("offset", "<i4"), ("weight", "<f4")])
@@ -188,7 +198,7 @@ def conv_blocks(
     parts : int
         Parts of the output channels that run as separate jobs.
     """
-    m, depth = weight.shape
+    m = len(weight)
     step = max(kernel.dense_rows, 1)
     bounds = [min(m, -(-m * p // parts // step) * step) for p in range(parts)] + [m]
     everything = np.arange(len(reach.sources))
@@ -258,13 +268,17 @@ def grouped_blocks(
     m, cg, taps = weight.shape
     per_group = m // groups
     channels = np.arange(m)
-    inputs = (channels // per_group)[:, None] * cg + np.arange(cg)  # (M, C / groups): what each output channel reads
+    inputs = (channels // per_group)[:, None] * cg + np.arange(
+        cg
+    )  # (M, C / groups): what each output channel reads
     flat, where = weight.reshape(m, cg * taps), reach.within.reshape(-1, taps)
     result = []
     for p in range(parts):
         mine = slice(groups * p // parts * per_group, groups * (p + 1) // parts * per_group)
         offsets = where[inputs[mine]].reshape(-1, cg * taps)
-        entries, rows, counts = sparse_rows(flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True)
+        entries, rows, counts = sparse_rows(
+            flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
+        )
         result.append([Block(np.empty((0, 2), np.int64), cg * taps, _NO_OFFSETS, entries, rows, counts)])
     return result
 

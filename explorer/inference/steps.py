@@ -123,7 +123,9 @@ class _StepBuilder:
         elif weight.ndim == 3:
             weight = weight[:, :, None, :]
         m, cg, kh, kw = weight.shape
-        kernel, tiles, parts = self._conv_kernel(y, m, choice, residual=len(places) > 1, grouped=a["groups"] > 1)
+        kernel, tiles, parts = self._conv_kernel(
+            y, m, choice, residual=len(places) > 1, grouped=a["groups"] > 1
+        )
         phases = a.get("phases", ((0, 0),))
         taps = [
             (row * a["dilation"][0] - a["padding"][0], column * a["dilation"][1] - a["padding"][1])
@@ -186,7 +188,15 @@ class _StepBuilder:
             compact = {"columns": y.columns, "pitch": y.pitch, "plane": y.vectors}
         rows = min(conv.dense_rows(tile, self.plan.isa), channels) if choice.dense else 0
         kernel = conv.ConvKernel(
-            tile, choice.reach, rows, channels % rows if rows else 0, residual, y.has_gaps, False, grouped, **compact
+            tile,
+            choice.reach,
+            rows,
+            channels % rows if rows else 0,
+            residual,
+            y.has_gaps,
+            False,
+            grouped,
+            **compact,
         )
         return kernel, tiles, _parts(tiles, channels, self.plan.threads, y.images)
 
@@ -323,7 +333,9 @@ class _StepBuilder:
             table=self._taps(x, y, phases, operation.attributes["stride"]),
             **self._channel_jobs(x.channels),
         )
-        return _Row(self._code(split.SplitKernel()), arguments, int(arguments[split.ARGUMENTS.index("jobs")]), "split")
+        return _Row(
+            self._code(split.SplitKernel()), arguments, int(arguments[split.ARGUMENTS.index("jobs")]), "split"
+        )
 
     def _pointwise(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         layouts = [p.layout for p in (*places, out)]

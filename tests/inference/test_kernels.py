@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from explorer.inference import native
-from explorer.inference.kernels import conv, linear, pool
+from explorer.inference.graph import Operation
+from explorer.inference.kernels import conv, linear, pool, split
 from explorer.inference.native import host_isa
+from explorer.inference.pack import operands
 from tests.inference.graphs import conv_graph, relative_error, run
 
 TOLERANCE = 1e-5
@@ -101,6 +103,92 @@ def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     assert relative_error(got, torch.from_numpy(wanted)) < TOLERANCE
 
 
+def test_a_stride_reads_the_phases_of_its_input_once_for_all_readers() -> None:
+    import explorer
+
+    class Both(torch.nn.Module):
+        """A strided block and its shortcut read the same image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = torch.nn.Conv2d(5, 7, 3, stride=2, padding=1)
+            self.narrow = torch.nn.Conv2d(5, 7, 1, stride=2)
+            self.other = torch.nn.Conv2d(5, 7, 3, stride=3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.wide(x) + self.narrow(x), self.other(x)
+
+    torch.manual_seed(0)
+    module, x = Both().eval(), torch.randn(3, 5, 13, 10)
+    engine = explorer.compile(module, x)
+    rows = engine.profile(x)
+    assert [row.name for row in rows if row.kind == "split"] == ["wide", "other"]
+    with torch.no_grad():
+        expected = module(x)
+    for got, wanted in zip(engine(x), expected, strict=True):
+        assert relative_error(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("phases", [((0, 0),), ((0, 0), (0, 1), (1, 0), (1, 1)), ((1, 0), (1, 2))])
+@pytest.mark.parametrize("size", [(6, 6), (7, 5), (1, 4)])
+def test_the_phases_equal_their_numpy_twin(
+    size: tuple[int, int], phases: tuple[tuple[int, int], ...]
+) -> None:
+    stride = (2, 3)
+    rows, columns = -(-size[0] // stride[0]), -(-size[1] // stride[1])
+    shape = (2, 3 * len(phases), rows, columns)
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    # A 1 x 1 identity lets the phases come out of the engine.
+    identity = torch.eye(shape[1])[:, :, None, None]
+    plain = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    graph = conv_graph(shape, identity, None, **plain)
+    graph.operations[0].inputs = ["phases"]
+    graph.operations.insert(0, Operation("split", "phases", ["x"], "", torch.add))
+    graph.operations[0].attributes = {"stride": stride, "phases": phases}
+    graph.shapes |= {"x": tuple(x.shape), "phases": shape}
+    graph.dtypes["phases"] = torch.float32
+    np.testing.assert_array_equal(
+        run(graph, x, mode="dense").numpy(), split.reference(x.numpy(), stride, list(phases))
+    )
+
+
+@given(
+    channels=st.integers(1, 4),
+    shifts=st.lists(st.integers(-60, 60), min_size=1, max_size=12, unique=True),
+    tile=st.integers(1, 8),
+    lanes=st.sampled_from([4, 8, 16]),
+)
+@settings(deadline=None)
+def test_shared_copies_hold_the_operand_of_every_tap(
+    channels: int, shifts: list[int], tile: int, lanes: int
+) -> None:
+    kernel = conv.ConvKernel(tile, "shift", 0, 0, False, False, False, False)
+    taps, plane, start = len(shifts), 1000, 200
+    memory = np.arange(channels * plane + 2 * start)  # each element holds its own place
+    planes = np.tile(np.arange(channels)[:, None], (1, taps))
+    reach = operands(planes, np.array(shifts), plane, kernel, lanes)
+    buffer: list[int] = []
+    rows = []
+    for offset, extra in reach.sources:
+        rows.append(4 * len(buffer))
+        at = start + offset // 4
+        buffer += memory[at : at + (tile + extra) * lanes].tolist()
+    assert reach.n_bytes.sum() == 4 * len(buffer)
+    assert len(reach.sources) <= channels * taps
+    for k, (source, within) in enumerate(zip(reach.source, reach.within, strict=True)):
+        first = (rows[source] + within) // 4
+        assert within % (4 * lanes) == 0
+        wanted = start + k // taps * plane + shifts[k % taps]
+        assert buffer[first : first + tile * lanes] == memory[wanted : wanted + tile * lanes].tolist()
+
+
+def test_in_rows_of_whole_vectors_three_copies_serve_nine_taps() -> None:
+    kernel = conv.ConvKernel(7, "shift", 0, 0, False, False, False, False)
+    shifts = np.array([dy * 16 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+    reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, kernel, 16)
+    assert reach.sources.tolist() == [[-4 * 16, 2], [4 * (1 - 16), 2], [4 * (-1 - 16), 2]]
+
+
 def test_the_numpy_twin_of_the_convolution_is_torchs() -> None:
     generator = torch.Generator().manual_seed(1)
     x, w, b = (torch.randn(s, generator=generator) for s in ((2, 6, 9, 8), (4, 3, 3, 2), (4,)))
@@ -182,7 +270,17 @@ def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
     for kernel in (
         conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False, independent=False),
         conv.ConvKernel(
-            4, "compact", 0, 0, residual=True, masked=True, aligned=False, independent=False, columns=4, pitch=5, plane=5
+            4,
+            "compact",
+            0,
+            0,
+            residual=True,
+            masked=True,
+            aligned=False,
+            independent=False,
+            columns=4,
+            pitch=5,
+            plane=5,
         ),
         conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False, independent=False),
     ):

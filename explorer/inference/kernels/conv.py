@@ -35,7 +35,9 @@ ARGUMENTS = Record(
 )  # fmt: skip
 """One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
 
-BLOCK = Record(("n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel"))
+BLOCK = Record(
+    ("n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel")
+)
 """One K block of one part. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
 
@@ -159,7 +161,10 @@ class _Generator:
         """The opposite of `_compact`, with zeros in the gaps."""
         k = self.k
         n = k.tile * f.lanes
-        where = [i // k.pitch * k.columns + i % k.pitch if i % k.pitch < k.columns else None for i in range(k.plane * f.lanes)]
+        where = [
+            i // k.pitch * k.columns + i % k.pitch if i % k.pitch < k.columns else None
+            for i in range(k.plane * f.lanes)
+        ]
         return f.pick(pixels, [i if i is not None and i < n else None for i in where], k.plane)
 
     def _finish(self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value) -> None:
@@ -314,7 +319,6 @@ class _Generator:
 
     def _pack(self, f: Function, block: Value, x: Value, buffer: Value) -> None:
         """Operands of one K block into the L1 buffer."""
-        b = f.b
         sources = f.field(block, BLOCK, "sources", PTR)
 
         def shifted(_: Value, source: Value, to: Value) -> list[Value]:

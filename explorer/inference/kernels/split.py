@@ -36,7 +36,9 @@ class SplitKernel:
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        jobs, size, n_phases, vectors = (field(n) for n in ("jobs", "channels_per_job", "n_phases", "vectors"))
+        jobs, size, n_phases, vectors = (
+            field(n) for n in ("jobs", "channels_per_job", "n_phases", "vectors")
+        )
         image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
@@ -65,7 +67,9 @@ class SplitKernel:
         return module, "split"
 
 
-def reference(x: NDArray[np.float32], stride: tuple[int, int], phases: list[tuple[int, int]]) -> NDArray[np.float32]:
+def reference(
+    x: NDArray[np.float32], stride: tuple[int, int], phases: list[tuple[int, int]]
+) -> NDArray[np.float32]:
     """The numpy twin: x (N, C, H, W) float32 -> (N, C * phases, ceil(H / stride), ceil(W / stride)) float32, zeros where there is no pixel."""
     n, c, h, w = x.shape
     rows, columns = -(-h // stride[0]), -(-w // stride[1])
