@@ -143,7 +143,7 @@ def _split_phases(graph: Graph) -> None:
 
     A convolution of stride s then reads planes at stride one, and one split serves all that read the same image at the same stride.
     """
-    wanted: dict[tuple[str, tuple[int, int]], set[tuple[int, int]]] = {}
+    wanted: dict[tuple[str, tuple[int, int]], tuple[set[int], set[int]]] = {}
     strided = []
     for operation in graph.operations:
         a = operation.attributes
@@ -159,16 +159,15 @@ def _split_phases(graph: Graph) -> None:
         if graph.dtypes[operation.inputs[0]] != torch.float32 or 0 in shape:
             continue
         strided.append(operation)
-        rows, columns = (
-            {(k * d - p) % s for k in range(n)}
-            for n, d, p, s in zip(_two(kernel[2:]), a["dilation"], a["padding"], a["stride"], strict=True)
-        )
-        needed = wanted.setdefault((operation.inputs[0], a["stride"]), set())
-        needed.update((r, c) for r in rows for c in columns)
+        needed = wanted.setdefault((operation.inputs[0], a["stride"]), (set(), set()))
+        sizes = zip(needed, _two(kernel[2:]), a["dilation"], a["padding"], a["stride"], strict=True)
+        for phases, n, d, p, s in sizes:
+            phases.update((k * d - p) % s for k in range(n))
     done: dict[tuple[str, tuple[int, int]], str] = {}
     for operation in strided:
         source, stride = key = operation.inputs[0], operation.attributes["stride"]
-        phases = tuple(sorted(wanted[key]))
+        rows, columns = wanted[key]
+        phases = tuple((r, c) for r in sorted(rows) for c in sorted(columns))
         if key not in done:
             done[key] = f"{source}.phases_{stride[0]}x{stride[1]}"
             n, channels, *size = graph.shapes[source]

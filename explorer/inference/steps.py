@@ -319,23 +319,34 @@ class _StepBuilder:
         x, y = place.layout, out.layout
         assert isinstance(x, Planes)
         assert isinstance(y, Planes)
-        phases = operation.attributes["phases"]
-        arguments = _fill(
-            split.ARGUMENTS,
-            x=place.address,
-            x_image=4 * x.image,
-            x_plane=4 * x.plane,
-            out=out.address,
-            out_image=4 * y.image,
-            out_plane=4 * y.plane,
-            vectors=y.vectors,
-            n_phases=len(phases),
-            table=self._taps(x, y, phases, operation.attributes["stride"]),
-            **self._channel_jobs(x.channels),
-        )
-        return _Row(
-            self._code(split.SplitKernel()), arguments, int(arguments[split.ARGUMENTS.index("jobs")]), "split"
-        )
+        phases, stride = operation.attributes["phases"], operation.attributes["stride"]
+        lanes = y.lanes
+        common = {
+            "x": place.address, "x_image": 4 * x.image, "x_plane": 4 * x.plane, "out": out.address, "out_image": 4 * y.image,
+            "out_plane": 4 * y.plane, "n_phases": len(phases), **self._channel_jobs(x.channels),
+        }  # fmt: skip
+        if stride[1] > split.LARGEST_SHUFFLED:
+            kernel = split.SplitKernel(0, ())
+            table = self._taps(x, y, phases, stride)
+            arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
+        else:
+            rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
+            kernel = split.SplitKernel(stride[1], tuple(columns))
+            source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
+            offsets = np.where(source < x.rows, source * x.pitch * 4, -1).astype(np.int64)
+            chunks = -(-y.columns // lanes)
+            inside = np.arange(chunks * lanes) * stride[1] + np.array(columns)[:, None] < x.columns
+            arguments = _fill(
+                split.ARGUMENTS,
+                table=self.memory.put(offsets),
+                rows=y.rows,
+                row_phases=len(rows),
+                pitch=4 * y.pitch,
+                chunks=chunks,
+                mask=self.memory.put(-inside.astype(np.int32)),
+                **common,
+            )
+        return _Row(self._code(kernel), arguments, common["jobs"], "split")
 
     def _pointwise(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         layouts = [p.layout for p in (*places, out)]

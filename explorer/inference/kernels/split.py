@@ -1,7 +1,13 @@
 """The phases of an image: what a convolution with a stride reads, see `explorer.inference.lower`.
 
-Pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the image. A table holds, for each phase and each of its pixels, the
-element of the input plane, or -1 where the phase has none: element -1 of a plane is always zero, see layout.py.
+Pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the image.
+
+The algorithm in plain words
+  small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has columns, and pick every
+                  stride-th element of them by register shuffles. What is stored past the end of a row are zeros, or is overwritten by the
+                  next row.
+  large strides   element by element through an index table, which holds -1 where a phase has no pixel: element -1 of a plane is always
+                  zero, see layout.py
 """
 
 from __future__ import annotations
@@ -17,54 +23,116 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "vectors", "n_phases", "table",
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
+        "rows", "row_phases", "pitch", "chunks", "mask",
     )
 )  # fmt: skip
-"""Planes of the output: all phases of channel 0, all of channel 1, and so on."""
+"""Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
+
+Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
+of an output row, `chunks` the vectors that cover it, `mask` one int32 per column phase and element of them. Large strides: `table` holds
+indices (int32), `vectors` are those of a plane."""
+
+LARGEST_SHUFFLED = 4
+"""The widest stride that is split by shuffles; their number grows with its square."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitKernel:
-    """The same machine code for every split."""
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    stride : int
+        Columns from one pixel of a phase to the next; 0 for the table of indices, which serves any stride.
+    columns : tuple of int
+        The column phases, ascending (small strides only).
+    """
+
+    stride: int
+    columns: tuple[int, ...]
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("split")
         f = Function(module, "split", VOID, [PTR, I64, PTR], isa.lanes)
-        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+        b, (args, job, _) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        jobs, size, n_phases, vectors = (
-            field(n) for n in ("jobs", "channels_per_job", "n_phases", "vectors")
-        )
+        jobs, size, n_phases = (field(n) for n in ("jobs", "channels_per_job", "n_phases"))
         image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
         first = b.mul(piece, size)
         last = f.minimum(b.add(first, size), field("channels"))
         table, out_plane = field("table", PTR), field("out_plane")
+        one_phase = (
+            self._shuffled(f, field, out_plane) if self.stride else self._gathered(f, field, out_plane)
+        )
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
             phases = f.at(out, b.mul(b.mul(channel, n_phases), out_plane))
-
-            def one_phase(phase: Value, indices: Value) -> list[Value]:
-                to = f.at(phases, b.mul(phase, out_plane))
-
-                def one_vector(i: Value, indices: Value) -> list[Value]:
-                    value = f.gather(plane, f.load(indices, f.int_vector, 0, width))
-                    f.store(value, f.at(to, b.mul(i, I64(width))), 0, width)
-                    return [f.at(indices, width)]
-
-                return f.loop(vectors, one_vector, [indices])
-
-            f.loop(n_phases, one_phase, [table])
+            f.loop(
+                field("row_phases") if self.stride else n_phases,
+                lambda phase, entry: one_phase(plane, phases, phase, entry),
+                [table],
+            )
 
         f.loop(last, one_channel, start=first)
         b.ret_void()
         return module, "split"
+
+    def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
+        b, width, vectors = f.b, 4 * f.lanes, field("vectors")
+
+        def one_phase(plane: Value, phases: Value, phase: Value, indices: Value) -> list[Value]:
+            to = f.at(phases, b.mul(phase, out_plane))
+
+            def one_vector(i: Value, indices: Value) -> list[Value]:
+                value = f.gather(plane, f.load(indices, f.int_vector, 0, width))
+                f.store(value, f.at(to, b.mul(i, I64(width))), 0, width)
+                return [f.at(indices, width)]
+
+            return f.loop(vectors, one_vector, [indices])
+
+        return one_phase
+
+    def _shuffled(self, f: Function, field: Value, out_plane: Value) -> Value:
+        b, width, n = f.b, 4 * f.lanes, len(self.columns)
+        rows, pitch, chunks, mask = field("rows"), field("pitch"), field("chunks"), field("mask", PTR)
+        mask_row = b.mul(chunks, I64(width))
+
+        def one_row_phase(plane: Value, phases: Value, phase: Value, entry: Value) -> list[Value]:
+            group = f.at(phases, b.mul(b.mul(phase, I64(n)), out_plane))
+
+            def one_row(y: Value, entry: Value) -> list[Value]:
+                offset, row = f.load(entry, I64, 0, 8), f.at(group, b.mul(y, pitch))
+                is_there = b.icmp_signed(">=", offset, I64(0))
+                keep = b.sext(is_there, f.int_vector.element)
+                source = f.at(plane, b.select(is_there, offset, I64(0)))
+
+                def one_chunk(c: Value) -> None:
+                    at = b.mul(c, I64(width))
+                    pixels = f.at(source, b.mul(at, I64(self.stride)))
+                    loaded = [f.load(pixels, f.vector, width * i) for i in range(self.stride)]
+                    for k, column in enumerate(self.columns):
+                        wanted = [column + self.stride * lane for lane in range(f.lanes)]
+                        [value] = f.pick(loaded, wanted, 1)
+                        inside = f.load(
+                            f.at(mask, b.add(at, b.mul(I64(k), mask_row))), f.int_vector, 0, width
+                        )
+                        value = f.keep(value, b.and_(inside, f.splat(keep)))
+                        f.store(value, f.at(row, b.add(at, b.mul(I64(k), out_plane))))
+
+                f.loop(chunks, one_chunk)
+                return [f.at(entry, 8)]
+
+            return f.loop(rows, one_row, [entry])
+
+        return one_row_phase
 
 
 def reference(
