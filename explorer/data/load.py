@@ -114,7 +114,7 @@ def load_data(
     Parameters
     ----------
     source : str, pair, Dataset, DataLoader or LoadedData
-        "demo:fashion" (bundled: 8,000 training, 2,000 validation and 2,000 test images); "fashion-mnist" (58,000, the same 2,000,
+        "demo:fashion" (bundled: 8,000 training, 2,000 validation and all 10,000 test images); "fashion-mnist" (58,000, the same 2,000,
         and 10,000); ``(train, validation)``; or the training data alone, with `validation` beside it. Each part is a dataset of
         (input, label), a loader, or ``(inputs, labels)`` as tensors or arrays. Inputs are normalised as the model expects them.
     validation : Dataset, DataLoader or pair, optional

@@ -20,7 +20,8 @@ class DemoSplit:
     """Ascending indices, int64: the first three into the file of 60,000 images, the last into that of 10,000.
 
     ``dense`` are the 58,000 that the demo network is trained on; ``train`` (8,000, a subset of ``dense``), ``validation`` (2,000)
-    and ``test`` (2,000) are bundled.
+    and ``test`` (all 10,000) are bundled. A part of the test images would not do: on one draw of 2,000 the dense network was 0.6 points
+    better than on all, by chance, and pruned networks seemed to lose that much more.
     """
 
     dense: NDArray[np.int64]
@@ -32,7 +33,7 @@ class DemoSplit:
 def demo_split(
     train_labels: NDArray[np.uint8], test_labels: NDArray[np.uint8], *, seed: int = SPLIT_SEED
 ) -> DemoSplit:
-    """Draw the class-balanced parts of the demo.
+    """Draw the class-balanced training and validation parts of the demo.
 
     Parameters
     ----------
@@ -46,17 +47,18 @@ def demo_split(
     """
     # RandomState and not Generator: numpy promises never to change the stream of the former.
     random = np.random.RandomState(seed)
-    train, validation, test = [], [], []
+    train, validation = [], []
     for label in range(10):
         drawn = random.permutation(np.flatnonzero(train_labels == label))
         validation.append(drawn[:200])
         train.append(drawn[200:1000])
-        test.append(random.permutation(np.flatnonzero(test_labels == label))[:200])
+        # A draw that nothing uses any more; without it the later classes would fall otherwise than when the network was trained.
+        random.permutation(np.flatnonzero(test_labels == label))
     held_out = np.sort(np.concatenate(validation)).astype(np.int64)
     dense = np.setdiff1d(np.arange(len(train_labels)), held_out).astype(np.int64)
     return DemoSplit(
         dense=dense,
         train=np.sort(np.concatenate(train)).astype(np.int64),
         validation=held_out,
-        test=np.sort(np.concatenate(test)).astype(np.int64),
+        test=np.arange(len(test_labels), dtype=np.int64),
     )

@@ -149,10 +149,8 @@ def _split_phases(graph: Graph) -> None:
         a = operation.attributes
         if operation.kind != "conv" or a["stride"] == (1, 1):
             continue
-        shape, kernel = (
-            graph.shapes[operation.inputs[0]],
-            tuple(graph.constants[operation.weight or ""].shape),
-        )
+        shape = graph.shapes[operation.inputs[0]]
+        kernel = tuple(graph.constants[operation.weight or ""].shape)
         if shape[2:] == kernel[2:] and a["padding"] == (0, 0):
             operation.attributes = {**a, "stride": (1, 1)}  # one output pixel: there is nothing to step over
             continue
@@ -161,8 +159,8 @@ def _split_phases(graph: Graph) -> None:
         strided.append(operation)
         needed = wanted.setdefault((operation.inputs[0], a["stride"]), (set(), set()))
         sizes = zip(needed, _two(kernel[2:]), a["dilation"], a["padding"], a["stride"], strict=True)
-        for phases, n, d, p, s in sizes:
-            phases.update((k * d - p) % s for k in range(n))
+        for remainders, n, d, p, s in sizes:
+            remainders.update((k * d - p) % s for k in range(n))
     done: dict[tuple[str, tuple[int, int]], str] = {}
     for operation in strided:
         source, stride = key = operation.inputs[0], operation.attributes["stride"]

@@ -46,7 +46,7 @@ def test_the_demo_is_as_accurate_on_the_bundled_test_images_as_its_provenance_sa
             for x, y in zip(inputs.split(500), labels.split(500), strict=True)
         )
     # another machine rounds otherwise, which may turn an image or two that lie on the border
-    assert right / len(labels) == pytest.approx(provenance["accuracy_test_bundled_2000"], abs=0.0011)
+    assert right / len(labels) == pytest.approx(provenance["accuracy_test_10000"], abs=0.0003)
     assert provenance["accuracy_test_10000"] >= 0.92
     assert provenance["n_params"] == sum(p.numel() for p in demo_model.module.parameters())
 

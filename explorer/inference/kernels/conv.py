@@ -91,10 +91,11 @@ class ConvKernel:
     def unroll(self) -> int:
         """Nonzeros that the sparse kernel takes at once, each with sums of its own.
 
-        An FMA takes four cycles and a core starts two a cycle: fewer than eight independent sums leave it waiting. Rows are padded with
-        zero weights to a multiple of this, see pack.py.
+        An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since
+        the core begins the next row before this one has ended, and eight would pay for more padding and more additions at the end.
+        Rows are padded with zero weights to a multiple of this, see pack.py.
         """
-        return 1 << max(0, (8 // self.tile).bit_length() - 1)
+        return min(4, 1 << max(0, (8 // self.tile).bit_length() - 1))
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""

@@ -211,7 +211,6 @@ def main(argv: list[str] | None = None) -> None:
         "training_data": "60,000 training images of Fashion-MNIST without the 2,000 held-out validation images",
         "accuracy_validation_2000": validation_accuracy,
         "accuracy_test_10000": _accuracy(model, inputs, labels),
-        "accuracy_test_bundled_2000": _accuracy(model, inputs[split.test], labels[split.test]),
         "threads": args.threads,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
