@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import operator
 import os
 import threading
@@ -55,11 +56,11 @@ if TYPE_CHECKING:
 
 # Timing noise and the last percent of training: a solved distribution is to be this much faster than asked when it is checked.
 _RESERVE = 0.03
-# Each round corrects the budget by what was measured; the error shrinks a lot each time, and more rounds only chase noise.
+# Each round corrects the budget by what was measured so far; more rounds only chase noise.
 _CHECKS = 4
 # Seconds of timing for one of these checks, and for one point of a run's latency curve.
 _GLANCE_S = 0.4
-_CHECK_S, _CHECK_ROUNDS = 0.7, 7
+_CHECK_S, _CHECK_ROUNDS = 1.2, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,22 +511,27 @@ class Study:
         assert self.dense_baseline is not None
         dense_ms = self.dense_baseline[1].latency_ms
         wanted = speedup if speedup is not None else dense_ms / (latency_ms or dense_ms)
-        aimed = wanted
         least, most = wanted * (1.0 + _RESERVE), wanted * (1.0 + 3.0 * _RESERVE)
         tried: list[tuple[float, SparsityDistribution]] = []
+        factors: list[float] = []
+        factor = 1.0
         for _ in range(_CHECKS):
-            reached = self._reached(found)
-            tried.append((reached, found))
-            if least <= reached <= most:
+            predicted = self.predict(found).speedup
+            assert predicted is not None
+            tried.append((predicted, found))
+            # One measurement is as noisy as what it is to correct. Distributions near one another are mispredicted by about the same
+            # factor, so that all measurements tell of it together.
+            factors.append(self._reached(found) / predicted)
+            factor = math.exp(sum(map(math.log, factors)) / len(factors))
+            if least <= predicted * factor <= most:
                 break
-            aimed *= (least + most) / 2.0 / reached
             try:
-                found = solved(Target(speedup=aimed))
+                found = solved(Target(speedup=(least + most) / 2.0 / factor))
             except InfeasibleTarget:
                 # The last one is the nearest there is; what it reaches is measured again at the end, and reported as measured.
                 break
-        enough = [pair for pair in tried if pair[0] >= least]
         by_speedup = operator.itemgetter(0)
+        enough = [pair for pair in tried if pair[0] * factor >= least]
         return min(enough, key=by_speedup)[1] if enough else max(tried, key=by_speedup)[1]
 
     def predict(self, distribution: Mapping[str, float]) -> Prediction:
@@ -567,7 +573,7 @@ class Study:
         self,
         distribution: Mapping[str, float],
         method: str = "gmp",
-        epochs: float = 8,
+        epochs: float = 6,
         *,
         latency: bool = True,
         **options: Any,

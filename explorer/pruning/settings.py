@@ -63,7 +63,7 @@ class RunSettings:
     """
 
     method: str = "gmp"
-    epochs: float = 8
+    epochs: float = 6
     batch_size: int = 128
     learning_rate: float = 0.05
     momentum: float = 0.9
