@@ -356,7 +356,7 @@ class ExplorerState(t.HasTraits):
         if speedup < 1:
             raise DistributionError(f"The speed-up asked for is {speedup:g}; give a number {limits}.")
         self.target = speedup
-        current = self._need_distribution()
+        current = before = self._need_distribution()
         locked = {name: current[name] for name in current.locked}
 
         def work(_stop: threading.Event) -> tuple[Any, Any]:
@@ -365,6 +365,11 @@ class ExplorerState(t.HasTraits):
 
         def finished(found: tuple[Any, Any]) -> None:
             solved, uniform = found
+            if self.distribution != before:
+                self._say(
+                    f"Solved for {speedup:g} ×, but the bars have been moved since: they stay. Press Solve to take a solution."
+                )
+                return
             self.ghost = uniform
             self._take(solved.lock(*locked) if locked else solved, "solved")
             self._say(f"Solved for {speedup:g} ×: predicted {self.prediction.speedup:.2f} ×.")
@@ -603,12 +608,13 @@ class ExplorerState(t.HasTraits):
         self.job = JobStatus(kind, text)
 
         def end(result: Any) -> None:
-            # Idle first: what follows may start the next job.
-            self.job = IDLE
-            try:
-                finished(result)
-            except Exception as error:  # noqa: BLE001 - see `_guarded`
-                self.report(error)
+            # The page is told once, after all of it: what follows may start the next job, and in between it would invite the next gesture.
+            with self.hold_trait_notifications():
+                self.job = IDLE
+                try:
+                    finished(result)
+                except Exception as error:  # noqa: BLE001 - see `_guarded`
+                    self.report(error)
 
         def failed(error: BaseException) -> None:
             self.job = IDLE

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from explorer.errors import DataError
-from explorer.widgets.jobs import InlineExecutor
+from explorer.widgets.jobs import IDLE, InlineExecutor
 from explorer.widgets.publisher import DirectScheduler
 from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState, RunOptions
 from tests.widgets.fake_study import FakeStudy
@@ -98,6 +98,35 @@ def test_a_target_out_of_reach_says_so_and_keeps_the_bars(state: ExplorerState) 
     assert "the highest is 9.46" in state.error
     assert state.distribution is before
     assert not state.job.busy
+
+
+def test_bars_that_are_moved_while_a_target_is_solved_stay_where_they_were_put(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.measure()
+    solve = study.solve
+
+    def solve_while_a_bar_is_dragged(**options: Any) -> Any:
+        state.edit({"fc": 0.35}, final=True)
+        return solve(**options)
+
+    study.solve = solve_while_a_bar_is_dragged  # type: ignore[method-assign]
+    state.solve(2.5)
+    assert state.distribution["fc"] == 0.35
+    assert state.origin == "mine"
+    assert "the bars have been moved since" in state.log[-1]
+    assert not state.job.busy
+
+
+def test_between_a_measurement_and_its_solution_the_page_is_not_told_that_nothing_goes_on(
+    state: ExplorerState,
+) -> None:
+    jobs: list[tuple[str, bool]] = []
+    state.observe(lambda change: jobs.append((change["new"].kind, state.measured)), names=["job"])
+    state.measure()
+    # The last thing that is seen is rest, after measuring and solving both; never rest before that.
+    assert jobs[-1] == (IDLE.kind, True)
+    assert [kind for kind, _ in jobs].count(IDLE.kind) == 1
 
 
 def test_solving_before_measuring_says_what_to_do(state: ExplorerState) -> None:
