@@ -111,9 +111,6 @@ class Runner:
             state.set("first", first)
             state.set("last", last)
             self._range = (first, last)
-        if not self._helpers:
-            state.run(*self._arguments)
-            return
         wake = any(state.asleep)
         if wake:
             state.wake.set()

@@ -41,7 +41,7 @@ class RunSettings:
     distillation : float
         Weight in [0, 1] of the dense network's outputs in the loss; the rest is the labels' cross-entropy. With 1, labels are not
         used: the dense network has seen more than a short run on little data shows again. On the demo, 91 % sparse, seed 0, that
-        gave 0.928 to 0.929 on 2,000 test images where labels alone gave 0.911. A model that is yet to learn its task needs 0.
+        gave 0.928 to 0.929 on 2,000 of the test images where labels alone gave 0.911. A model that is yet to learn its task needs 0.
     temperature : float
         Temperature of the distilled outputs, above 0.
     seed : int

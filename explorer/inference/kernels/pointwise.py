@@ -12,6 +12,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -37,10 +38,7 @@ class PointwiseKernel:
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        jobs, size = field("jobs"), field("channels_per_job")
-        image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
-        first = b.mul(piece, size)
-        last = f.minimum(b.add(first, size), field("channels"))
+        image, first, last = channels_of(f, field, job)
         low, high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
         names = ("x", "other", "out") if self.add else ("x", "out")
         bases = {n: f.at(field(n, PTR), b.mul(image, field(f"{n}_image"))) for n in names}

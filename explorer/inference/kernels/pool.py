@@ -14,6 +14,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -40,12 +41,9 @@ class PoolKernel:
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        jobs, size = field("jobs"), field("channels_per_job")
-        image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
+        image, first, last = channels_of(f, field, job)
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
-        first = b.mul(piece, size)
-        last = f.minimum(b.add(first, size), field("channels"))
         low, high = (f.to_float(field(n)) for n in ("low", "high"))
         window = self._plane if self.kind == "plane" else self._window
 

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -61,12 +62,10 @@ class SplitKernel:
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        jobs, size, n_phases = (field(n) for n in ("jobs", "channels_per_job", "n_phases"))
-        image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
+        image, first, last = channels_of(f, field, job)
+        n_phases = field("n_phases")
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
-        first = b.mul(piece, size)
-        last = f.minimum(b.add(first, size), field("channels"))
         table, out_plane = field("table", PTR), field("out_plane")
         one_phase = (
             self._shuffled(f, field, out_plane) if self.stride else self._gathered(f, field, out_plane)
