@@ -334,14 +334,9 @@ def _solved(study: Study, options: argparse.Namespace) -> SparsityDistribution:
 def _measured(
     study: Study, *, levels: tuple[float, ...] | None, n_images: int, refresh: bool, latency: bool
 ) -> SensitivityTable:
-    from torch.nn.modules.batchnorm import _BatchNorm
     from tqdm import tqdm
 
-    passes = 1 + latency
-    if refresh and any(isinstance(part, _BatchNorm) for part in study.model.module.modules()):
-        passes += 1
-    n_levels = 1 + len(levels if levels is not None else study.levels)
-    total = len(study.layers) * n_levels * passes
+    total = study.n_sensitivity_cells(levels, refresh_batchnorm=refresh, latency=latency)
     with tqdm(total=total, desc="sensitivity", unit="cell", leave=False, disable=None) as bar:
         for point in study.sensitivity_points(levels, n_images, refresh_batchnorm=refresh, latency=latency):
             # Of the kinds that one measurement gives, one is counted.

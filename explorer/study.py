@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.data import LoadedData, check_compatible, load_data
 from explorer.distribution import DEFAULT_MARGIN, Prediction, SparsityDistribution, Target
@@ -44,6 +45,8 @@ from explorer.models import LoadedModel, PrunableLayer, load_model
 from explorer.pruning import PruningRun, RunResult
 from explorer.sensitivity import (
     DEFAULT_LEVELS,
+    LATENCY_PASSES,
+    WHOLE_NETWORK,
     SensitivityPoint,
     SensitivityTable,
     measure_latency,
@@ -362,6 +365,21 @@ class Study:
             stop=stop,
         )
         return self._collected(loss, chosen, stop, n_images=n_images, latency=latency)
+
+    def n_sensitivity_cells(
+        self,
+        levels: Sequence[float] | None = None,
+        *,
+        refresh_batchnorm: bool = True,
+        latency: bool = True,
+    ) -> int:
+        """Return how many points of kind "kl" or "latency_ms" `sensitivity_points` will yield: what a progress bar counts."""
+        names = [layer.name for layer in self.layers]
+        has_batchnorm = any(isinstance(part, _BatchNorm) for part in self.model.module.modules())
+        losses = len(names) * (1 + (refresh_batchnorm and has_batchnorm))
+        # The whole network is timed too, unless it is its only layer.
+        times = (len(names) + (names != [WHOLE_NETWORK])) * LATENCY_PASSES if latency else 0
+        return (1 + len(set(levels if levels is not None else self.levels))) * (losses + times)
 
     def measure_sensitivity(
         self,

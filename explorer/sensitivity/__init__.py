@@ -6,7 +6,7 @@ measured but by its layers' names, and nothing here changes it.
 
 from __future__ import annotations
 
-from explorer.sensitivity.latency import measure_latency
+from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
 from explorer.sensitivity.loss import measure_loss
 from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
 from explorer.sensitivity.table import SensitivityTable
@@ -14,6 +14,7 @@ from explorer.sensitivity.table import SensitivityTable
 __all__ = [
     "DEFAULT_LEVELS",
     "KINDS",
+    "LATENCY_PASSES",
     "WHOLE_NETWORK",
     "SensitivityPoint",
     "SensitivityTable",

@@ -3,12 +3,13 @@
 All layers are pruned to one level together and timed inside the running network, so one pass a level serves every layer, caches and
 threads behave as in use, and the cost does not depend on the depth. The network is compiled once; other levels only bring new
 weights into the same program. Each level is timed in turn with the dense network, so that levels can be compared although the machine's speed
-changes between them.
+changes between them; and all levels are gone through several times, so that a bad moment of the machine does not meet all that a level has.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
@@ -32,9 +33,11 @@ from explorer.sensitivity.points import (
 if TYPE_CHECKING:
     from explorer.inference import SparseModule
 
-__all__ = ["measure_latency"]
+__all__ = ["LATENCY_PASSES", "measure_latency"]
 
-_ROUNDS = 5
+# On a shared machine a level is now and then 10 or 20 % slow for as long as it is being timed. The median of six rounds bears one bad pass.
+LATENCY_PASSES = 3
+_ROUNDS_A_PASS = 2
 _MILLISECONDS_A_LEVEL = 200.0
 
 
@@ -51,7 +54,8 @@ def measure_latency(
     """Time the network on the sparse engine at each level and yield every layer's median.
 
     Weights are pruned by magnitude, in one shot, on a copy. Points are of kind "latency_ms"; level 0 comes first, then levels in an order
-    that makes the picture useful early. A point with layer "" is the median of the whole network, timed apart from the layers.
+    that makes the picture useful early. A point with layer "" is the median of the whole network, timed apart from the layers. All levels
+    come three times: the later point of a layer and level is the median of more rounds, and replaces the earlier one.
 
     Parameters
     ----------
@@ -66,7 +70,7 @@ def measure_latency(
     threads : int, optional
         Threads of the engine; its default otherwise.
     repeats : int, optional
-        Timed passes a level of the whole network, and as many with a clock in it; by default as many as fit into a fifth of a second,
+        Timed runs a level of the whole network, and as many with a clock in it; by default as many as fit into a fifth of a second,
         within 25 and 500.
     stop : threading.Event, optional
         When set, the scan ends before the next level.
@@ -111,25 +115,26 @@ def _points(
         layer.name: pruned.get_submodule(layer.name).get_parameter("weight").detach().clone()
         for layer in everything
     }
-    clock: _Clock | None = None
+    is_one_layer = [layer.name for layer in everything] == [WHOLE_NETWORK]
+    # Level 0 comes first, with the weights as they are: the dense network is the clock that all else is timed by.
+    reference = inference.compile(pruned, example_input, threads=threads)
+    clock = _Clock(reference, example_input)
     program: SparseModule | None = None
-    for level in levels:
+    rounds: dict[float, _Rounds] = {level: _Rounds() for level in levels}
+    for level in levels * LATENCY_PASSES:
         if stop is not None and stop.is_set():
             return
         n_removed = _prune(pruned, dense, level)
-        if clock is None:
-            # Level 0 comes first: the dense network is the clock that all other levels are timed by.
-            reference = inference.compile(pruned, example_input, threads=threads)
-            clock = _Clock(reference, example_input)
-            milliseconds, whole_ms, spread_ms = _time(reference, example_input, repeats, None)
-            clock.set(whole_ms)
+        if level == 0.0:
+            timed = reference
+        elif program is None:
+            timed = program = inference.compile(pruned, example_input, threads=threads)
         else:
-            if program is None:
-                program = inference.compile(pruned, example_input, threads=threads)
-            else:
-                program.update_weights(pruned)
-            milliseconds, whole_ms, spread_ms = _time(program, example_input, repeats, clock)
-        is_one_layer = [layer.name for layer in everything] == [WHOLE_NETWORK]
+            timed = program
+            program.update_weights(pruned)
+        measured = rounds[level]
+        measured.add(timed, example_input, repeats, clock)
+        milliseconds = measured.layers_ms()
         for layer in () if is_one_layer else reported:
             found = [milliseconds[name] for name in (layer.name, *layer.tied) if name in milliseconds]
             if not found:
@@ -140,54 +145,67 @@ def _points(
             yield SensitivityPoint(
                 layer.name, level, "latency_ms", sum(found), n_removed=n_removed[layer.name]
             )
-        yield SensitivityPoint(WHOLE_NETWORK, level, "latency_ms", whole_ms, std_error=spread_ms)
+        yield SensitivityPoint(
+            WHOLE_NETWORK,
+            level,
+            "latency_ms",
+            median(measured.whole_ms),
+            std_error=median(measured.spread_ms),
+        )
 
 
 class _Clock:
-    """The dense network, timed now and then: how fast the machine is at the moment, against when level 0 was measured.
+    """The dense network, timed now and then: how fast the machine is at the moment, against when it was timed first.
 
     Other work on a shared machine can halve its speed for seconds. Without this, a level that met such a phase would look slow beside one that
     did not, and a solver would choose between phases of the machine instead of between sparsities.
     """
 
     def __init__(self, dense: SparseModule, example_input: Tensor) -> None:
-        self._dense, self._example_input, self._ms = dense, example_input, 0.0
-
-    def set(self, ms: float) -> None:
-        """Take `ms` as the dense network's time."""
-        self._ms = ms
+        self._dense, self._example_input = dense, example_input
+        self._first_ms: float | None = None
 
     def factor(self, repeats: int) -> float:
-        """Return what a time measured now must be multiplied by to compare with level 0."""
-        return self._ms / self._dense.benchmark(self._example_input, repeats=repeats).latency_ms
+        """Return what a time measured now must be multiplied by to compare with one measured at the first call."""
+        ms = self._dense.benchmark(self._example_input, repeats=repeats).latency_ms
+        if self._first_ms is None:
+            self._first_ms = ms
+        return self._first_ms / ms
 
 
-def _time(
-    program: SparseModule, example_input: Tensor, repeats: int | None, clock: _Clock | None
-) -> tuple[dict[str, float], float, float]:
-    """Return milliseconds by layer name, and median and spread of the whole network.
+@dataclasses.dataclass(slots=True)
+class _Rounds:
+    """What was measured of one level: one entry a round, in the clock's milliseconds.
 
-    Whole passes, clocked ones and the dense network take turns in several rounds and the median round counts: other work on the machine comes
+    Whole passes, clocked ones and the dense network take turns and the median round counts: other work on the machine comes
     in bursts, and must not fall on one kind alone, since the time outside the layers is their difference.
     """
-    if repeats is None:
-        first = program.benchmark(example_input, repeats=_ROUNDS).latency_ms
-        repeats = min(max(int(_MILLISECONDS_A_LEVEL / max(first, 1e-3)), 25), 500)
-    each = max(1, -(-repeats // _ROUNDS))
-    whole, spread = [], []
-    layers: dict[str, list[float]] = {}
-    for _ in range(min(_ROUNDS, repeats)):
-        factor = clock.factor(max(1, each // 2)) if clock else 1.0
-        timed = program.benchmark(example_input, repeats=each)
-        whole.append(timed.latency_ms * factor)
-        spread.append(timed.spread_ms * factor)
-        total: dict[str, float] = {}
-        for timing in program.profile(example_input, repeats=each):
-            # A layer that is called twice, or done in several steps, costs the sum.
-            total[timing.name] = total.get(timing.name, 0.0) + timing.ms * factor
-        for name, ms in total.items():
-            layers.setdefault(name, []).append(ms)
-    return {name: median(ms) for name, ms in layers.items()}, median(whole), median(spread)
+
+    whole_ms: list[float] = dataclasses.field(default_factory=list)
+    spread_ms: list[float] = dataclasses.field(default_factory=list)
+    by_layer: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, program: SparseModule, example_input: Tensor, repeats: int | None, clock: _Clock) -> None:
+        """Time the rounds of one more pass of `program`."""
+        if repeats is None:
+            first = program.benchmark(example_input, repeats=_ROUNDS_A_PASS).latency_ms
+            repeats = min(max(int(_MILLISECONDS_A_LEVEL / max(first, 1e-3)), 25), 500)
+        each = -(-repeats // (LATENCY_PASSES * _ROUNDS_A_PASS))
+        for _ in range(_ROUNDS_A_PASS):
+            factor = clock.factor(max(1, each // 2))
+            timed = program.benchmark(example_input, repeats=each)
+            self.whole_ms.append(timed.latency_ms * factor)
+            self.spread_ms.append(timed.spread_ms * factor)
+            total: dict[str, float] = {}
+            for timing in program.profile(example_input, repeats=each):
+                # A layer that is called twice, or done in several steps, costs the sum.
+                total[timing.name] = total.get(timing.name, 0.0) + timing.ms * factor
+            for name, ms in total.items():
+                self.by_layer.setdefault(name, []).append(ms)
+
+    def layers_ms(self) -> dict[str, float]:
+        """Return the median milliseconds by layer name."""
+        return {name: median(ms) for name, ms in self.by_layer.items()}
 
 
 def _prune(module: nn.Module, dense: dict[str, Tensor], level: float) -> dict[str, int]:

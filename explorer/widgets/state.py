@@ -274,12 +274,11 @@ class ExplorerState(t.HasTraits):
         started = self._clock()
         shown = -math.inf
         done = 0
-        # Each layer at each level, once for the loss and once for the latency. Predictions do not use refreshed BatchNorm statistics,
-        # so nobody is made to wait for them.
-        total = len(study.layers) * len(study.levels) * 2
+        # Predictions do not use refreshed BatchNorm statistics, so nobody is made to wait for them.
+        total = study.n_sensitivity_cells(refresh_batchnorm=False)
         for point in study.sensitivity_points(n_images=n_images, stop=stop, refresh_batchnorm=False):
             builder.add(point)
-            if point.layer and point.sparsity > 0 and point.kind in ("kl", "latency_ms"):
+            if point.kind in ("kl", "latency_ms"):
                 done += 1
                 left = (self._clock() - started) / done * max(0, total - done)
                 self._progress(done=min(done, total), total=total, seconds_left=left)

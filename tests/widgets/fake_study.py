@@ -166,6 +166,9 @@ class FakeStudy:
         place = [entry.name for entry in self.layers].index(layer.name)
         return 2.0 * math.exp(-0.35 * place) * sparsity ** (4 + place)
 
+    def n_sensitivity_cells(self, **_: Any) -> int:
+        return 2 * 9 * len(self.layers)
+
     def sensitivity_points(self, stop: threading.Event | None = None, **_: Any) -> Iterator[Point]:
         points: list[Point] = []
         for kind in ("kl", "latency_ms"):
