@@ -34,7 +34,7 @@ class Prediction:
     latency_ms : float or None
         From each layer's time at its sparsity, by the table's `latency_model`.
     latency_error_ms : float or None
-        `latency_ms` times the share by which the same sum missed the measured levels, root mean square.
+        `latency_ms` times the table's `latency_error`: by what share the same sum missed the measured levels, and how runs spread.
     speedup, speedup_error : float or None
         Baseline latency over `latency_ms`; its error comes from `latency_error_ms`.
     nnz, n_params : int
@@ -170,5 +170,5 @@ def _latency(
     )
     if whole is None:
         return None, None
-    share = table.additive_error
+    share = table.latency_error
     return whole, None if share is None else share * whole

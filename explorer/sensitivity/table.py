@@ -30,6 +30,27 @@ _SCALES = (0.8, 1.5)
 _Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
+def _with_bends(levels: NDArray[np.float64], values: NDArray[np.float64]) -> _Curve:
+    """Return a latency curve with the corners that lie between its levels.
+
+    A layer takes the smaller of its dense kernel's time, which is constant, and its sparse kernel's, which is linear in sparsity. Straight
+    lines between levels would cut the corner, and a solver would buy time there that is not for sale.
+    """
+    corners = []
+    for i in range(levels.size - 2):
+        slope = (values[i + 2] - values[i + 1]) / (levels[i + 2] - levels[i + 1])
+        if slope < 0.0:
+            at = levels[i + 1] + (values[i] - values[i + 1]) / slope
+            if levels[i] < at < levels[i + 1]:
+                corners.append((i + 1, at, values[i]))
+    if not corners:
+        return levels, values
+    before = [i for i, _, _ in corners]
+    return np.insert(levels, before, [at for _, at, _ in corners]), np.insert(
+        values, before, [value for _, _, value in corners]
+    )
+
+
 class SensitivityTable:
     """Measured sensitivity of each layer, immutable.
 
@@ -251,7 +272,9 @@ class SensitivityTable:
     def value(self, layer: str, sparsity: float, kind: str = "kl", *, refreshed: bool = False) -> float:
         """Read a layer's monotone curve at one sparsity, linear between measured levels.
 
-        Outside the measured range the nearest measured level's value is returned.
+        A latency bends where the sparse kernel begins to be faster than the dense one: below that the layer takes its dense time. The bend
+        is where the line through the next two levels, drawn on, reaches the value before. Outside the measured range the nearest
+        measured level's value is returned.
         """
         return float(self.values_at(layer, np.asarray([sparsity]), kind, refreshed=refreshed)[0])
 
@@ -260,6 +283,8 @@ class SensitivityTable:
     ) -> NDArray[np.float64]:
         """Read a layer's monotone curve at many sparsities: ``(n,)`` float64 in and out."""
         levels, values = self.curve(layer, kind, refreshed=refreshed)
+        if kind == "latency_ms":
+            levels, values = _with_bends(levels, values)
         return np.interp(sparsities, levels, values)
 
     def std_error_at(
@@ -352,6 +377,21 @@ class SensitivityTable:
         """Return the network's time when its layers take `layers_ms` together; None before one level is complete."""
         model = self.latency_model
         return None if model is None else model[0] + model[1] * layers_ms
+
+    @property
+    def latency_error(self) -> float | None:
+        """How far the network's time may be from `network_latency_ms`, as a share: `additive_error` and the spread over runs, root sum square."""
+        missed = self.additive_error
+        if missed is None:
+            return None
+        spreads = [
+            point.std_error / point.value
+            for (kind, layer, _, _), point in self._cells.items()
+            if (kind, layer) == ("latency_ms", WHOLE_NETWORK)
+            and point.std_error is not None
+            and point.value > 0
+        ]
+        return float(np.hypot(missed, np.median(spreads) if spreads else 0.0))
 
     @property
     def additive_error(self) -> float | None:

@@ -109,6 +109,31 @@ def test_records_are_tidy() -> None:
     }
 
 
+def test_a_latency_stays_dense_up_to_where_the_sparse_kernel_is_faster() -> None:
+    def ms(s: float) -> float:
+        return min(4.0, 0.3 + 8.0 * (1.0 - s))  # as fast as dense at 0.5375
+
+    levels = (0.0, 0.3, 0.7, 0.8, 0.9, 0.98)
+    table = SensitivityTable.from_points([SensitivityPoint("a", s, "latency_ms", ms(s)) for s in levels])
+    for s in np.linspace(0.0, 0.98, 197):
+        assert table.value("a", float(s), "latency_ms") == pytest.approx(ms(float(s))), s
+    assert table.curve("a", "latency_ms")[0].tolist() == list(levels)
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=9), st.floats(0.0, 0.99))
+def test_bends_never_leave_the_measured_neighbours(values: list[float], s: float) -> None:
+    levels = np.linspace(0.0, 0.99, len(values))
+    table = SensitivityTable.from_points(
+        [SensitivityPoint("a", float(x), "latency_ms", v) for x, v in zip(levels, values, strict=True)]
+    )
+    falling = np.minimum.accumulate(values)
+    left = int(np.searchsorted(levels, s, side="right")) - 1
+    right = min(left + 1, len(values) - 1)
+    got = table.value("a", s, "latency_ms")
+    assert np.interp(s, levels, falling) - 1e-9 <= got <= falling[left] + 1e-9
+    assert got >= falling[right] - 1e-9
+
+
 def a_timed_table(sums: list[float], wholes: list[float]) -> SensitivityTable:
     levels = np.linspace(0, 0.9, len(sums))
     return SensitivityTable.from_points(
@@ -132,6 +157,16 @@ def test_a_scale_and_an_outlier_do_not_hide_the_fixed_time() -> None:
     table = a_timed_table(sums.tolist(), wholes.tolist())
     assert table.latency_model == pytest.approx((0.2, 1.1))
     assert table.additive_error == pytest.approx(4.0 / 7.5 / np.sqrt(5))
+
+
+def test_the_latency_error_is_of_the_sum_and_of_the_runs() -> None:
+    exact = a_timed_table([5.0, 3.0, 1.0], [5.2, 3.2, 1.2])
+    assert exact.latency_error == pytest.approx(0.0, abs=1e-12)
+    spread = exact.with_points([SensitivityPoint("", 0.9, "latency_ms", 1.2, std_error=0.12)])
+    assert spread.latency_error == pytest.approx(0.1)
+    missed = a_timed_table([5.0, 3.0, 2.0, 1.0, 0.5], [5.2, 6.4, 2.2, 1.2, 0.7])
+    assert missed.latency_error == pytest.approx(missed.additive_error)
+    assert missed.additive_error == pytest.approx(0.5 / np.sqrt(5))
 
 
 def test_the_latency_model_is_the_best_line_for_relative_errors() -> None:
