@@ -97,9 +97,11 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         return tile | {
             "label": "Latency, measured",
             "value": _ms(value),
-            "unit": f"ms ± {_digits(spread)}",
-            "note": f"predicted {predicted}; {dense}" if predicted else dense,
-            "more": "the machine is busy: timing is noisy" if is_noisy(value, spread) else "",
+            "note": _joined(f"± {_digits(spread)} ms", dense),
+            "more": _joined(
+                f"predicted {predicted}" if predicted else "",
+                "noisy: the machine is busy" if is_noisy(value, spread) else "",
+            ),
         }
     if prediction is None:
         return _nothing(tile, "predicted once it is measured", dense)
@@ -107,9 +109,8 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     return tile | {
         "label": "Latency, predicted",
         "value": _ms(prediction.latency_ms),
-        "unit": f"ms ± {_digits(error)}" if error else "ms",
-        "note": "from the measured layers",
-        "more": dense,
+        "note": _joined(f"± {_digits(error)} ms" if error else "", dense),
+        "more": "from the measured layers",
     }
 
 
@@ -202,6 +203,10 @@ def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
 
 def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, Any]:
     return tile | {"value": "–", "unit": "", "note": note, "more": more}
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _ms(value: float) -> str:

@@ -98,10 +98,17 @@ def test_messages_that_make_no_sense_do_no_harm(state: ExplorerState) -> None:
 def test_the_figures_are_predictions_before_a_run_and_measurements_after(state: ExplorerState) -> None:
     assert tile(state, "latency")["value"] == "–"
     state.measure()
-    assert tile(state, "latency")["label"] == "Latency, predicted"
+    latency = tile(state, "latency")
+    assert latency["label"] == "Latency, predicted"
+    assert latency["note"] == (
+        f"± {state.prediction.latency_error_ms:.2g} ms; dense {state.dense.latency_ms:#.3g} ms"
+    )
     assert tile(state, "speedup")["note"] == "against engine, dense"
     state.start_run()
-    assert tile(state, "latency")["label"] == "Latency, measured"
+    latency = tile(state, "latency")
+    assert latency["label"] == "Latency, measured"
+    assert latency["note"].startswith(f"± {state.run.latency[1]:.2g} ms; dense ")
+    assert latency["more"].startswith("predicted ")
     assert tile(state, "speedup")["value"] == f"{state.run.speedup:.2f}"
     assert tile(state, "accuracy")["value"] == f"{100 * state.run.result.accuracy:.1f}"
 
