@@ -13,6 +13,7 @@ import torch
 
 from explorer.bench import prediction
 from explorer.bench.engines import machine, table, time_engines
+from explorer.bench.foreign import FOREIGN, parse
 from explorer.errors import ExplorerError
 from explorer.models import LoadedModel, architectures, load_model
 from explorer.study import Study
@@ -39,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of every engine (default: 1)")
     parser.add_argument("--batch-size", type=int, default=1, help="samples in one call (default: 1)")
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"also time these engines, each in a process of the Python that has it installed: {', '.join(FOREIGN)}",
+    )
     options = parser.parse_args(arguments)
     if options.threads < 1 or options.batch_size < 1 or not all(0 <= s < 1 for s in options.sparsity):
         parser.error("--threads and --batch-size are at least 1, --sparsity is a fraction from 0 to below 1")
@@ -55,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             "median of alternating turns, ± half the distance between the quartiles; speed-up over the fastest dense one."
         )
-        print(table(list(time_engines(model, example, sparsities=options.sparsity, threads=options.threads))))
+        timings = time_engines(
+            model,
+            example,
+            sparsities=options.sparsity,
+            threads=options.threads,
+            foreign=[parse(text) for text in options.engine],
+        )
+        print(table(list(timings)))
     except ExplorerError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

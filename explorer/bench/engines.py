@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from explorer.bench.foreign import FOREIGN, TOLERANCE, ForeignEngine, export
 from explorer.errors import EngineError
 from explorer.inference import compile as compile_module
 from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants
@@ -28,8 +30,6 @@ from explorer.masks import magnitude_mask
 from explorer.models import LoadedModel
 
 SPARSE = "engine sparse"
-TOLERANCE = 1e-3
-"""Largest difference to torch's output that is accepted, relative to its largest entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class EngineTiming:
     Attributes
     ----------
     contestant : str
-        "torch eager", "torch channels_last", "torch jit", "onnxruntime", "engine dense", "engine sparse".
+        "torch eager", "torch channels_last", "torch jit", "onnxruntime", "engine dense", "engine sparse", or one of
+        `explorer.bench.foreign.FOREIGN`.
     sparsity : float
         Fraction of zeros in each pruned layer, in [0, 1).
     benchmark : Benchmark
@@ -85,6 +86,7 @@ def time_engines(
     sparsities: Sequence[float] = (0.8, 0.9, 0.95),
     threads: int = 1,
     seconds: float = 5.0,
+    foreign: Sequence[tuple[str, str]] = (),
 ) -> Iterator[EngineTiming]:
     """Time the network in every engine at every sparsity.
 
@@ -99,6 +101,9 @@ def time_engines(
         Threads of every engine, at least 1.
     seconds : float
         About how long the timing at one sparsity takes.
+    foreign : sequence of (str, str)
+        Engines in environments of their own, as `explorer.bench.foreign.parse` gives them, which run the pruned network too. One that uses its
+        zeros, or computes in less than float32, is not what a speed-up refers to.
 
     Yields
     ------
@@ -112,20 +117,30 @@ def time_engines(
     """
     for sparsity in sparsities:
         module = pruned_copy(model, sparsity)
-        contestants = dict(dense_contestants(module, example_input, threads))
-        if _has_onnxruntime():
-            contestants["onnxruntime"] = _onnxruntime(module, example_input, threads)
-        dense = set(contestants)
-        contestants[SPARSE] = EngineCall(
-            compile_module(module, example_input, threads=threads), example_input
-        )
-        with torch.inference_mode():
-            expected = module(example_input)
-            for name, call in contestants.items():
-                _check_output(name, call(), expected)
-        timed = compare_latency(
-            contestants, threads=threads, batch_size=example_input.shape[0], seconds=seconds, repeats=100
-        )
+        with contextlib.ExitStack() as processes:
+            contestants = dict(dense_contestants(module, example_input, threads))
+            named = {name for name, _ in foreign}
+            if _has_onnxruntime() and "onnxruntime" not in named:
+                contestants["onnxruntime"] = _onnxruntime(module, example_input, threads)
+            if foreign:
+                folder = Path(processes.enter_context(tempfile.TemporaryDirectory()))
+                exported = export(module, example_input, folder)
+                for name, python in foreign:
+                    engine = ForeignEngine(name, python, exported, threads)
+                    contestants[name] = processes.enter_context(engine)
+            dense = contestants.keys() - {name for name in named if not FOREIGN[name].is_dense_float32}
+            contestants[SPARSE] = EngineCall(
+                compile_module(module, example_input, threads=threads), example_input
+            )
+            with torch.inference_mode():
+                expected = module(example_input)
+                for name, call in contestants.items():
+                    _check_output(
+                        name, call(), expected, FOREIGN[name].tolerance if name in named else TOLERANCE
+                    )
+            timed = compare_latency(
+                contestants, threads=threads, batch_size=example_input.shape[0], seconds=seconds, repeats=100
+            )
         best_dense_ms = min(timed[name].latency_ms for name in dense)
         for name, benchmark in timed.items():
             yield EngineTiming(name, sparsity, benchmark, best_dense_ms / benchmark.latency_ms)
@@ -156,12 +171,12 @@ def machine() -> str:
     return f"{processor}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _check_output(name: str, output: Any, expected: Tensor) -> None:
+def _check_output(name: str, output: Any, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     scale = max(float(expected.abs().max()), 1e-12)
     difference = float((torch.as_tensor(output) - expected).abs().max()) / scale
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise EngineError(
-            f"{name} gives another output than torch: relative difference {difference:.2g}, {TOLERANCE:g} is accepted. "
+            f"{name} gives another output than torch: relative difference {difference:.2g}, {tolerance:g} is accepted. "
             "Its time would mean nothing; please report this with the network."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -85,8 +86,10 @@ def test_the_command_prints_machine_threads_and_every_row(
 
     monkeypatch.setattr(command, "load_model", lambda *_, **__: small)
     monkeypatch.setattr(command, "time_engines", timed)
-    assert command.main(["--sparsity", "0.9", "--threads", "2", "--batch-size", "4"]) == 0
-    assert seen == {"sparsities": [0.9], "threads": 2, "batch": 4}
+    engine = f"onnxruntime={sys.executable}"
+    assert command.main(["--sparsity", "0.9", "--threads", "2", "--batch-size", "4", "--engine", engine]) == 0
+    foreign = [("onnxruntime", sys.executable)]
+    assert seen == {"sparsities": [0.9], "threads": 2, "batch": 4, "foreign": foreign}
     said = capsys.readouterr().out
     assert torch.__version__ in said
     assert "2 thread(s), batch 4" in said
