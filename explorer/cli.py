@@ -152,7 +152,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     solver.add_argument("--score", help="what the solver minimises")
     training = parser.add_argument_group("run")
     training.add_argument("--method", help="default gmp")
-    training.add_argument("--epochs", type=float, help="default 6")
+    training.add_argument("--epochs", type=float, help="default 5")
     training.add_argument("--seed", type=int, help="default 0")
     training.add_argument("--learning-rate", type=float)
     training.add_argument(

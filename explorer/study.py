@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from explorer.inference import Benchmark, SparseModule
 
 # Timing noise and the last percent of training: a solved distribution is to be this much faster than asked when it is checked.
-_RESERVE = 0.03
+_RESERVE = 0.02
 # Each round corrects the budget by what was measured so far; more rounds only chase noise.
 _CHECKS = 4
 # Seconds of timing for one of these checks, and for one point of a run's latency curve.
@@ -591,7 +591,7 @@ class Study:
         self,
         distribution: Mapping[str, float],
         method: str = "gmp",
-        epochs: float = 6,
+        epochs: float = 5,
         *,
         latency: bool = True,
         **options: Any,

@@ -29,9 +29,9 @@ LEVEL_GRID: tuple[float, ...] = tuple(
     float(s)
     for s in np.unique(np.round(np.concatenate([np.linspace(0.0, 0.9, 37), np.linspace(0.9, 0.99, 19)]), 6))
 )
-# Sums of layer times miss the time of the whole network by some per cent. Solving for a target that is faster by this share makes
+# Sums of layer times miss the time of the whole network by a per cent or two. Solving for a target that is faster by this share makes
 # it likely that the measured latency meets what was asked.
-DEFAULT_MARGIN = 0.05
+DEFAULT_MARGIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)

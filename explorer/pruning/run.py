@@ -456,9 +456,9 @@ class PruningRun:
 
 
 def _fastest_precision() -> str:
-    """Return bfloat16 where the CPU has matrix units for it; without them it is emulated, and slower than float32."""
+    """Return bfloat16 where the CPU multiplies it itself; elsewhere it is emulated, and slower than float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
 
 
 def _with_options(settings: RunSettings, options: Mapping[str, Any]) -> RunSettings:

@@ -48,7 +48,14 @@ class Curves:
         if last == len(curve) - 1:
             return None
         (s0, ms0), (s1, ms1) = curve[last], curve[last + 1]
-        return s0 + (s1 - s0) * (ms0 - bound) / (ms0 - ms1)
+        crossing = s0 + (s1 - s0) * (ms0 - bound) / (ms0 - ms1)
+        if last + 2 < len(curve):
+            # The curve is flat as long as the dense kernel is faster, and linear after that: the line through the next two levels,
+            # drawn on, finds the corner between two levels, which a straight line between them would cut.
+            s2, ms2 = curve[last + 2]
+            if ms2 < ms1:
+                crossing = max(crossing, s1 - (bound - ms1) * (s2 - s1) / (ms1 - ms2))
+        return crossing
 
     def to_page(self, layers: Iterable[str]) -> dict[str, list[list[list[float]]]]:
         """Return plain lists for the page: per kind, per layer of `layers`, `[sparsities, values]`."""

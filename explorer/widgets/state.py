@@ -78,7 +78,7 @@ DEMO_CHOICES = (
 class RunOptions:
     """What the page lets one set for a run. None leaves the default of the pruning room."""
 
-    epochs: float = 6
+    epochs: float = 5
     learning_rate: float | None = None
     stabilise: float = 0.1
     ramp: float = 0.4

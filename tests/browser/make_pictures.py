@@ -108,7 +108,7 @@ def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speedup", default="3", help="target that is solved for")
-    parser.add_argument("--epochs", default="6")
+    parser.add_argument("--epochs", default="5")
     options = parser.parse_args()
     browser = find_browser()
     if browser is None:

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from explorer.distribution import SCORES, Target, feasible_range, predict, solve, uniform, uniform_for_target
+from explorer.distribution import (
+    DEFAULT_MARGIN,
+    SCORES,
+    Target,
+    feasible_range,
+    predict,
+    solve,
+    uniform,
+    uniform_for_target,
+)
 from explorer.distribution.scores import score_table
 from explorer.distribution.solver import LEVEL_GRID
 from explorer.errors import DistributionError, InfeasibleTarget
@@ -33,7 +42,7 @@ DENSE = 0.3 + 6.2
 def test_the_predicted_speedup_meets_the_target_with_the_margin(speedup: float, score: str) -> None:
     dist = solve(LAYERS, TABLE, Target(speedup=speedup), score=score)
     got = predict(LAYERS, TABLE, dist)
-    assert got.latency_ms * 1.05 <= 6.5 / speedup * (1 + 1e-9)
+    assert got.latency_ms * (1 + DEFAULT_MARGIN) <= 6.5 / speedup * (1 + 1e-9)
     assert dist["stem"] == dist["fc"] == 0.0
 
 
@@ -71,7 +80,7 @@ def test_solving_beats_uniform_at_equal_predicted_latency() -> None:
     for speedup in (1.5, 2.0, 3.0, 4.0):
         target = Target(speedup=speedup)
         solved, even = solve(LAYERS, TABLE, target, score="kl"), uniform_for_target(LAYERS, TABLE, target)
-        assert predict(LAYERS, TABLE, even).latency_ms * 1.05 <= 6.5 / speedup
+        assert predict(LAYERS, TABLE, even).latency_ms * (1 + DEFAULT_MARGIN) <= 6.5 / speedup
         assert predict(LAYERS, TABLE, solved).kl < predict(LAYERS, TABLE, even).kl
 
 

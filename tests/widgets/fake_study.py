@@ -229,7 +229,7 @@ class FakeStudy:
             size_bytes=4 * (n_params - zeros) + n_params // 8,
         )  # fmt: skip
 
-    def prune(self, distribution: Distribution, *, epochs: float = 6, **options: Any) -> FakeRun:
+    def prune(self, distribution: Distribution, *, epochs: float = 5, **options: Any) -> FakeRun:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))
         return FakeRun(self, distribution, epochs)
 

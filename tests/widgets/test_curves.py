@@ -36,6 +36,12 @@ def test_break_even_lies_where_the_line_crosses_the_dense_time() -> None:
     assert curves.break_even("a", tolerance=0.0) == pytest.approx(0.58)
 
 
+def test_break_even_is_where_the_sparse_kernel_begins_to_be_faster() -> None:
+    points = ((s, min(1.0, 2.5 * (1 - s))) for s in (0.0, 0.5, 0.7, 0.8, 0.9))
+    curves = curves_of(*(Point("a", s, "latency_ms", ms) for s, ms in points))
+    assert curves.break_even("a", tolerance=0.0) == pytest.approx(0.6)
+
+
 def test_break_even_looks_at_the_last_crossing_of_a_curve_that_is_not_monotone() -> None:
     points = ((0.0, 1.0), (0.5, 0.8), (0.7, 1.1), (0.9, 0.5))
     curves = curves_of(*(Point("a", s, "latency_ms", ms) for s, ms in points))

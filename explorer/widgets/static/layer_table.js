@@ -2,7 +2,7 @@
 
 const COLUMNS = [
   ["Layer", "Name of the layer in the model", "text"],
-  ["Shape", "Shape of the weight: outputs × inputs × kernel", "text"],
+  ["Shape", "Shape of the weight: outputs × inputs × kernel", "shape"],
   ["Weights", "Number of weights that can be pruned", "number"],
   ["MACs", "Multiply-adds for one image", "number"],
   ["Dense, ms", "Time of the layer in the dense network, in milliseconds", "number"],
@@ -13,7 +13,7 @@ function render({ model, el, signal }) {
   const root = section(el, "Model", "se-card se-layers", 1);
   const title = make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "1"), "Model");
   const note = make("small", {});
-  const head = make("tr", {}, ...COLUMNS.map(([name, help, kind]) => make("th", { scope: "col", title: help, class: kind === "number" ? "se-num" : null }, name)));
+  const head = make("tr", {}, ...COLUMNS.map(([name, help, kind]) => make("th", { scope: "col", title: help, class: { number: "se-num", shape: "se-shape" }[kind] ?? null }, name)));
   const body = make("tbody");
   const empty = make("div", { class: "se-empty" }, make("b", {}, "Loading the model"), make("p", {}, "Its layers will be listed here."));
   const scroll = make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers that can be pruned"), make("thead", {}, head), body));
@@ -41,7 +41,7 @@ function render({ model, el, signal }) {
   function row(layer) {
     const choose = button(layer.label, () => model.send({ do: "select", layer: layer.name }), signal, { class: "se-name", title: layer.label });
     const share = make("td", { class: "se-num se-share" }, make("span", {}, layer.share === null ? "–" : words.percent(layer.share, layer.share < 0.1 ? 1 : 0)));
-    if (layer.share !== null) share.prepend(make("i", { style: `width:${(40 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
+    if (layer.share !== null) share.prepend(make("i", { style: `width:${(26 * layer.share) / layer.max_share}px`, "aria-hidden": "true" }));
     return make("tr", { "data-layer": layer.name },
       make("th", { scope: "row" }, choose),
       make("td", { class: "se-shape" }, layer.shape),

@@ -12,7 +12,7 @@ const MORE = [
 function render({ model, el, signal }) {
   const root = section(el, "Prune", "se-card se-run", 4);
   const title = make("small", {});
-  const fields = { epochs: field("epochs", "Epochs", "6") };
+  const fields = { epochs: field("epochs", "Epochs", "5") };
   const more = make("div", { class: "se-more", id: `se-more-${Math.random().toString(36).slice(2)}`, hidden: true });
   for (const [name, label, hint] of MORE) {
     fields[name] = field(name, label, hint);
@@ -61,12 +61,12 @@ function render({ model, el, signal }) {
     stop.disabled = run?.status === "stopping";
     say(stop, run?.status === "stopping" ? "Stopping" : "Stop");
     for (const input of Object.values(fields)) input.disabled = active;
-    if (!fields.epochs.value && document.activeElement !== fields.epochs) fields.epochs.value = String(view.options?.epochs ?? 6);
+    if (!fields.epochs.value && document.activeElement !== fields.epochs) fields.epochs.value = String(view.options?.epochs ?? 5);
     say(title, view.title ?? "");
     say(hint, view.hint ?? "");
 
     const trace = decode(model.get("trace"));
-    const epochs = run ? run.epochs : (view.options?.epochs ?? 6);
+    const epochs = run ? run.epochs : (view.options?.epochs ?? 5);
     const perEpoch = run && run.total_steps ? run.total_steps / run.epochs : 1;
     const toEpoch = (step) => step / perEpoch;
     const x = { domain: [0, epochs], ticks: ticks(0, epochs, Math.min(6, Math.max(2, Math.ceil(epochs)))).map((v) => [v, String(v)]), label: "epochs of training" };
