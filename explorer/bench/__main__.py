@@ -14,11 +14,9 @@ import torch
 from explorer.bench import prediction
 from explorer.bench.engines import machine, table, time_engines
 from explorer.bench.foreign import FOREIGN, parse
+from explorer.bench.networks import NETWORKS, load_network
 from explorer.errors import ExplorerError
-from explorer.models import LoadedModel, architectures, load_model
 from explorer.study import Study
-
-NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "vgg11")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         default="demo:fashion-resnet",
-        help=f"the demo, or one of {', '.join(NETWORKS)} with random weights at 224 x 224 (default: %(default)s)",
+        help=f"the demo, or one of {', '.join(NETWORKS)} with random weights (default: %(default)s)",
     )
     parser.add_argument("--data", default="demo:fashion", help="for `prediction` (default: %(default)s)")
     parser.add_argument(
@@ -54,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.what == "prediction":
             return _prediction(options)
-        model = _load(options.model)
+        model, network = load_network(options.model)
         example = model.example_input[:1].repeat(options.batch_size, *[1] * (model.example_input.dim() - 1))
         print(f"{model.name} on {machine()}")
         print(
-            f"{options.threads} thread(s), batch {options.batch_size}; pruned by magnitude, first and last layer dense;"
+            f"{options.threads} thread(s), batch {options.batch_size}; pruned by magnitude: {network.rule};"
         )
         print(
             "median of alternating turns, ± half the distance between the quartiles; speed-up over the fastest dense one."
@@ -69,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sparsities=options.sparsity,
             threads=options.threads,
             foreign=[parse(text) for text in options.engine],
+            layers=network.pruned(model.layers),
         )
         print(table(list(timings)))
     except ExplorerError as error:
@@ -91,13 +90,6 @@ def _prediction(options: argparse.Namespace) -> int:
     )
     print(prediction.table(list(prediction.check_predictions(study))))
     return 0
-
-
-def _load(name: str) -> LoadedModel:
-    if name in NETWORKS:
-        torch.manual_seed(0)
-        return load_model(getattr(architectures, name)(), torch.randn(1, 3, 224, 224), name=name)
-    return load_model(name)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from explorer.errors import EngineError
 from explorer.inference import compile as compile_module
 from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants
 from explorer.masks import magnitude_mask
-from explorer.models import LoadedModel
+from explorer.models import LoadedModel, PrunableLayer
 
 SPARSE = "engine sparse"
 
@@ -55,14 +55,18 @@ class EngineTiming:
     speedup: float
 
 
-def pruned_copy(model: LoadedModel, sparsity: float) -> nn.Module:
-    """Copy the network with every prunable layer but the first and the last pruned by magnitude.
+def pruned_copy(
+    model: LoadedModel, sparsity: float, layers: Sequence[PrunableLayer] | None = None
+) -> nn.Module:
+    """Copy the network with some layers pruned by magnitude.
 
     Parameters
     ----------
     model : LoadedModel
     sparsity : float
         Fraction in [0, 1); 0 gives an unchanged copy.
+    layers : sequence of PrunableLayer, optional
+        Those to prune; all but the first and the last by default.
 
     Returns
     -------
@@ -71,7 +75,7 @@ def pruned_copy(model: LoadedModel, sparsity: float) -> nn.Module:
     """
     module = copy.deepcopy(model.module).eval()
     parameters = dict(module.named_modules())
-    for layer in model.layers[1:-1]:
+    for layer in model.layers[1:-1] if layers is None else layers:
         weight = parameters[layer.name].weight
         assert isinstance(weight, Tensor)
         with torch.no_grad():
@@ -87,6 +91,7 @@ def time_engines(
     threads: int = 1,
     seconds: float = 5.0,
     foreign: Sequence[tuple[str, str]] = (),
+    layers: Sequence[PrunableLayer] | None = None,
 ) -> Iterator[EngineTiming]:
     """Time the network in every engine at every sparsity.
 
@@ -105,6 +110,9 @@ def time_engines(
         Engines in environments of their own, as `explorer.bench.foreign.parse` gives them, which run the pruned network too. One that uses its
         zeros, or computes in less than float32, is not what a speed-up refers to.
 
+    layers : sequence of PrunableLayer, optional
+        Those to prune; all but the first and the last by default.
+
     Yields
     ------
     EngineTiming
@@ -116,7 +124,7 @@ def time_engines(
         If an engine's output is not torch's.
     """
     for sparsity in sparsities:
-        module = pruned_copy(model, sparsity)
+        module = pruned_copy(model, sparsity, layers)
         with contextlib.ExitStack() as processes:
             contestants = dict(dense_contestants(module, example_input, threads))
             named = {name for name, _ in foreign}

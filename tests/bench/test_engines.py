@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from explorer.bench import __main__ as command
-from explorer.bench import engines
+from explorer.bench import engines, networks
 from explorer.errors import EngineError
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, load_model
@@ -84,12 +84,18 @@ def test_the_command_prints_machine_threads_and_every_row(
         seen.update(settings, batch=example.shape[0])
         return [engines.EngineTiming("engine sparse", 0.9, benchmark, 3.0)]
 
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: small)
+    monkeypatch.setattr(command, "load_network", lambda _: (small, networks.DEMO))
     monkeypatch.setattr(command, "time_engines", timed)
     engine = f"onnxruntime={sys.executable}"
     assert command.main(["--sparsity", "0.9", "--threads", "2", "--batch-size", "4", "--engine", engine]) == 0
     foreign = [("onnxruntime", sys.executable)]
-    assert seen == {"sparsities": [0.9], "threads": 2, "batch": 4, "foreign": foreign}
+    assert seen == {
+        "sparsities": [0.9],
+        "threads": 2,
+        "batch": 4,
+        "foreign": foreign,
+        "layers": small.layers[1:-1],
+    }
     said = capsys.readouterr().out
     assert torch.__version__ in said
     assert "2 thread(s), batch 4" in said

@@ -1,0 +1,75 @@
+"""The networks of the benchmark, with random weights, and which of their layers are pruned: those that published comparisons prune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from explorer.models import LoadedModel, PrunableLayer, architectures, load_model
+
+__all__ = ["NETWORKS", "BenchNetwork", "load_network"]
+
+
+def _all_but_first(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
+    return layers[1:]
+
+
+def _all_but_ends(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
+    return layers[1:-1]
+
+
+def _pointwise(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
+    """1 x 1 convolutions; depthwise ones have next to no weights."""
+    return tuple(
+        layer for layer in layers if len(layer.weight_shape) == 4 and layer.weight_shape[2:] == (1, 1)
+    )
+
+
+def _all(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class BenchNetwork:
+    """One network of the benchmark.
+
+    Attributes
+    ----------
+    build : callable
+        Makes it.
+    input_shape : tuple of int
+        Of one sample.
+    pruned : callable
+        Chooses, of all prunable layers, those that are pruned.
+    rule : str
+        The same in words, for the head of the table.
+    """
+
+    build: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    pruned: Callable[[tuple[PrunableLayer, ...]], tuple[PrunableLayer, ...]]
+    rule: str
+
+
+_IMAGE = (3, 224, 224)
+DEMO = BenchNetwork(nn.Identity, (), _all_but_ends, "all layers but the first and the last")
+NETWORKS = {
+    "resnet18": BenchNetwork(architectures.resnet18, _IMAGE, _all_but_first, "all layers but the first"),
+    "resnet50": BenchNetwork(architectures.resnet50, _IMAGE, _all_but_first, "all layers but the first"),
+    "mobilenet_v1": BenchNetwork(architectures.mobilenet_v1, _IMAGE, _pointwise, "1 x 1 convolutions"),
+    "mobilenet_v2": BenchNetwork(architectures.mobilenet_v2, _IMAGE, _pointwise, "1 x 1 convolutions"),
+    "vgg11": BenchNetwork(architectures.vgg11, _IMAGE, _all_but_first, "all layers but the first"),
+    "bert": BenchNetwork(architectures.bert_base_encoder, (128, 768), _all, "all linear layers"),
+}
+
+
+def load_network(name: str) -> tuple[LoadedModel, BenchNetwork]:
+    """Load one of `NETWORKS` with random weights and input from seed 0, or whatever else `explorer.load_model` knows, such as the demo."""
+    network = NETWORKS.get(name)
+    if network is None:
+        return load_model(name), DEMO
+    torch.manual_seed(0)
+    return load_model(network.build(), torch.randn(1, *network.input_shape), name=name), network
