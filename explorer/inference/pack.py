@@ -24,22 +24,14 @@ class Operands:
         The source of each operand.
     within : (K,) int64
         Byte offset of each operand in the row that its source becomes ("direct": from the pixel itself).
-    row_bytes : int
-        Bytes of a tile.
-    width : int
-        Bytes of a vector.
+    n_bytes : (S,) int64
+        Bytes of each source's row in the buffer ("direct": its share of what its channel occupies in the cache).
     """
 
     sources: NDArray[np.int64]
     source: NDArray[np.int64]
     within: NDArray[np.int64]
-    row_bytes: int
-    width: int
-
-    @property
-    def n_bytes(self) -> NDArray[np.int64]:
-        """Bytes of each source's row in the buffer."""
-        return self.row_bytes + self.sources[:, 1] * self.width
+    n_bytes: NDArray[np.int64]
 
 
 def operands(
@@ -65,8 +57,11 @@ def operands(
     if kernel.reach != "shift":
         each = np.arange(channels * taps)
         sources = np.stack([place.reshape(-1), np.zeros(channels * taps, np.int64)], 1)
-        within = place.reshape(-1) if kernel.reach == "direct" else np.zeros(channels * taps, np.int64)
-        return Operands(sources, each, within, row_bytes, width)
+        if kernel.reach == "compact":
+            return Operands(sources, each, np.zeros_like(each), np.full(len(each), row_bytes))
+        # Taps of one channel overlap in the cache: together they occupy a tile and the distance between the outermost of them.
+        channel_bytes = row_bytes + 4 * int(np.ptp(shifts))
+        return Operands(sources, each, place.reshape(-1), np.full(len(each), -(-channel_bytes // taps)))
     # Taps that read the same plane, at shifts that differ by whole vectors, share a source. All channels are alike.
     groups: list[list[int]] = []
     for tap in sorted(range(taps), key=lambda t: (planes[0, t], shifts[t] % lanes, shifts[t])):
@@ -89,7 +84,8 @@ def operands(
     source = np.arange(channels)[:, None] * len(groups) + group
     within = np.broadcast_to((shifts - shifts[first][group]) * 4, (channels, taps))
     sources = np.stack([place[:, first], np.broadcast_to(extra, (channels, len(groups)))], 2)
-    return Operands(sources.reshape(-1, 2), source.reshape(-1), within.reshape(-1), row_bytes, width)
+    n_bytes = np.tile(row_bytes + extra * width, channels)
+    return Operands(sources.reshape(-1, 2), source.reshape(-1), within.reshape(-1), n_bytes)
 
 
 _LONGEST_SHARE = 2
@@ -206,9 +202,7 @@ def conv_blocks(
     if not kernel.dense_rows:
         # What no nonzero of a part reads need not be copied.
         needed = [np.unique(reach.source[weight[low:high].any(0)]) for low, high in pairwise(bounds)]
-    n_blocks = 1
-    if kernel.reach != "direct" or kernel.dense_rows:
-        n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // conv.BLOCK_BYTES) for sources in needed))
+    n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // conv.BLOCK_BYTES) for sources in needed))
     result = []
     for (low, high), sources in zip(pairwise(bounds), needed, strict=True):
         part = weight[low:high]

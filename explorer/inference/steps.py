@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from explorer.inference.graph import Graph, Operation
-from explorer.inference.kernels import conv, driver, linear, pointwise, pool, split
+from explorer.inference.kernels import conv, driver, linear, max_pool, pointwise, pool, split
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors
 from explorer.inference.memory import Memory
@@ -296,6 +296,22 @@ class _StepBuilder:
         assert isinstance(y, Planes)
         a = operation.attributes
         (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
+        if operation.kind == "max_pool" and (dy, dx) == (1, 1) and a["stride"][1] <= max_pool.LARGEST_STRIDE:
+            kernel = max_pool.MaxPoolKernel(
+                (kh, kw),
+                a["stride"],
+                (py, px),
+                x.rows,
+                x.columns,
+                x.pitch,
+                y.rows,
+                y.columns,
+                y.pitch,
+                y.vectors,
+            )
+            self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(y.lanes))
+            arguments = _fill(max_pool.ARGUMENTS, out_image=4 * y.image, out_plane=4 * y.plane, **common)
+            return _Row(self._code(kernel), arguments, jobs["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         scale = 0
         if operation.kind == "average_pool":

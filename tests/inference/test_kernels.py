@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -213,24 +215,74 @@ def test_a_linear_layer_on_vectors_equals_its_numpy_twin(mode: str, features: in
 
 
 @given(
-    size=st.tuples(st.integers(3, 17), st.integers(3, 17)),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 1),
+    size=st.tuples(st.integers(5, 20), st.integers(5, 70)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     shift=st.floats(-3, 3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_maximum_pooling_equals_its_numpy_twin_also_on_negative_values(
-    size: tuple[int, int], kernel: int, stride: int, padding: int, shift: float
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    shift: float,
 ) -> None:
     import explorer
 
-    padding = min(padding, kernel // 2)
+    padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)) + shift
     engine = explorer.compile(torch.nn.MaxPool2d(kernel, stride, padding), x)
-    wanted = pool.reference_max(x.numpy(), (kernel, kernel), (stride, stride), (padding, padding))
+    wanted = pool.reference_max(x.numpy(), kernel, stride, padding)
     assert engine.fallbacks == ()
     np.testing.assert_array_equal(engine(x).numpy(), wanted)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (16, 33), (28, 64), (5, 112)])
+@pytest.mark.parametrize("options", [{}, {"ceil_mode": True}, {"dilation": 2}, {"stride": 5}])
+def test_what_lies_around_the_pixels_of_a_pooled_plane_is_zero_for_the_convolution_that_follows(
+    size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    import explorer
+
+    torch.manual_seed(0)
+    pooled = torch.nn.MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1, **options})
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3, padding=1), pooled, torch.nn.Conv2d(6, 5, 3, padding=1), torch.nn.ReLU()
+    ).eval()
+    x = torch.randn(2, 3, *size) - 1
+    engine = explorer.compile(net, x, threads=2)
+    for _ in range(2):  # the second time in memory that other values have been in
+        with torch.no_grad():
+            assert relative_error(engine(x), net(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_every_instruction_set_pools_like_the_numpy_twin(
+    isa: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import explorer
+
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    x = torch.randn(2, 5, 11, 37, generator=torch.Generator().manual_seed(0)) - 1
+    engine = explorer.compile(torch.nn.MaxPool2d(3, stride, 1), x)
+    assert engine.isa == isa
+    wanted = pool.reference_max(x.numpy(), (3, 3), (stride, stride), (1, 1))
+    np.testing.assert_array_equal(engine(x).numpy(), wanted)
+
+
+def test_a_nan_in_a_window_is_its_maximum_as_in_torch() -> None:
+    import explorer
+
+    x = torch.randn(1, 2, 9, 40)
+    x[0, 1, 4, 17] = torch.nan
+    module = torch.nn.MaxPool2d(3, 2, 1)
+    engine = explorer.compile(module, x)
+    np.testing.assert_array_equal(engine(x).numpy(), module(x).numpy())
 
 
 @pytest.mark.parametrize("count_padding", [True, False])

@@ -1,0 +1,166 @@
+"""Maximum over windows, separably: first over the rows of a window, then over its columns.
+
+The algorithm in plain words
+  For each output row, the maximum of the image rows that its window covers goes into one line of scratch, vector by vector. Left and right of the
+  image that line holds minus infinity, so that columns need no border case. The maximum over the window's columns is then that of the line
+  read at as many positions; with a stride of s, s vectors are read and every s-th element is picked by register shuffles.
+
+A window without dilation costs kh + s * kw loads a vector; through an index table (`explorer.inference.kernels.pool`) it takes kh * kw gathers, which
+cost an order of magnitude more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job",
+    )
+)  # fmt: skip
+
+LARGEST_STRIDE = 4
+"""Wider strides would read more vectors than they use."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaxPoolKernel:
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    size, stride, padding : (int, int)
+        Rows and columns; no dilation, column stride up to `LARGEST_STRIDE`.
+    rows, columns, pitch : int
+        Input planes: pixels, and elements from one row to the next.
+    out_rows, out_columns, out_pitch, out_vectors : int
+        Output planes; everything in their vectors that is no pixel is set to zero.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    rows: int
+    columns: int
+    pitch: int
+    out_rows: int
+    out_columns: int
+    out_pitch: int
+    out_vectors: int
+
+    def _left(self, lanes: int) -> int:
+        """Elements of the line before the image: whole vectors."""
+        return -(-self.padding[1] // lanes) * lanes
+
+    def _line_vectors(self, lanes: int) -> int:
+        """Vectors of the line: the image, and all that the last output vector reads."""
+        stride, out = self.stride[1], -(-self.out_pitch // lanes) * lanes
+        last = (out - lanes) * stride - self.padding[1] + self.size[1] - 1 + stride * lanes
+        return -(-(self._left(lanes) + max(last, self.columns)) // lanes) + 1
+
+    def scratch_bytes(self, lanes: int) -> int:
+        """Bytes of scratch that a job needs."""
+        return 4 * lanes * self._line_vectors(lanes)
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("max_pool")
+        f = Function(module, "max_pool", VOID, [PTR, I64, PTR], isa.lanes)
+        b, (args, job, scratch) = f.b, f.arguments
+        width, lanes = 4 * f.lanes, f.lanes
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        image, first, last = channels_of(f, field, job)
+        x = f.at(field("x", PTR), b.mul(image, field("x_image")))
+        out = f.at(field("out", PTR), b.mul(image, field("out_image")))
+        low, high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
+        zero, lowest = (ir.Constant(f.vector, [v] * lanes) for v in (0.0, float("-inf")))
+        line = f.at(scratch, 4 * self._left(lanes))
+        for i in range(self._line_vectors(lanes)):
+            f.store(lowest, scratch, width * i, width)
+
+        def one_channel(channel: Value) -> None:
+            plane = f.at(x, b.mul(channel, field("x_plane")))
+            to = f.at(out, b.mul(channel, field("out_plane")))
+            f.store(zero, to, width * (self.out_vectors - 1))
+
+            def one_row(row: Value) -> None:
+                top = b.sub(b.mul(row, I64(self.stride[0])), I64(self.padding[0]))
+                start = b.select(b.icmp_signed("<", top, I64(0)), I64(0), top)
+                stop = f.minimum(b.add(top, I64(self.size[0])), I64(self.rows))
+                self._fill_line(f, plane, line, lowest, start, stop)
+                self._read_line(f, line, f.at(to, b.mul(row, I64(4 * self.out_pitch))), low, high)
+
+            f.loop(I64(self.out_rows), one_row)
+
+        f.loop(last, one_channel, start=first)
+        b.ret_void()
+        return module, "max_pool"
+
+    def _fill_line(
+        self, f: Function, plane: Value, line: Value, lowest: Value, start: Value, stop: Value
+    ) -> None:
+        """The maximum of rows [start, stop) of the plane, to the line."""
+        b, width = f.b, 4 * f.lanes
+        row_bytes = I64(4 * self.pitch)
+
+        def maximum(offset: Value) -> Value:
+            def one_row(_: Value, pointer: Value, total: Value) -> list[Value]:
+                return [f.at(pointer, row_bytes), _larger(f, f.load(pointer, f.vector), total)]
+
+            pointer = f.at(f.at(plane, b.mul(start, row_bytes)), offset)
+            return f.loop(stop, one_row, [pointer, lowest], start=start)[1]
+
+        def one_vector(i: Value) -> None:
+            at = b.mul(i, I64(width))
+            f.store(maximum(at), f.at(line, at), 0, width)
+
+        whole, rest = divmod(self.columns, f.lanes)
+        f.loop(I64(whole), one_vector)
+        if rest:
+            inside = ir.Constant(
+                ir.VectorType(ir.IntType(1), f.lanes), [int(i < rest) for i in range(f.lanes)]
+            )
+            value = b.select(inside, maximum(I64(whole * width)), lowest)
+            f.store(value, line, whole * width, width)
+
+    def _read_line(self, f: Function, line: Value, to: Value, low: Value, high: Value) -> None:
+        """The maximum over the window's columns, to one output row and the gap after it."""
+        b, width, stride = f.b, 4 * f.lanes, self.stride[1]
+
+        def maximum(at: Value) -> Value:
+            total = None
+            for column in range(self.size[1]):
+                pointer = f.at(f.at(line, b.mul(at, I64(stride))), 4 * (column - self.padding[1]))
+                vectors = [f.load(pointer, f.vector, width * i) for i in range(stride)]
+                (value,) = f.pick(vectors, range(0, stride * f.lanes, stride), 1) if stride > 1 else vectors
+                total = value if total is None else _larger(f, value, total)
+            return f.clamp(total, low, high)
+
+        def one_vector(i: Value) -> None:
+            at = b.mul(i, I64(width))
+            f.store(maximum(at), f.at(to, at))
+
+        whole, rest = divmod(self.out_columns, f.lanes)
+        f.loop(I64(whole), one_vector)
+        if rest:
+            mask = ir.Constant(f.int_vector, [-int(i < rest) for i in range(f.lanes)])
+            f.store(f.keep(maximum(I64(whole * width)), mask), to, whole * width)
+        for i in range(whole + bool(rest), -(-self.out_pitch // f.lanes)):
+            f.store(ir.Constant(f.vector, [0.0] * f.lanes), to, i * width)
+
+
+def _larger(f: Function, value: Value, total: Value) -> Value:
+    """The larger; a NaN is taken, and then never given up, as in torch."""
+    b = f.b
+    return b.select(
+        b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value)), value, total
+    )
