@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from explorer.inference import native
 from explorer.inference.graph import Operation
-from explorer.inference.kernels import conv, linear, pool, split
+from explorer.inference.kernels import conv, linear, max_pool, pool, split
 from explorer.inference.native import host_isa
 from explorer.inference.pack import operands
 from tests.inference.graphs import conv_graph, relative_error, run
@@ -306,6 +306,25 @@ def test_maximum_pooling_and_clamps_keep_nan_as_torch_does() -> None:
     got, wanted = explorer.compile(module, x)(x), module(x)
     assert torch.equal(torch.isnan(got), torch.isnan(wanted))
     assert torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("triple", "lanes", "cpu", "compare"),
+    [
+        ("aarch64-unknown-linux-gnu", 4, "cortex-a76", "fcmgt"),
+        ("x86_64-unknown-linux-gnu", 8, "haswell", "vcmp"),
+    ],
+)
+def test_maximum_pooling_is_vector_code_without_gathers_on_other_cpus_too(
+    triple: str, lanes: int, cpu: str, compare: str
+) -> None:
+    isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, "+neon" if lanes == 4 else "")
+    kernel = max_pool.MaxPoolKernel((3, 3), (2, 2), (1, 1), 112, 112, 112, 56, 56, 57, -(-56 * 57 // lanes))
+    lines = native.assembly(isa, kernel.build(isa)[0], triple).splitlines()
+    compared = [line for line in lines if compare in line]
+    assert compared
+    assert all((".4s" in line) if lanes == 4 else ("ymm" in line) for line in compared)
+    assert not [line for line in lines if "gather" in line]
 
 
 @pytest.mark.parametrize(
