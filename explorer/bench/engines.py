@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.bench.foreign import FOREIGN, TOLERANCE, ForeignEngine, export
 from explorer.errors import EngineError
@@ -83,6 +84,28 @@ def pruned_copy(
     return module
 
 
+def calibrate(module: nn.Module, example_input: Tensor) -> None:
+    """Estimate the BatchNorm statistics on a batch of noise, in place.
+
+    Random and then pruned weights shrink the activations from layer to layer, until the outputs are the last layer's bias whatever an engine
+    does before it, and comparing them would prove nothing.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches that follow
+        norm.train()
+    noise = torch.randn(4, *example_input.shape[1:], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        module(noise)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
 def time_engines(
     model: LoadedModel,
     example_input: Tensor,
@@ -125,6 +148,7 @@ def time_engines(
     """
     for sparsity in sparsities:
         module = pruned_copy(model, sparsity, layers)
+        calibrate(module, example_input)
         with contextlib.ExitStack() as processes:
             contestants = dict(dense_contestants(module, example_input, threads))
             named = {name for name, _ in foreign}

@@ -13,7 +13,7 @@ from explorer.bench import __main__ as command
 from explorer.bench import engines, networks
 from explorer.errors import EngineError
 from explorer.masks import n_zeros
-from explorer.models import LoadedModel, load_model
+from explorer.models import LoadedModel, architectures, load_model
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,24 @@ def test_the_pruned_copy_is_exactly_as_sparse_as_asked_and_leaves_the_model_alon
     }
     assert zeros == {"0.weight": 0, "2.weight": n_zeros(8 * 16 * 9, 0.9), "5.weight": 0}
     assert all(torch.equal(weight, before[name]) for name, weight in small.module.state_dict().items())
+
+
+def test_outputs_of_a_calibrated_network_depend_on_its_first_layer() -> None:
+    """Random, then pruned: without calibration a mistake in the first layer would be lost among the last layer's biases."""
+    torch.manual_seed(0)
+    model = load_model(architectures.mobilenet_v1(), torch.randn(1, 3, 64, 64))
+
+    def change(module: nn.Module) -> float:
+        with torch.no_grad():
+            right = module(model.example_input)
+            module.stem[0].weight[:16] *= 1.5
+            return float((module(model.example_input) - right).abs().max() / right.abs().max())
+
+    layers = networks.NETWORKS["mobilenet_v1"].pruned(model.layers)
+    plain, calibrated = (engines.pruned_copy(model, 0.9, layers) for _ in range(2))
+    engines.calibrate(calibrated, model.example_input)
+    assert not any(part.training for part in calibrated.modules())
+    assert change(plain) < engines.TOLERANCE < 0.05 < change(calibrated)
 
 
 def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(small: LoadedModel) -> None:
