@@ -91,16 +91,15 @@ def _fold_batch_norm(graph: Graph) -> None:
         if a["weight"] is not None:
             gain = gain * c[a["weight"]].double()
         shift = -c[a["running_mean"]].double()
-        assert before.weight is not None
-        weight = c[before.weight]
         if before.bias is not None:
             shift = shift + c[before.bias].double()
         shift = shift * gain
         if a["bias"] is not None:
             shift = shift + c[a["bias"]].double()
-        scaled = weight.double() * gain.reshape(-1, *[1] * (weight.ndim - 1))
-        before.weight, before.bias = f"{norm.output}.weight", f"{norm.output}.bias"
-        c[before.weight], c[before.bias] = scaled.to(weight.dtype), shift.to(weight.dtype)
+        if before.gain is not None:
+            gain = gain * c[before.gain]
+        before.gain, before.bias = f"{norm.output}.gain", f"{norm.output}.bias"
+        c[before.gain], c[before.bias] = gain, shift.float()
         before.output = norm.output
         producer[norm.output] = before
         folded.add(norm.output)
