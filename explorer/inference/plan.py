@@ -217,7 +217,7 @@ class Plan:
             else:
                 rows = shape[2] if len(shape) == 4 else 1
                 sizes[place] = (shape, shape[0], shape[1], rows, shape[-1], False)
-            classes.add(place, sizes[place][4])
+            classes.add(place, sizes[place][3], sizes[place][4])
 
         for index in self.native:
             operation = graph.operations[index]
@@ -271,13 +271,21 @@ class Plan:
                 pinned.add(self.root(segment.value))
         pinned.update(self.root(o.name) for o in graph.outputs if isinstance(o, Ref))
         born = {graph.operations[index].output: step for step, index in enumerate(self.native)}
+        takes_over = self._in_place(graph, last_use, pinned)
         groups: dict[tuple[Any, ...], list[tuple[float, list[str]]]] = {}
         owners: list[list[str]] = []
         for place in sorted(self.places, key=lambda p: born.get(p, -1)):
             layout = self.places[place].layout
             end = _INFINITY if place in pinned else last_use.get(place, born.get(place, _INFINITY))
             slots = groups.setdefault(layout.reuse_key, [])
-            free = [i for i, (until, _) in enumerate(slots) if until < born.get(place, -1)]
+            heir = takes_over.get(place)
+            free = [
+                i
+                for i, (until, names) in enumerate(slots)
+                if until < born.get(place, -1) or (heir is not None and names[-1] == heir)
+            ]
+            if heir is not None:
+                free.sort(key=lambda i: slots[i][1][-1] != heir)
             if free and place not in pinned:
                 slots[free[0]][1].append(place)
                 slots[free[0]] = (end, slots[free[0]][1])
@@ -291,7 +299,29 @@ class Plan:
             for home in (self.places[name] for name in names):
                 home.start, home.view = address(array), home.layout.view(storage)
 
-    # ---- steps
+    def _in_place(self, graph: Graph, last_use: dict[str, float], pinned: set[str]) -> dict[str, str]:
+        """Results that may overwrite an operand which nobody reads afterwards: result -> operand.
+
+        What is added to a convolution is read just before the sum is stored in the same place, so that it need not be fetched and evicted twice: the
+        caches' bandwidth is what large activations cost.
+        """
+        found: dict[str, str] = {}
+        for step, index in enumerate(self.native):
+            operation = graph.operations[index]
+            family, layout = self.step_family(operation), self.places[operation.output].layout
+            places = [self.place_name(name, family) for name in operation.inputs]
+            added = {"conv": places[1:], "add": places, "clamp": places}.get(operation.kind, [])
+            # Where the last tile computes pixels again, it would add to them again.
+            if operation.kind == "conv" and isinstance(layout, Planes) and layout.tiles_overlap:
+                continue
+            for place in added:
+                dies = last_use[place] == step and place not in pinned and places.count(place) == 1
+                if dies and self.places[place].layout.reuse_key == layout.reuse_key:
+                    found[operation.output] = place
+                    break
+        return found
+
+    # ---- choices
 
     def candidates(self, graph: Graph, index: int, mode: str, density: float) -> list[Choice]:
         """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first."""

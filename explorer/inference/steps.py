@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from explorer.inference.graph import Graph, Operation
 from explorer.inference.kernels import conv, driver, linear, max_pool, pointwise, pool, split
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import MAX_TILE, Planes, Vectors
+from explorer.inference.layout import Planes, Vectors, tile_of
 from explorer.inference.memory import Memory
 from explorer.inference.native import l1_bytes, machine_code
 from explorer.inference.pack import (
@@ -205,7 +205,7 @@ class _StepBuilder:
     ) -> tuple[conv.ConvKernel, int, int]:
         """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
         compact = {}
-        tile = _tile(y.vectors)
+        tile = tile_of(y.vectors)
         tiles = -(-y.vectors // tile)
         if choice.reach == "compact":
             tile, tiles = -(-y.rows * y.columns // y.lanes), 1
@@ -422,15 +422,6 @@ def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32
     at = np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)
     scale[at.reshape(-1)] = (1.0 / n).reshape(-1)
     return scale
-
-
-def _tile(vectors: int) -> int:
-    """Vectors per tile: about seven keep both FMA units busy; tiles that divide the plane evenly waste nothing.
-
-    Each tile costs its vectors plus about one and a half for reading the nonzeros again.
-    """
-    sizes = range(min(4, vectors), min(MAX_TILE, vectors) + 1)
-    return min(sizes, key=lambda t: (-(-vectors // t) * (t + 1.5), -t))
 
 
 def _parts(tiles: int, channels: int, threads: int, images: int) -> int:
