@@ -36,8 +36,9 @@ class Operation:
         Parameters of the kind: for "conv" stride, padding, dilation, groups; for clamps low and high; for activations the
         `explorer.inference.kernels.activation.Activation`; and so on. "affine" names its constants `scale` and `shift`, and the axis of the
         channels: 1, -1, or None when there is but one number.
-    weight, bias : str or None
-        Names of constants.
+    weight, bias, gain : str or None
+        Names of constants. `gain`: (outputs,) float64, multiplies the outputs before the bias is added (a folded batch norm); it is applied
+        when the weights are packed, so that a layer of zeros costs nothing.
     target, args, kwargs
         The torch operator and its arguments (`Ref` for values and constants): what is called when no native kernel fits.
     """
@@ -52,6 +53,7 @@ class Operation:
     attributes: dict[str, Any] = field(default_factory=dict)
     weight: str | None = None
     bias: str | None = None
+    gain: str | None = None
 
     def references(self) -> list[str]:
         """Every value and constant that the torch form of this operation reads."""
@@ -85,7 +87,7 @@ class Graph:
     outputs : nested structure of Ref and constants
         What the network returns, packed by `unflatten`.
     shapes : dict
-        Shape of each tensor value.
+        Shape of each tensor value, and of each parameter.
     dtypes : dict
         torch dtype of each tensor value.
     constants : dict

@@ -142,13 +142,12 @@ def _fold_batch_norm(graph: Graph) -> None:
             continue  # batch norm works on axis 1, a linear layer on the last
         c = graph.constants
         gain, shift = _batch_norm(graph, norm.attributes)
-        assert before.weight is not None
-        weight = c[before.weight]
         if before.bias is not None:
             shift = shift + c[before.bias].double() * gain
-        scaled = weight.double() * gain.reshape(-1, *[1] * (weight.ndim - 1))
-        before.weight, before.bias = f"{norm.output}.weight", f"{norm.output}.bias"
-        c[before.weight], c[before.bias] = scaled.to(weight.dtype), shift.to(weight.dtype)
+        if before.gain is not None:
+            gain = gain * c[before.gain]
+        before.gain, before.bias = f"{norm.output}.gain", f"{norm.output}.bias"
+        c[before.gain], c[before.bias] = gain, shift.float()
         before.output = norm.output
         producer[norm.output] = before
         folded.add(norm.output)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.capture import capture
+from explorer.inference.choices import choice_cache
 from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower
 from explorer.inference.native import current_isa
@@ -33,8 +34,8 @@ Mode = Literal["auto", "dense", "sparse"]
 
 _CHOICE_PASSES, _CHOICE_REPEATS = 3, 5
 """How often the candidates take turns, and the runs of one turn."""
-_CHOICE_S = 0.05
-"""Seconds after which a turn has been long enough: a large network runs but once or twice a turn."""
+_CHOICE_S = 0.015
+"""Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
 
 
 def compile(
@@ -337,29 +338,49 @@ class SparseModule:
         return _StraightPath(view.shape, view, runner, last, result)
 
     def _choose(self) -> None:
-        """Time every candidate of every layer inside the network and keep the fastest."""
+        """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
         layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
-        candidates = {i: self._plan.candidates(self._graph, i, self._mode) for i in layers}
-        rounds = max((len(c) for c in candidates.values()), default=1)
+        densities = {i: self._density(i) for i in layers}
+        candidates = {i: self._plan.candidates(self._graph, i, self._mode, densities[i]) for i in layers}
+        cache = choice_cache()
+        questions = {
+            i: self._plan.question(self._graph, i, densities[i])
+            for i, several in candidates.items()
+            if len(several) > 1 and self._mode == "auto"
+        }
+        for i, question in questions.items():
+            answer = cache.get(question)
+            candidates[i] = [c for c in candidates[i] if c.label == answer] or candidates[i]
         packed: dict[tuple[str, Choice], Any] = {}
         self._choices = {i: c[0] for i, c in candidates.items()}
-        if rounds > 1:
-            # A layer with fewer candidates keeps its first while the others try on.
-            tried = [
-                {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()}
-                for turn in range(rounds)
-            ]
-            steps = [build_steps(self._plan, self._graph, choices, packed) for choices in tried]
-            best: dict[int, float] = {}
-            # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
-            for _ in range(_CHOICE_PASSES):
-                for choices, these in zip(tried, steps, strict=True):
-                    self._install(these)
-                    ms = self._step_times()
-                    for step, index in enumerate(self._plan.native):
-                        if index in choices and ms[step] < best.get(index, float("inf")):
-                            best[index], self._choices[index] = float(ms[step]), choices[index]
+        if any(len(several) > 1 for several in candidates.values()):
+            self._time_candidates(candidates, packed)
+            cache.put({question: self._choices[i].label for i, question in questions.items()})
         self._install(build_steps(self._plan, self._graph, self._choices, packed))
+
+    def _density(self, index: int) -> float:
+        weight = self._graph.constants[self._graph.operations[index].weight or ""]
+        # On booleans numpy counts ten times as fast as on floats.
+        return np.count_nonzero(weight.detach().numpy() != 0) / max(weight.numel(), 1)
+
+    def _time_candidates(
+        self, candidates: Mapping[int, list[Choice]], packed: dict[tuple[str, Choice], Any]
+    ) -> None:
+        rounds = max(len(several) for several in candidates.values())
+        # A layer with fewer candidates keeps its first while the others try on.
+        tried = [
+            {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()} for turn in range(rounds)
+        ]
+        steps = [build_steps(self._plan, self._graph, choices, packed) for choices in tried]
+        best: dict[int, float] = {}
+        # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
+        for _ in range(_CHOICE_PASSES):
+            for choices, these in zip(tried, steps, strict=True):
+                self._install(these)
+                ms = self._step_times()
+                for step, index in enumerate(self._plan.native):
+                    if index in choices and ms[step] < best.get(index, float("inf")):
+                        best[index], self._choices[index] = float(ms[step]), choices[index]
 
     def _step_times(self) -> NDArray[np.float64]:
         """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""

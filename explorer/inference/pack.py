@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,165 +94,301 @@ _LONGEST_SHARE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One K block of one part of the output channels, see `explorer.inference.kernels.conv.BLOCK`."""
+class PackedConv:
+    """The K blocks of a convolution, for all parts of its output channels.
 
-    sources: NDArray[np.int64]
-    depth: int
-    offsets: NDArray[np.int32]
-    entries: NDArray[np.generic]
-    rows: NDArray[np.int32] | int
-    groups: NDArray[np.int32] | int
-    first_channel: int = 0
+    Attributes
+    ----------
+    tables : dict of ndarray
+        What the fields "sources", "offsets", "entries", "rows" and "groups" of `explorer.inference.kernels.conv.BLOCK` point into. A missing one
+        is a plain number in `blocks`.
+    blocks : (parts * n_blocks, fields) int64
+        Rows of BLOCK, part by part; pointers are still element numbers in their table.
+    n_blocks : int
+        Of each part.
+    """
 
-    def place(self, memory: Memory) -> list[int]:
-        """The fields of BLOCK, with the tables copied to `memory`."""
-        rows = self.rows if isinstance(self.rows, int) else memory.put(self.rows)
-        groups, n_groups = 0, self.groups
-        if not isinstance(self.groups, int):
-            groups, n_groups = memory.put(self.groups), self.groups.size // 2
-        # Weights are prefetched past their end, which never faults; the entries need no padding.
-        sources, offsets, entries = (memory.put(t) for t in (self.sources, self.offsets, self.entries))
-        return [
-            len(self.sources),
-            sources,
-            self.depth,
-            offsets,
-            entries,
-            rows,
-            groups,
-            int(n_groups),
-            self.first_channel,
-        ]
+    tables: dict[str, NDArray[Any]]
+    blocks: NDArray[np.int64]
+    n_blocks: int
+
+    def place(self, memory: Memory) -> int:
+        """Copy everything to `memory`; the address of the rows of BLOCK, which then hold addresses."""
+        placed = self.blocks.copy()
+        for name, table in self.tables.items():
+            column = conv.BLOCK.index(name)
+            # Weights are prefetched past their end, which never faults: no table needs padding.
+            placed[:, column] = memory.put(table) + placed[:, column] * table.strides[0]
+        return memory.put(placed)
 
 
-ENTRY = np.dtype([("offset", "<i4"), ("weight", "<f4")])
+@dataclass(frozen=True, slots=True)
+class SparseWeights:
+    """The nonzeros of a matrix.
+
+    Attributes
+    ----------
+    shape : (int, int)
+    starts : (rows + 1,) int64
+        Nonzeros before each row.
+    columns : (nonzeros,) int64
+        Row by row, ascending in each.
+    values : (nonzeros,) float32
+    """
+
+    shape: tuple[int, int]
+    starts: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, weight: NDArray[np.float32], gain: NDArray[np.float64] | None = None) -> SparseWeights:
+        """Find the nonzeros of `weight`, (rows, columns) float32, and multiply each by the `gain`, (rows,) float64, of its row."""
+        n_rows, n_columns = weight.shape
+        flat = np.flatnonzero(weight != 0)
+        first = np.arange(n_rows + 1) * n_columns
+        starts = np.searchsorted(flat, first)
+        counts = np.diff(starts)
+        values = weight.reshape(-1)[flat]
+        if gain is not None:
+            values = (values * np.repeat(gain, counts)).astype(np.float32)
+        return cls((n_rows, n_columns), starts, flat - np.repeat(first[:-1], counts), values)
+
+    def rows(self, low: int, high: int) -> SparseWeights:
+        """Rows [low, high) as a matrix of their own."""
+        mine = slice(self.starts[low], self.starts[high])
+        starts = self.starts[low : high + 1] - self.starts[low]
+        return SparseWeights((high - low, self.shape[1]), starts, self.columns[mine], self.values[mine])
 
 
-def sparse_rows(
-    weight: NDArray[np.float32],
-    offsets: NDArray[np.int64],
-    channels: NDArray[np.int64],
+def sparse_entries(
+    weights: SparseWeights,
+    where: NDArray[np.int64],
+    block: NDArray[np.int64],
+    n_blocks: int,
     unroll: int,
-    *,
-    keep_empty: bool,
-) -> tuple[NDArray[np.generic], NDArray[np.int32], NDArray[np.int32]]:
-    """Nonzeros of some rows, in the order in which the sparse kernel takes them.
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """The nonzeros of some rows, in the order in which the sparse kernel takes them.
 
     Parameters
     ----------
-    weight : (rows, K) float32
-    offsets : (rows, K) or (K,) int64
-        Byte offset of the operand of each weight.
-    channels : (rows,) int64
-        Output channel of each row.
+    weights : SparseWeights
+    where : (nonzeros,) int64
+        Byte offset of the operand of each nonzero.
+    block : (nonzeros,) int64
+        The K block of each.
+    n_blocks : int
     unroll : int
-        Rows are padded with zero weights to a multiple of this many entries.
-    keep_empty : bool
-        Whether rows without a nonzero must be visited all the same (in the first and the last block they must).
+        A row's entries in a block are padded with zero weights to a multiple of this.
 
     Returns
     -------
-    entries : (padded nonzeros,) of {offset int32, weight float32}
+    entries : (padded nonzeros, 2) int32
+        Byte offset, and the bits of the float32 weight; block by block, row by row.
     rows : (rows kept,) int32
-        Output channels, rows with equally many entries next to one another.
-    groups : (2 * groups,) int32
+        Rows with equally many entries stand next to one another. All rows are kept in the first block (it brings the bias) and in the last (it
+        writes the result); others keep those that have a nonzero.
+    groups : (groups, 2) int32
         {entries / unroll, rows} of each run of such rows.
+    starts : (n_blocks + 1, 3) int64
+        Entries, rows and groups before each block.
     """
-    present = weight != 0
-    turns = -(-present.sum(1) // unroll)
-    order = np.argsort(turns, kind="stable")
-    if not keep_empty:
-        order = order[turns[order] > 0]
-    turns = turns[order]
-    r, k = np.nonzero(present[order])
-    count = np.bincount(r, minlength=len(order))
-    padded = turns * unroll
-    within = np.arange(len(r)) - np.repeat(np.cumsum(count) - count, count)
-    at = (np.cumsum(padded) - padded)[r] + within
-    where = (offsets[order[r], k] if offsets.ndim == 2 else offsets[k]).astype(np.int32)
-    entries = np.zeros(int(padded.sum()), ENTRY)
+    m = weights.shape[0]
+    counts_of_rows = np.diff(weights.starts)
+    # The place of (row, block) in a row-major table: nonzeros come in this order when the blocks ascend along a row.
+    key = block + np.repeat(np.arange(m) * n_blocks, counts_of_rows)
+    values = weights.values
+    if n_blocks > 1 and np.any(key[1:] < key[:-1]):
+        order = np.argsort(key, kind="stable")
+        key, where, values = key[order], where[order], values[order]
+    counts = np.bincount(key, minlength=m * n_blocks)
+    turns = -(-counts // unroll)
+    kept = (turns > 0).reshape(m, n_blocks)
+    kept[:, [0, -1]] = True
+    # Block by block, and in each by the number of turns.
+    each_block, each_row = np.nonzero(kept.T)
+    cell = each_row * n_blocks + each_block
+    order = np.lexsort((turns[cell], each_block))
+    cell, each_block = cell[order], each_block[order]
+    padded = turns[cell] * unroll
+    ends = np.cumsum(padded)
+    first_entry = np.zeros(m * n_blocks, np.int64)
+    first_entry[cell] = ends - padded
+    total = int(ends[-1]) if len(ends) else 0
+    entries = np.zeros((total, 2), np.int32)
+    first = np.cumsum(counts) - counts
+    at = np.arange(len(key)) + (first_entry - first)[key]
+    entries[at, 0] = where
+    entries[at, 1] = values.view(np.int32)
     # A padding entry reads what its row's last entry reads: an operand that is needed anyway, times zero.
-    ends = np.cumsum(count)[count > 0] - 1
-    entries["offset"] = np.repeat(where[ends], padded[count > 0])
-    entries["offset"][at], entries["weight"][at] = where, weight[order[r], k]
-    values, starts = np.unique(turns, return_index=True)
-    sizes = np.diff(np.append(starts, len(order)))
-    groups = np.stack([values, sizes], 1).astype(np.int32).reshape(-1)
-    return entries, channels[order].astype(np.int32), groups
+    missing = turns * unroll - counts
+    for i in range(1, unroll):
+        short = np.flatnonzero(missing >= i)
+        end = first_entry[short] + counts[short]
+        entries[end + i - 1, 0] = entries[end - 1, 0]
+    turns_now = turns[cell]
+    is_new = np.ones(len(cell), bool)
+    is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
+    begins = np.flatnonzero(is_new)
+    groups = np.stack([turns_now[begins], np.diff(np.append(begins, len(cell)))], 1).astype(np.int32)
+    bounds = np.searchsorted(each_block, np.arange(n_blocks + 1))
+    starts = np.stack(
+        [
+            np.append(0, ends)[bounds],
+            bounds,
+            np.searchsorted(each_block[begins], np.arange(n_blocks + 1)),
+        ],
+        1,
+    )
+    return entries, (cell // n_blocks).astype(np.int32), groups, starts
 
 
-def conv_blocks(
-    weight: NDArray[np.float32], reach: Operands, kernel: conv.ConvKernel, parts: int
-) -> list[list[Block]]:
-    """The K blocks of a convolution, per part of the output channels.
+def _stages(n_blocks: int) -> NDArray[np.int64]:
+    stages = np.zeros(n_blocks, np.int64)
+    stages[0] |= conv.FIRST_BLOCK
+    stages[-1] |= conv.LAST_BLOCK
+    return stages
+
+
+def part_bounds(channels: int, parts: int, step: int = 1) -> list[int]:
+    """Where the parts of the output channels begin and end: multiples of `step`, about equal."""
+    return [min(channels, -(-channels * p // parts // step) * step) for p in range(parts)] + [channels]
+
+
+def conv_sparse(
+    weights: SparseWeights, reach: Operands, kernel: conv.ConvKernel, parts: int, block_bytes: int
+) -> PackedConv:
+    """Sparse weights of a convolution, (M, K), see `SparseWeights`.
 
     Parameters
     ----------
-    weight : (M, K) float32
+    weights : SparseWeights
     reach : Operands
     kernel : ConvKernel
     parts : int
         Parts of the output channels that run as separate jobs.
+    block_bytes : int
+        Operands of one K block, in bytes: what stays in the L1 cache.
     """
-    m = len(weight)
-    step = max(kernel.dense_rows, 1)
-    bounds = [min(m, -(-m * p // parts // step) * step) for p in range(parts)] + [m]
-    everything = np.arange(len(reach.sources))
-    needed = [everything] * parts
-    if not kernel.dense_rows:
+    n_sources = len(reach.sources)
+    pieces, needed = [], []
+    for low, high in pairwise(part_bounds(weights.shape[0], parts)):
+        piece = weights.rows(low, high)
         # What no nonzero of a part reads need not be copied.
-        needed = [np.unique(reach.source[weight[low:high].any(0)]) for low, high in pairwise(bounds)]
-    n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // conv.BLOCK_BYTES) for sources in needed))
-    result = []
-    for (low, high), sources in zip(pairwise(bounds), needed, strict=True):
-        part = weight[low:high]
-        n_bytes = reach.n_bytes[sources]
-        # Blocks of about equal size: a last block of a few rows would pay all the overhead of a block.
-        block_of = (np.cumsum(n_bytes) - n_bytes) * n_blocks // max(int(n_bytes.sum()), 1)
-        blocks = []
-        for i in range(n_blocks):
-            mine = sources[block_of == i]
-            starts = np.full(len(reach.sources), -1)
-            starts[mine] = np.cumsum(reach.n_bytes[mine]) - reach.n_bytes[mine]
-            ks = np.flatnonzero(starts[reach.source] >= 0)
-            offsets = reach.within[ks] + (0 if kernel.reach == "direct" else starts[reach.source[ks]])
-            copied = reach.sources[mine]
-            if kernel.dense_rows:
-                blocks.append(_dense_block(part[:, ks], offsets, copied, low, kernel.dense_rows))
-                continue
-            entries, rows, counts = sparse_rows(
-                part[:, ks], offsets, np.arange(low, high), kernel.unroll, keep_empty=i in (0, n_blocks - 1)
-            )
-            blocks.append(Block(copied, len(ks), _NO_OFFSETS, entries, rows, counts))
-        result.append(blocks)
+        used = np.zeros(n_sources, bool)
+        used[reach.source[np.bincount(piece.columns, minlength=weights.shape[1]) > 0]] = True
+        pieces.append((low, piece))
+        needed.append(np.flatnonzero(used))
+    n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // block_bytes) for sources in needed))
+    tables: list[tuple[NDArray[Any], ...]] = []
+    rows_of_blocks = []
+    before = np.zeros(4, np.int64)  # entries, rows, groups and sources of earlier parts
+    for (low, piece), sources in zip(pieces, needed, strict=True):
+        block_of = _blocks_of(reach, sources, n_blocks)
+        row_start = np.zeros(n_sources, np.int64)
+        if kernel.reach != "direct":
+            # Each block fills the buffer from its beginning.
+            end = np.cumsum(reach.n_bytes[sources])
+            edges = np.searchsorted(block_of[sources], np.arange(n_blocks))
+            row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
+        where = (reach.within + row_start[reach.source])[piece.columns]
+        block = block_of[reach.source][piece.columns]
+        entries, rows, groups, starts = sparse_entries(piece, where, block, n_blocks, kernel.unroll)
+        cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
+        blocks = np.zeros((n_blocks, len(conv.BLOCK.fields)), np.int64)
+        for name, column in {
+            "stage": _stages(n_blocks),
+            "n_sources": np.diff(cuts),
+            "sources": before[3] + cuts[:-1],
+            "entries": before[0] + starts[:-1, 0],
+            "rows": before[1] + starts[:-1, 1],
+            "groups": before[2] + starts[:-1, 2],
+            "n_groups": np.diff(starts[:, 2]),
+        }.items():
+            blocks[:, conv.BLOCK.index(name)] = column
+        rows_of_blocks.append(blocks)
+        tables.append((entries, rows + np.int32(low), groups, reach.sources[sources]))
+        before += np.append(starts[-1], len(sources))
+    joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
+    named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups", "sources"), joined, strict=True))
+    return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
+
+
+def _blocks_of(reach: Operands, sources: NDArray[np.int64], n_blocks: int) -> NDArray[np.int64]:
+    """The K block of each source, ascending, all of about equal size: a last block of a few rows would pay all the overhead of a block."""
+    n_bytes = reach.n_bytes[sources]
+    total = max(int(n_bytes.sum()), 1)
+    result = np.zeros(len(reach.sources), np.int64)
+    result[sources] = (np.cumsum(n_bytes) - n_bytes) * n_blocks // total
     return result
 
 
-_NO_OFFSETS = np.empty(0, np.int32)
+def conv_dense(
+    weight: NDArray[np.float32], reach: Operands, kernel: conv.ConvKernel, parts: int, block_bytes: int
+) -> PackedConv:
+    """Dense weights of a convolution: in each block [group of R channels][k][R], then [k][channels left over].
+
+    Parameters
+    ----------
+    weight : (M, K) float32
+    reach, kernel, parts, block_bytes
+        As for `conv_sparse`.
+    """
+    m, step = len(weight), kernel.dense_rows
+    n_blocks = max(1, -(-int(reach.n_bytes.sum()) // block_bytes))
+    block_of = _blocks_of(reach, np.arange(len(reach.sources)), n_blocks)
+    starts = np.cumsum(reach.n_bytes) - reach.n_bytes
+    weights, offsets, sources, rows_of_blocks = [], [], [], []
+    n_weights = n_offsets = n_sources = 0
+    for low, high in pairwise(part_bounds(m, parts, step)):
+        part = weight[low:high]
+        full = len(part) // step
+        for i, stage in enumerate(_stages(n_blocks)):
+            mine = np.flatnonzero(block_of == i)
+            ks = np.flatnonzero(block_of[reach.source] == i)
+            where = reach.within[ks]
+            if kernel.reach != "direct":
+                where = where + starts[reach.source[ks]] - starts[mine[0]]
+            piece = part[:, ks]
+            body = piece[: full * step].reshape(full, step, len(ks)).transpose(0, 2, 1).reshape(-1)
+            weights += [body, piece[full * step :].T.reshape(-1)]
+            offsets.append(where.astype(np.int32))
+            sources.append(reach.sources[mine])
+            fields = {
+                "stage": int(stage),
+                "n_sources": len(mine),
+                "sources": n_sources,
+                "depth": len(ks),
+                "offsets": n_offsets,
+                "entries": n_weights,
+                "rows": int(len(part) % step != 0),
+                "n_groups": full,
+                "first_channel": low,
+            }
+            n_sources += len(mine)
+            n_offsets += len(ks)
+            n_weights += piece.size
+            row = np.zeros(len(conv.BLOCK.fields), np.int64)
+            for name, value in fields.items():
+                row[conv.BLOCK.index(name)] = value
+            rows_of_blocks.append(row)
+    tables: dict[str, NDArray[Any]] = {
+        "entries": np.concatenate(weights).astype(np.float32, copy=False),
+        "offsets": np.concatenate(offsets),
+        "sources": np.concatenate(sources),
+    }
+    return PackedConv(tables, np.array(rows_of_blocks), n_blocks)
 
 
-def _dense_block(
-    piece: NDArray[np.float32], offsets: NDArray[np.int64], sources: NDArray[np.int64], first: int, rows: int
-) -> Block:
-    """Weights as [group][k][row in group], then [k][row] of the remainder."""
-    m, depth = piece.shape
-    full = m // rows
-    body = piece[: full * rows].reshape(full, rows, depth).transpose(0, 2, 1).reshape(-1)
-    rest = piece[full * rows :].T.reshape(-1)
-    has_rest = int(m % rows != 0)
-    packed = np.concatenate([body, rest]).astype(np.float32)
-    return Block(sources, depth, offsets.astype(np.int32), packed, has_rest, full, first)
-
-
-def grouped_blocks(
-    weight: NDArray[np.float32], groups: int, reach: Operands, kernel: conv.ConvKernel, parts: int
-) -> list[list[Block]]:
+def conv_grouped(
+    weights: SparseWeights, groups: int, reach: Operands, kernel: conv.ConvKernel, parts: int
+) -> PackedConv:
     """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only, read where they lie.
 
     Parameters
     ----------
-    weight : (M, C / groups, taps) float32
+    weights : SparseWeights
+        (M, C / groups * taps).
     groups : int
     reach : Operands
         "direct".
@@ -259,37 +396,40 @@ def grouped_blocks(
     parts : int
         Parts of the groups that run as separate jobs.
     """
-    m, cg, taps = weight.shape
+    m, depth = weights.shape
     per_group = m // groups
-    channels = np.arange(m)
-    inputs = (channels // per_group)[:, None] * cg + np.arange(
-        cg
-    )  # (M, C / groups): what each output channel reads
-    flat, where = weight.reshape(m, cg * taps), reach.within.reshape(-1, taps)
-    result = []
+    where = reach.within.reshape(groups, depth)
+    tables, rows_of_blocks = [], []
+    before = np.zeros(3, np.int64)
     for p in range(parts):
-        mine = slice(groups * p // parts * per_group, groups * (p + 1) // parts * per_group)
-        offsets = where[inputs[mine]].reshape(-1, cg * taps)
-        entries, rows, counts = sparse_rows(
-            flat[mine], offsets, channels[mine], kernel.unroll, keep_empty=True
+        low, high = (groups * i // parts * per_group for i in (p, p + 1))
+        piece = weights.rows(low, high)
+        group = np.repeat(np.arange(low, high) // per_group, np.diff(piece.starts))
+        entries, rows, runs, starts = sparse_entries(
+            piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll
         )
-        result.append([Block(np.empty((0, 2), np.int64), cg * taps, _NO_OFFSETS, entries, rows, counts)])
-    return result
+        row = np.zeros(len(conv.BLOCK.fields), np.int64)
+        fields = {"stage": _stages(1)[0], "entries": before[0], "rows": before[1], "groups": before[2]}
+        for name, value in (fields | {"n_groups": len(runs)}).items():
+            row[conv.BLOCK.index(name)] = value
+        rows_of_blocks.append(row)
+        tables.append((entries, rows + np.int32(low), runs))
+        before += starts[-1]
+    joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
+    named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups"), joined, strict=True))
+    return PackedConv(named, np.array(rows_of_blocks), 1)
 
 
 def linear_sparse(
-    weight: NDArray[np.float32], lanes: int
+    weights: SparseWeights, lanes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Nonzeros of each row of (M, F) float32, padded to whole vectors: starts (M + 1,) in vectors, indices and weights."""
-    flat = np.flatnonzero(weight)
-    r, k = np.divmod(flat, weight.shape[1])
-    count = np.bincount(r, minlength=len(weight))
+    """Nonzeros of each row of (M, F), padded to whole vectors: starts (M + 1,) in vectors, indices and weights."""
+    count = np.diff(weights.starts)
     starts = np.concatenate([[0], np.cumsum(-(-count // lanes))])
     indices = np.zeros(starts[-1] * lanes, np.int32)
     values = np.zeros(starts[-1] * lanes, np.float32)
-    within = np.arange(len(r)) - np.repeat(np.cumsum(count) - count, count)
-    at = starts[r] * lanes + within
-    indices[at], values[at] = k, weight[r, k]
+    at = np.arange(len(weights.columns)) + np.repeat(starts[:-1] * lanes - weights.starts[:-1], count)
+    indices[at], values[at] = weights.columns, weights.values
     return starts.astype(np.int32), indices, values
 
 

@@ -7,6 +7,7 @@ only the weights change.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,16 @@ import torch
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Isa
+from explorer.inference.native import Isa, generator_version
 
 _INFINITY = float("inf")
 
 _ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice")
 """Operations (besides convolutions) whose operands and result must share their pitch."""
+
+_ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
+"""Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
+below the second (the closest was a tie at 0.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,13 +388,12 @@ class Plan:
 
     # ---- steps
 
-    def candidates(self, graph: Graph, index: int, mode: str) -> list[Choice]:
-        """The kernels worth timing for operation `index`, best guess first."""
+    def candidates(self, graph: Graph, index: int, mode: str, density: float) -> list[Choice]:
+        """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first."""
         operation = graph.operations[index]
         if operation.kind not in ("conv", "linear"):
             return [Choice(True)]
-        weight = graph.constants[operation.weight or ""]
-        density = float((weight != 0).float().mean())
+        taps = graph.shapes[operation.weight or ""][2:]
         forms = ["direct"]
         a = operation.attributes
         if operation.kind == "conv" and self._family[operation.output] == "planes":
@@ -398,7 +402,7 @@ class Plan:
             out = self.places[operation.output].layout
             if isinstance(out, Planes) and out.is_compactable:
                 forms = ["compact", "direct"]
-            elif weight.shape[2:].numel() > 1:
+            elif prod(taps) > 1:
                 forms = ["shift", "direct"]
         dense = [Choice(True, form) for form in forms]
         sparse = [Choice(False, form) for form in forms]
@@ -406,5 +410,13 @@ class Plan:
             return dense
         if mode == "sparse":
             return sparse
-        # Above three quarters of nonzeros no sparse kernel has been seen to win, below a twentieth no dense one.
-        return (sparse if density < 0.75 else []) + (dense if density > 0.05 else [])
+        return (sparse if density < _ALWAYS_DENSE else []) + (dense if density > _ALWAYS_SPARSE else [])
+
+    def question(self, graph: Graph, index: int, density: float) -> str:
+        """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""
+        operation = graph.operations[index]
+        shapes = [
+            graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
+        ]
+        about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)}"

@@ -49,7 +49,7 @@ def conv_graph(
         weight="weight",
         bias=None if bias is None else "bias",
     )
-    shapes = {"x": shape, "other": out, "y": out}
+    shapes = {"x": shape, "other": out, "y": out, "weight": tuple(weight.shape)}
     return Graph(
         [operation],
         inputs,

@@ -164,7 +164,7 @@ def test_the_phases_equal_their_numpy_twin(
 def test_shared_copies_hold_the_operand_of_every_tap(
     channels: int, shifts: list[int], tile: int, lanes: int
 ) -> None:
-    kernel = conv.ConvKernel(tile, "shift", 0, 0, False, False, False, False)
+    kernel = conv.ConvKernel(tile, "shift", 0, 0, False, False, False)
     taps, plane, start = len(shifts), 1000, 200
     memory = np.arange(channels * plane + 2 * start)  # each element holds its own place
     planes = np.tile(np.arange(channels)[:, None], (1, taps))
@@ -185,7 +185,7 @@ def test_shared_copies_hold_the_operand_of_every_tap(
 
 
 def test_in_rows_of_whole_vectors_three_copies_serve_nine_taps() -> None:
-    kernel = conv.ConvKernel(7, "shift", 0, 0, False, False, False, False)
+    kernel = conv.ConvKernel(7, "shift", 0, 0, False, False, False)
     shifts = np.array([dy * 16 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
     reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, kernel, 16)
     assert reach.sources.tolist() == [[-4 * 16, 2], [4 * (1 - 16), 2], [4 * (-1 - 16), 2]]
@@ -339,7 +339,7 @@ def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
 ) -> None:
     isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, features)
     for kernel in (
-        conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False, independent=False),
+        conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False),
         conv.ConvKernel(
             4,
             "compact",
@@ -348,12 +348,11 @@ def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
             residual=True,
             masked=True,
             aligned=False,
-            independent=False,
             columns=4,
             pitch=5,
             plane=5,
         ),
-        conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False, independent=False),
+        conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False),
     ):
         text = native.assembly(isa, kernel.build(isa)[0], triple)
         fmas = [line for line in text.splitlines() if instruction in line]

@@ -234,5 +234,28 @@ class Function:
         b.branch(head)
         b.position_at_end(done)
 
+    def either(
+        self, condition: Value, yes: Callable[[], Sequence[Value]], no: Callable[[], Sequence[Value]]
+    ) -> list[Value]:
+        """The values of ``yes()`` where the condition holds, else those of ``no()``: a branch, for what is too dear to compute both ways."""
+        b = self.b
+        blocks = [self.native.append_basic_block() for _ in range(2)]
+        done = self.native.append_basic_block()
+        b.cbranch(condition, *blocks)
+        ends = []
+        for block, arm in zip(blocks, (yes, no), strict=True):
+            b.position_at_end(block)
+            values = list(arm())
+            ends.append((values, b.block))
+            b.branch(done)
+        b.position_at_end(done)
+        results = []
+        for pair in zip(*(values for values, _ in ends), strict=True):
+            result = b.phi(pair[0].type)
+            for value, (_, end) in zip(pair, ends, strict=True):
+                result.add_incoming(value, end)
+            results.append(result)
+        return results
+
     def minimum(self, a: Value, b: Value) -> Value:
         return self.b.select(self.b.icmp_signed("<", a, b), a, b)

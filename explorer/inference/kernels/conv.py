@@ -36,16 +36,17 @@ ARGUMENTS = Record(
 """One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
 
 BLOCK = Record(
-    ("n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel")
-)
-"""One K block of one part. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
+    (
+        "stage", "n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel",
+    )
+)  # fmt: skip
+"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
+
+FIRST_BLOCK, LAST_BLOCK = 1, 2
 
 BUFFER_BYTES = 1 << 16
 """Start of the sums in a thread's scratch; the packed operands lie before it."""
-
-BLOCK_BYTES = 40 << 10
-"""Packed operands of one K block: most of a 48 KiB L1 cache; 24 to 64 KiB measured within noise of each other."""
 
 _WEIGHT_PREFETCH_BYTES = 1536
 
@@ -68,8 +69,6 @@ class ConvKernel:
         Whether a residual is added, and whether the gaps of the output must be zeroed.
     aligned : bool
         Whether direct operands start on vector boundaries.
-    independent : bool
-        Whether each block computes channels of its own from start to end (grouped convolution), instead of continuing the same sums.
     columns, pitch, plane : int
         "compact" only: pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
         vectors without gaps.
@@ -82,7 +81,6 @@ class ConvKernel:
     residual: bool
     masked: bool
     aligned: bool
-    independent: bool
     columns: int = 0
     pitch: int = 0
     plane: int = 0
@@ -125,16 +123,13 @@ class _Generator:
 
     def module(self) -> tuple[Value, str]:
         k = self.k
-        flags = [(1, 1)] if k.independent else [(0, 0), (0, 1), (1, 0), (1, 1)]
-        parts = {}
-        for first, last in flags:
-            if k.dense_rows:
-                full = self._dense(k.dense_rows, first, last)
-                rest = self._dense(k.remainder, first, last) if k.remainder else None
-                parts[first, last] = (full, rest)
-            else:
-                parts[first, last] = (self._sparse(first, last), None)
-        self._job(parts)
+        if k.dense_rows:
+            inner = [self._dense(k.dense_rows)]
+            if k.remainder:
+                inner.append(self._dense(k.remainder))
+        else:
+            inner = [self._sparse()]
+        self._job(inner)
         return self.ir, "convolution"
 
     # ---- pieces shared by the sparse and the dense inner kernel
@@ -185,28 +180,57 @@ class _Generator:
         for i, s in enumerate(sums):
             f.store(s, to, self.width * i, self.width)
 
-    def _start(self, f: Function, first: int, bias: Value, sums: Value, channel: Value) -> list[Value]:
-        if first:
-            return [f.splat(f.load(f.at(bias, f.b.mul(channel, I64(4))), F32))] * self.k.tile
-        return self._vectors(f, f.at(sums, f.b.mul(channel, I64(self.row_bytes))), self.width)
+    def _is(self, f: Function, stage: int) -> Value:
+        """Whether this block is the first, or the last, of its part. The same for all rows, so that the branch costs next to nothing."""
+        flags = f.b.and_(f.field(f.arguments[0], BLOCK, "stage"), I64(stage))
+        return f.b.icmp_signed("!=", flags, I64(0))
+
+    def _start(self, f: Function, is_first: Value, channels: list[Value]) -> list[Value]:
+        """The sums of some channels at the beginning of a block: their bias, or what the block before left."""
+        _, _, sums, bias, *_ = f.arguments
+
+        def from_bias() -> list[Value]:
+            values = [f.splat(f.load(f.at(bias, f.b.mul(c, I64(4))), F32)) for c in channels]
+            return [value for value in values for _ in range(self.k.tile)]
+
+        def from_sums() -> list[Value]:
+            rows = [f.at(sums, f.b.mul(c, I64(self.row_bytes))) for c in channels]
+            return [value for row in rows for value in self._vectors(f, row, self.width)]
+
+        return f.either(is_first, from_bias, from_sums)
+
+    def _end(self, f: Function, is_last: Value, channels: list[Value], totals: list[Value]) -> None:
+        """Finish the channels, or leave their sums to the block that follows."""
+        _, _, sums, *_, low, high = f.arguments
+        tile = self.k.tile
+        mine = [totals[i * tile : (i + 1) * tile] for i in range(len(channels))]
+        with f.b.if_else(is_last) as (yes, no):
+            with yes:
+                low, high = f.splat(low), f.splat(high)
+                for channel, values in zip(channels, mine, strict=True):
+                    self._finish(f, values, channel, low, high)
+            with no:
+                for channel, values in zip(channels, mine, strict=True):
+                    to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
+                    for i, value in enumerate(values):
+                        f.store(value, to, self.width * i, self.width)
 
     # ---- sparse
 
-    def _sparse(self, first: int, last: int) -> str:
-        name = f"sparse_{first}{last}"
+    def _sparse(self) -> str:
+        name = "sparse"
         f, k = self._inner(name), self.k
         b = f.b
-        block, operands, sums, bias, *_, low, high = f.arguments
-        low, high = f.splat(low), f.splat(high)
+        block, operands = f.arguments[:2]
         align = self.width if self.packed or k.aligned else 4
         groups, rows, entries = (f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "entries"))
+        is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
 
         def one_row(count: Value, entry: Value, row: Value) -> list[Value]:
             for line in (0, 64):
                 f.prefetch(entry, _WEIGHT_PREFETCH_BYTES + line)
             channel = b.sext(f.load(row, I32), I64)
-            start = self._start(f, first, bias, sums, channel)
-
+            start = self._start(f, is_first, [channel])
             zeros = [ir.Constant(f.vector, [0.0] * f.lanes)] * (k.tile * (k.unroll - 1))
 
             def nonzeros(_: Value, entry: Value, *sets: Value) -> list[Value]:
@@ -223,13 +247,7 @@ class _Generator:
                 return [f.at(entry, 8 * k.unroll), *new]
 
             entry, *sets = f.loop(count, nonzeros, [entry, *start, *zeros])
-            totals = self._sum_of_sets(f, sets)
-            if last:
-                self._finish(f, totals, channel, low, high)
-            else:
-                to = f.at(sums, b.mul(channel, I64(self.row_bytes)))
-                for i, total in enumerate(totals):
-                    f.store(total, to, self.width * i, self.width)
+            self._end(f, is_last, [channel], self._sum_of_sets(f, sets))
             return [entry, f.at(row, 4)]
 
         def one_group(index: Value, entry: Value, row: Value) -> list[Value]:
@@ -251,13 +269,13 @@ class _Generator:
 
     # ---- dense
 
-    def _dense(self, n_rows: int, first: int, last: int) -> str:
-        """`n_rows` channels at once; the whole inner kernel is called with the group's first channel already in its pointers."""
-        name = f"dense_{n_rows}_{first}{last}"
+    def _dense(self, n_rows: int) -> str:
+        """`n_rows` channels at once."""
+        name = f"dense_{n_rows}"
         f, k = self._inner(name), self.k
         b = f.b
-        block, operands, sums, bias, *_, low, high = f.arguments
-        low, high = f.splat(low), f.splat(high)
+        block, operands = f.arguments[:2]
+        is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
         align = self.width if self.packed or k.aligned else 4
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "entries", PTR)
@@ -273,7 +291,7 @@ class _Generator:
         def one_group(index: Value, weight: Value) -> list[Value]:
             channel = b.add(first_channel, b.mul(index, I64(n_rows)))
             channels = [b.add(channel, I64(r)) for r in range(n_rows)]
-            start = [s for c in channels for s in self._start(f, first, bias, sums, c)]
+            start = self._start(f, is_first, channels)
 
             def step(_: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
                 f.prefetch(weight, 512)
@@ -302,14 +320,7 @@ class _Generator:
                 return [f.at(weight, 4 * n_rows), f.at(offset, 4), *new]
 
             weight, _, *totals = f.loop(depth, step, [weight, offsets, *start])
-            for r, c in enumerate(channels):
-                mine = totals[r * tile : (r + 1) * tile]
-                if last:
-                    self._finish(f, mine, c, low, high)
-                else:
-                    to = f.at(sums, b.mul(c, I64(self.row_bytes)))
-                    for i, total in enumerate(mine):
-                        f.store(total, to, self.width * i, self.width)
+            self._end(f, is_last, channels, totals)
             return [weight]
 
         f.loop(groups, one_group, [weights])
@@ -344,7 +355,7 @@ class _Generator:
         body = shifted if self.k.reach == "shift" else compacted
         f.loop(f.field(block, BLOCK, "n_sources"), body, [sources, buffer])
 
-    def _job(self, parts: dict[tuple[int, int], tuple[str, str | None]]) -> None:
+    def _job(self, inner: list[str]) -> None:
         k = self.k
         f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa.lanes)
         b, (args, job, scratch) = f.b, f.arguments
@@ -375,27 +386,13 @@ class _Generator:
             if self.packed:
                 self._pack(f, block, x, scratch)
 
-            def run(names: tuple[str, str | None]) -> None:
-                for name in filter(None, names):
-                    b.call(
-                        self.ir.globals[name],
-                        [
-                            block, operands, sums, bias, out, field("out_plane"), residual, field("residual_plane"), mask, low, high,
-                        ],
-                    )  # fmt: skip
-
-            if k.independent:
-                run(parts[1, 1])
-                return
-            is_first = b.icmp_signed("==", index, I64(0))
-            is_last = b.icmp_signed("==", index, b.sub(n_blocks, I64(1)))
-            with b.if_else(is_first) as (yes, no):
-                for branch, first in ((yes, 1), (no, 0)):
-                    with branch, b.if_else(is_last) as (then, otherwise):
-                        with then:
-                            run(parts[first, 1])
-                        with otherwise:
-                            run(parts[first, 0])
+            for name in inner:
+                b.call(
+                    self.ir.globals[name],
+                    [
+                        block, operands, sums, bias, out, field("out_plane"), residual, field("residual_plane"), mask, low, high,
+                    ],
+                )  # fmt: skip
 
         f.loop(n_blocks, one_block)
         b.ret_void()

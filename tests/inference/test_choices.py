@@ -1,0 +1,69 @@
+"""What was measured once is remembered, and a file that is not ours is never believed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import explorer
+from explorer.inference.choices import ChoiceCache, choice_cache
+from explorer.inference.module import SparseModule
+
+
+def test_answers_survive_the_process_and_those_of_another_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "choices.json"
+    first, second = ChoiceCache(path), ChoiceCache(path)
+    first.put({"a": "sparse"})
+    second.put({"b": "dense"})
+    third = ChoiceCache(path)
+    assert (third.get("a"), third.get("b"), third.get("c")) == ("sparse", "dense", None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": 3}', "\x00\xff"])
+def test_a_file_that_is_no_list_of_answers_is_ignored_and_replaced(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(content, encoding="utf-8")
+    cache = ChoiceCache(path)
+    assert cache.get("a") is None
+    cache.put({"a": "sparse"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "sparse"}
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    cache = ChoiceCache(tmp_path / "file" / "choices.json")
+    cache.put({"a": "sparse"})
+    assert cache.get("a") == "sparse"
+
+
+def test_a_choice_is_timed_once_and_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    for layer in (network[0], network[2]):
+        layer.weight.data[torch.rand_like(layer.weight) < 0.5] = 0
+    x = torch.randn(1, 8, 20, 20)
+    timed = []
+    original = SparseModule._time_candidates
+    monkeypatch.setattr(
+        SparseModule, "_time_candidates", lambda self, *a: (timed.append(1), original(self, *a))[1]
+    )
+    first = explorer.compile(network, x)
+    assert timed
+    assert (tmp_path / "choices.json").exists()
+    timed.clear()
+    second = explorer.compile(network, x)
+    assert not timed
+    assert second.choices == first.choices
+    # Remembered answers are only used where they name a candidate of the layer.
+    path = tmp_path / "choices.json"
+    damaged = dict.fromkeys(json.loads(path.read_text(encoding="utf-8")), "quantum")
+    choice_cache().put(damaged)
+    assert set(explorer.compile(network, x).choices.values()) <= {
+        "sparse", "dense", "sparse, shift", "dense, shift", "sparse, compact", "dense, compact",
+    }  # fmt: skip
+    assert timed
