@@ -167,7 +167,7 @@ _CARRIERS = {
         "adaptive_average",
         "plane_average",
     ),
-    "activation": ("add", "mul", "affine"),
+    "activation": ("conv", "linear", "add", "mul", "affine"),
 }
 """What the kernel of an operation can do at its end."""
 
@@ -194,6 +194,12 @@ def _ride(graph: Graph, kind: str) -> None:
             carrier.inputs = [*carrier.inputs, other]
         elif carrier.kind in ("add", "mul", "affine") and len(graph.shapes[carrier.output]) not in (2, 3, 4):
             continue  # no layout for it: it may have to run through torch, without the rider
+        elif (
+            kind == "activation"
+            and carrier.kind in ("conv", "linear")
+            and (_is_vector(graph, carrier) or not rider.attributes["activation"].is_short)
+        ):
+            continue  # a step of its own is no slower; kernels for one pixel compute single numbers
         else:
             carrier.attributes = {**carrier.attributes, **rider.attributes}
         gone.add(id(rider))
@@ -201,6 +207,12 @@ def _ride(graph: Graph, kind: str) -> None:
         order[rider.output] = order.pop(carrier.output)
         carrier.output = rider.output
     graph.operations = [o for o in graph.operations if id(o) not in gone]
+
+
+def _is_vector(graph: Graph, operation: Operation) -> bool:
+    """Whether its value is (N, C) or (N, C, 1, 1)."""
+    shape = graph.shapes[operation.output]
+    return len(shape) == 2 or shape[2:] == (1, 1)
 
 
 def _split_phases(graph: Graph) -> None:

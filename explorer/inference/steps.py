@@ -177,6 +177,7 @@ class _StepBuilder:
         lanes = self.plan.isa.lanes
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % lanes))
+        kernel = replace(kernel, activation=a.get("activation"))
         reach = operands(planes, shifts, x.plane, kernel, lanes)
 
         def pack() -> PackedConv:
@@ -218,7 +219,7 @@ class _StepBuilder:
         self, y: Planes, channels: int, choice: Choice, *, residual: bool
     ) -> tuple[conv.ConvKernel, int, int]:
         """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
-        compact = {}
+        compact: dict[str, Any] = {}
         tile = _tile(y.vectors)
         tiles = -(-y.vectors // tile)
         if choice.reach == "compact":

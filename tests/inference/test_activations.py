@@ -95,3 +95,23 @@ def test_infinities_and_nan_come_out_as_in_torch(kind: str) -> None:
     if kind == "gelu":  # torch's own depends on the library that it was built with: NaN, or infinity
         wanted = np.float32([np.inf, got[1], np.nan])
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("triple", "lanes", "cpu", "features", "registers"),
+    [
+        ("aarch64-unknown-linux-gnu", 4, "cortex-a76", "+neon", ".4s"),
+        ("x86_64-unknown-linux-gnu", 8, "haswell", "", "ymm"),
+    ],
+)
+@pytest.mark.parametrize("kind", LARGEST_ERROR)
+def test_an_activation_is_vector_code_without_calls_on_other_cpus_too(
+    kind: str, triple: str, lanes: int, cpu: str, features: str, registers: str
+) -> None:
+    isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, features)
+    kernel = pointwise.PointwiseKernel("mul", affine=True, activation=activation(kind), masked=True)
+    lines = native.assembly(isa, kernel.build(isa)[0], triple).splitlines()
+    multiplied = [line for line in lines if "fmul" in line or "vmulps" in line]
+    assert multiplied
+    assert all(registers in line for line in multiplied)
+    assert not [line for line in lines if line.split()[:1] in (["bl"], ["callq"], ["call"])]

@@ -86,6 +86,33 @@ def test_every_instruction_set_keeps_the_gaps_of_planes_zero(
     check(module, torch.randn(2, 3, 7, 9))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("size", [(4, 4), (9, 11)])
+def test_short_activations_ride_on_convolutions_with_and_without_a_residual(
+    size: tuple[int, int], mode: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y = F.hardswish(m.a(x))
+        z = F.hardsigmoid(m.b(y) + y)
+        return m.line(F.leaky_relu(m.c(z), 0.2).flatten(2).transpose(1, 2)), F.leaky_relu(m.d(z), 0.1)
+
+    module = Function(
+        forward,
+        a=conv(3, 8),
+        b=conv(8, 8, 1),
+        c=conv(8, 8, 5, stride=2),
+        d=conv(8, 6, groups=2),
+        line=nn.Linear(8, 3),
+    )
+    engine = check(module, torch.randn(2, 3, *size), fallbacks=("flatten", "transpose"), sparse=mode)
+    assert "activation" not in [engine._graph.operations[i].kind for i in engine._plan.native]
+
+
 @pytest.mark.parametrize("shift", [0.0, 2.0])
 def test_a_product_equals_torch_with_equal_shapes_and_with_one_value_a_channel(shift: float) -> None:
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:

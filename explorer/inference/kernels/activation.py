@@ -74,6 +74,15 @@ class Activation:
         """Whether f(0) is not 0: then the gaps of planes must be masked."""
         return self.kind in ("sigmoid", "hard_sigmoid")
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes a few instructions, without an exponential.
+
+        These ride on convolutions. The others keep about twenty constants in registers, which a loop of their own loads once and the end of a
+        convolution would load again for each channel: measured, that costs what a step of its own does.
+        """
+        return self.kind in ("hard_sigmoid", "hard_swish", "leaky_relu")
+
     def apply(self, f: Function, x: Value) -> Value:
         """Instructions for one vector."""
         return _WRITERS[self.kind](_Vector(f), x, *self.parameters)
