@@ -6,6 +6,7 @@ functional: after ``relu_(x)``, whoever reads x reads the result.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.kernels.activation import Activation
 
 _INFINITY = float("inf")
 _VIEWS = {
@@ -87,7 +89,8 @@ def _writes_through_views(graph: torch.fx.Graph) -> bool:
             written = node.args[0]
             family = [written, *written.users] if isinstance(written, torch.fx.Node) else []
             if any(n.op != "call_function" for n in family[:1]) or any(
-                n.op == "call_function" and _base(n.target) in _VIEWS for n in family
+                n.op == "call_function" and (n.target is operator.getitem or _base(n.target) in _VIEWS)
+                for n in family
             ):
                 return True
     return False
@@ -142,6 +145,7 @@ def _read(exported: Any) -> Graph:
             raise EngineError(
                 "The module uses a higher-order operator (cond, while, map), which the engine cannot run."
             )
+    _name_slices(graph)
     spec = exported.call_spec.out_spec
     if spec is not None:
         graph.unflatten = lambda values: pytree.tree_unflatten(values, spec)
@@ -159,9 +163,13 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
     if _base(target) in ("view", "_unsafe_view") and not any(isinstance(part, torch.dtype) for part in args):
         # A view needs the strides that were traced; native tensors have others. Nobody writes through it, so a copy will do.
         target = torch.ops.aten.reshape.default
+    elif _is_inplace(target):
+        # Nobody reads the old value, so a new one will do; written in place, it could change a concatenation that shares its memory.
+        packet = getattr(torch.ops.aten, _base(target).removesuffix("_"), None)
+        target = getattr(packet, target._overloadname, target)  # noqa: SLF001 - the only way to name overloads
     operation = Operation("torch", node.name, [], _module_name(node), target, tuple(args), dict(kwargs))
     reader = _READERS.get(_base(node.target).rstrip("_"))
-    names = [a.name for a in args if isinstance(a, Ref)]
+    names = operation.references()
     floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (node.name, *names))
     if reader is not None and floats and node.name in graph.shapes:
         reader(operation, _bound(target, args, kwargs), graph)
@@ -186,6 +194,12 @@ def _pair(value: Any, default: int = 0) -> tuple[int, int]:
     return (int(values[0]), int(values[-1]))
 
 
+def _repeat(value: Any, count: int) -> list[int]:
+    """One number per axis, from one for all or one each."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * count if len(values) == 1 else values
+
+
 def _constant(item: Any, graph: Graph) -> str | None:
     return item.name if isinstance(item, Ref) and item.name in graph.constants else None
 
@@ -198,10 +212,18 @@ def _layer_name(weight: str, graph: Graph, otherwise: str) -> str:
 def _conv(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     weight, bias = _constant(a["weight"], graph), _constant(a["bias"], graph)
     shape = graph.shapes[a["input"].name]
-    if weight is None or (a["bias"] is not None and bias is None) or isinstance(a["padding"], str):
+    if weight is None or (a["bias"] is not None and bias is None):
         return
     if len(shape) not in (3, 4) or len(graph.shapes[weight]) != len(shape):
         return
+    if isinstance(a["padding"], str):
+        spans = [
+            d * (k - 1)
+            for k, d in zip(graph.shapes[weight][2:], _repeat(a["dilation"], len(shape) - 2), strict=True)
+        ]
+        if a["padding"] != "valid" and any(span % 2 for span in spans):
+            return  # "same" padding that differs from side to side
+        a = {**a, "padding": [0 if a["padding"] == "valid" else span // 2 for span in spans]}
     flat = len(shape) == 3  # a line of pixels is an image of one row
     operation.kind, operation.inputs = "conv", [a["input"].name]
     operation.weight, operation.bias = weight, bias
@@ -235,7 +257,8 @@ def _batch_norm(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
 
 def _clamp(low: float, high: float) -> Callable[[Operation, dict[str, Any], Graph], None]:
     def read(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-        bounds = (a.get("min_val", low), a.get("max_val", high))
+        bounds = [a.get("min_val", a.get("min", low)), a.get("max_val", a.get("max", high))]
+        bounds = [otherwise if b is None else b for b, otherwise in zip(bounds, (low, high), strict=True)]
         if not all(isinstance(b, int | float) for b in bounds) or not bounds[0] <= 0 <= bounds[1]:
             return
         operation.kind, operation.inputs = "clamp", [next(iter(a.values())).name]
@@ -244,15 +267,134 @@ def _clamp(low: float, high: float) -> Callable[[Operation, dict[str, Any], Grap
     return read
 
 
-def _add(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-    left, right = a["self"], a["other"]
-    if not (isinstance(left, Ref) and isinstance(right, Ref)) or a.get("alpha", 1) != 1:
+def _activation(kind: str, *parameters: str) -> Callable[[Operation, dict[str, Any], Graph], None]:
+    def read(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+        values = tuple(float(a[p]) for p in parameters)
+        which = "gelu_tanh" if a.get("approximate") == "tanh" else kind
+        if kind == "elu" and values[2] <= 0:
+            return
+        operation.kind, operation.inputs = "activation", [next(iter(a.values())).name]
+        operation.attributes = {"activation": Activation(which, values)}
+
+    return read
+
+
+def _arithmetic(kind: str) -> Callable[[Operation, dict[str, Any], Graph], None]:
+    """Addition and multiplication of two values, or of a value with a number or constant, which is "affine": see `_affine`."""
+
+    def read(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+        left, right = a["self"], a["other"]
+        if a.get("alpha", 1) != 1 or a.get("rounding_mode") is not None:
+            return
+        if kind in ("add", "mul") and (not isinstance(left, Ref) or left.name in graph.constants):
+            left, right = right, left
+        if not isinstance(left, Ref) or left.name in graph.constants:
+            return
+        if kind == "mul":
+            left, right = (_unexpanded(operation, ref, graph) for ref in (left, right))
+        shape = graph.shapes.get(left.name)
+        if not isinstance(right, Ref) or right.name in graph.constants:
+            _affine(operation, kind, left.name, right, graph)
+        elif kind in ("add", "mul") and graph.shapes.get(right.name) == shape:
+            operation.kind, operation.inputs = kind, [left.name, right.name]
+        elif kind == "mul":
+            _mul_by_channel(operation, left.name, right.name, graph)
+
+    return read
+
+
+def _unexpanded(operation: Operation, ref: Any, graph: Graph) -> Any:
+    """One value per image and channel, where it was expanded to all pixels: a product spreads it itself."""
+    for before in graph.operations if isinstance(ref, Ref) else []:
+        if before.output == ref.name and _base(before.target) in ("expand", "expand_as"):
+            source = before.args[0]
+            if graph.shapes.get(source.name, ())[2:] == (1, 1) and source.name not in graph.constants:
+                operation.args = tuple(source if a == ref else a for a in operation.args)
+                return source
+    return ref
+
+
+def _mul_by_channel(operation: Operation, left: str, right: str, graph: Graph) -> None:
+    """(N, C, H, W) times (N, C, 1, 1): the larger one is the first input."""
+    shapes = graph.shapes[left], graph.shapes[right]
+    if any(len(shape) != 4 for shape in shapes) or shapes[0][:2] != shapes[1][:2]:
         return
-    if {left.name, right.name} & set(graph.constants) or graph.shapes.get(left.name) != graph.shapes.get(
-        right.name
-    ):
+    if (1, 1) not in (shapes[0][2:], shapes[1][2:]):
         return
-    operation.kind, operation.inputs = "add", [left.name, right.name]
+    if shapes[0][2:] == (1, 1):
+        left, right = right, left
+    operation.kind, operation.inputs = "mul", [left, right]
+    operation.attributes = {"one_value": True}
+
+
+def _affine(operation: Operation, kind: str, name: str, other: Any, graph: Graph) -> None:
+    """A number or one value per channel is added, subtracted, multiplied or divided by.
+
+    `axis` is where the channels lie: 1, -1, or None for a single number.
+    """
+    shape, axis = graph.shapes[name], None
+    if isinstance(other, Ref):
+        # Leading ones change nothing, as long as they do not make the result larger.
+        constant = graph.shapes[other.name]
+        sizes = (1,) * (len(shape) - len(constant)) + tuple(constant)
+        if graph.dtypes[other.name] != torch.float32 or graph.shapes[operation.output] != shape:
+            return
+        wide = [i for i, n in enumerate(sizes) if n != 1]
+        if len(wide) > 1 or (wide and wide[0] not in (1, len(shape) - 1)):
+            return
+        if wide:
+            axis = 1 if wide[0] == 1 else -1
+        other = other.name
+    elif not isinstance(other, int | float):
+        return
+    operation.kind, operation.inputs = "affine", [name]
+    operation.attributes = {"axis": axis, "arithmetic": kind, "other": other}
+
+
+def _concat(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """Over channels only."""
+    tensors = a["tensors"]
+    if len(graph.shapes[operation.output]) != 4 or a["dim"] % 4 != 1:
+        return
+    if any(t.name in graph.constants or len(graph.shapes[t.name]) != 4 for t in tensors):
+        return  # torch lets an empty tensor of one dimension take part
+    operation.kind, operation.inputs = "concat", [t.name for t in tensors]
+
+
+def _slice(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """Neighbouring channels."""
+    shape = graph.shapes[a["self"].name]
+    if len(shape) != 4 or a["dim"] % 4 != 1 or a["step"] != 1:
+        return
+    start = a["start"] or 0
+    first = min(start + shape[1] if start < 0 else start, shape[1])
+    operation.kind, operation.inputs = "slice", [a["self"].name]
+    operation.attributes = {"first": first}
+
+
+def _name_slices(graph: Graph) -> None:
+    """What is taken out of a chunk or split over channels becomes a slice of what was split."""
+    producer = {o.output: o for o in graph.operations}
+    for item in graph.operations:
+        if item.target is not operator.getitem:
+            continue
+        whole, position = item.args[0].name, item.args[1]
+        split = producer.get(whole)
+        if split is None or _base(split.target) not in ("chunk", "split", "split_with_sizes"):
+            continue
+        a = _bound(split.target, split.args, split.kwargs)
+        source = a["self"].name
+        shape = graph.shapes.get(source, ())
+        if len(shape) != 4 or a["dim"] % 4 != 1 or graph.dtypes[source] != torch.float32:
+            continue
+        if "chunks" in a:
+            first = position * -(-shape[1] // a["chunks"])
+        else:
+            sizes = a["split_size"] if "split_size" in a else a["split_sizes"]
+            first = position * sizes if isinstance(sizes, int) else sum(sizes[:position])
+        last = first + graph.shapes[item.output][1]
+        item.kind, item.inputs, item.attributes = "slice", [source], {"first": first}
+        item.target, item.args, item.kwargs = torch.ops.aten.slice.Tensor, (Ref(source), 1, first, last), {}
 
 
 def _max_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
@@ -269,7 +411,7 @@ def _max_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
 
 
 def _average_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-    if a.get("divisor_override") is not None or a.get("ceil_mode") or len(graph.shapes[a["self"].name]) != 4:
+    if len(graph.shapes[a["self"].name]) != 4:
         return
     size = _pair(a["kernel_size"])
     operation.kind, operation.inputs = "average_pool", [a["self"].name]
@@ -279,12 +421,21 @@ def _average_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None
         "padding": _pair(a["padding"]),
         "dilation": (1, 1),
         "count_padding": bool(a["count_include_pad"]),
+        "divisor": a["divisor_override"],
     }
 
 
 def _adaptive_average(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-    if list(a["output_size"]) == [1, 1] and len(graph.shapes[a["self"].name]) == 4:
-        operation.kind, operation.inputs = "plane_average", [a["self"].name]
+    source, out = graph.shapes[a["self"].name], graph.shapes[operation.output]
+    if len(source) != 4:
+        return
+    operation.inputs = [a["self"].name]
+    if source == out:
+        operation.kind = "same"
+    elif out[2:] == (1, 1):
+        operation.kind = "plane_average"
+    else:
+        operation.kind = "adaptive_average"
 
 
 def _mean(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
@@ -299,12 +450,18 @@ def _same(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
         operation.kind, operation.inputs = "same", [next(iter(a.values())).name]
 
 
-def _flatten(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-    """Only the flattening of (N, C, 1, 1): the vector layout already is that."""
+def _reshape(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """Between (N, C) and (N, C, 1, 1), which are the same vectors; and images or lines of pixels to vectors."""
     name = next(iter(a.values())).name
     before, after = graph.shapes.get(name, ()), graph.shapes[operation.output]
-    if len(before) == 4 and before[2:] == (1, 1) and after == before[:2]:
+    if name in graph.constants or len(before) < 2:
+        return
+    if before == after or (
+        before[:2] == after[:2] and {*before[2:], *after[2:]} == {1} and {len(before), len(after)} == {2, 4}
+    ):
         operation.kind, operation.inputs = "same", [name]
+    elif len(before) in (3, 4) and len(after) == 2 and before[0] == after[0]:
+        operation.kind, operation.inputs = "flatten", [name]
 
 
 _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
@@ -315,13 +472,30 @@ _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "relu": _clamp(0.0, _INFINITY),
     "relu6": _clamp(0.0, 6.0),
     "hardtanh": _clamp(-1.0, 1.0),
-    "add": _add,
+    "clamp": _clamp(-_INFINITY, _INFINITY),
+    "clamp_min": _clamp(-_INFINITY, _INFINITY),
+    "clamp_max": _clamp(-_INFINITY, _INFINITY),
+    "sigmoid": _activation("sigmoid"),
+    "hardsigmoid": _activation("hard_sigmoid"),
+    "hardswish": _activation("hard_swish"),
+    "silu": _activation("silu"),
+    "gelu": _activation("gelu"),
+    "tanh": _activation("tanh"),
+    "leaky_relu": _activation("leaky_relu", "negative_slope"),
+    "elu": _activation("elu", "alpha", "scale", "input_scale"),
+    "add": _arithmetic("add"),
+    "sub": _arithmetic("sub"),
+    "rsub": _arithmetic("rsub"),
+    "mul": _arithmetic("mul"),
+    "div": _arithmetic("div"),
+    "cat": _concat,
+    "slice": _slice,
     "max_pool2d": _max_pool,
     "avg_pool2d": _average_pool,
     "adaptive_avg_pool2d": _adaptive_average,
     "mean": _mean,
     "dropout": _same,
-    "flatten": _flatten,
-    "view": _flatten,
-    "reshape": _flatten,
+    "flatten": _reshape,
+    "view": _reshape,
+    "reshape": _reshape,
 }

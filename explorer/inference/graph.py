@@ -23,8 +23,9 @@ class Operation:
     Attributes
     ----------
     kind : str
-        "conv", "linear", "add", "clamp", "max_pool", "average_pool", "plane_average", "split" (into phases), "batch_norm", "same" (no
-        change), or "torch".
+        "conv", "linear", "add", "mul", "affine" (a scale and a shift per channel), "clamp", "activation", "max_pool", "average_pool",
+        "adaptive_average", "plane_average", "concat" and "slice" (of channels), "flatten", "split" (into phases), "batch_norm", "same" (no
+        change but perhaps between (N, C) and (N, C, 1, 1)), or "torch".
     output : str
         The name of its value.
     inputs : list of str
@@ -32,7 +33,9 @@ class Operation:
     name : str
         Dotted name of the module that owns its weight, else of the module it was called in.
     attributes : dict
-        Parameters of the kind: for "conv" stride, padding, dilation, groups; for clamps low and high; and so on.
+        Parameters of the kind: for "conv" stride, padding, dilation, groups; for clamps low and high; for activations the
+        `explorer.inference.kernels.activation.Activation`; and so on. "affine" names its constants `scale` and `shift`, and the axis of the
+        channels: 1, -1, or None when there is but one number.
     weight, bias, gain : str or None
         Names of constants. `gain`: (outputs,) float64, multiplies the outputs before the bias is added (a folded batch norm); it is applied
         when the weights are packed, so that a layer of zeros costs nothing.

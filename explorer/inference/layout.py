@@ -46,6 +46,8 @@ class Planes:
         Zero elements before the first plane (and after each plane).
     lanes : int
     tokens : bool
+    of_channels : int
+        Channels of the tensor that these planes are a range of; 0 when they stand alone.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +60,7 @@ class Planes:
     guard: int
     lanes: int
     tokens: bool = False
+    of_channels: int = 0
 
     @property
     def vectors(self) -> int:
@@ -82,7 +85,7 @@ class Planes:
     @property
     def image(self) -> int:
         """Elements from one image to the next."""
-        return self.channels * self.plane
+        return (self.of_channels or self.channels) * self.plane
 
     @property
     def reuse_key(self) -> tuple[str, int, int, int]:
@@ -104,18 +107,18 @@ class Planes:
             + 4 * self.lanes
         )
 
-    def view(self, storage: torch.Tensor) -> torch.Tensor:
-        """The tensor, as a torch view of `storage` (whose element 0 is the first reserved one)."""
+    def view(self, storage: torch.Tensor, skipped: int = 0) -> torch.Tensor:
+        """The tensor, as a torch view of `storage` (whose element `skipped` is the first reserved one)."""
         if self.tokens:
             strides = [1] * len(self.shape)
             strides[-1] = self.plane
             for axis in range(len(self.shape) - 3, -1, -1):
                 strides[axis] = strides[axis + 1] * self.shape[axis + 1]
-            return storage.as_strided(self.shape, strides, self.before)
+            return storage.as_strided(self.shape, strides, skipped + self.before)
         strides = [self.image, self.plane, self.pitch, 1]
         if len(self.shape) == 3:
             strides = [self.image, self.plane, 1]
-        return storage.as_strided(self.shape, strides, self.before)
+        return storage.as_strided(self.shape, strides, skipped + self.before)
 
 
 @dataclass(frozen=True, slots=True)

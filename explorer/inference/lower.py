@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,12 +15,11 @@ def lower(graph: Graph) -> Graph:
     """Return a new graph that computes the same with less work.
 
     - "same" operations are gone,
-    - a batch norm after a convolution or linear layer is folded into its weight and bias,
-    - an addition whose other operand is ready, and then a clamp, ride on the convolution before them,
+    - a batch norm after a convolution or linear layer is folded into its weight and bias; one on its own becomes a scale and a shift,
+    - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them,
     - a convolution with a stride reads the phases of its input instead.
 
-    What has no native form any more (a batch norm on its own) runs through torch. The captured graph is left as it was, so that it can be
-    lowered again with new weights.
+    The captured graph is left as it was, so that it can be lowered again with new weights.
     """
     lowered = replace(
         graph,
@@ -31,12 +31,12 @@ def lower(graph: Graph) -> Graph:
     lowered.outputs = list(graph.outputs)
     _drop_same(lowered)
     _fold_batch_norm(lowered)
+    _compute_affine(lowered)
+    _drop_unread(lowered)
     _ride(lowered, "add")
     _ride(lowered, "clamp")
+    _ride(lowered, "activation")
     _split_phases(lowered)
-    for operation in lowered.operations:
-        if operation.kind == "batch_norm":
-            operation.kind = "torch"
     return lowered
 
 
@@ -73,6 +73,60 @@ def _drop_same(graph: Graph) -> None:
     graph.operations = kept
 
 
+_WITHOUT_EFFECT = {"chunk", "split", "split_with_sizes", "expand", "expand_as", "slice"}
+
+
+def _drop_unread(graph: Graph) -> None:
+    """Drop what was only needed for values that are now made in another way: a split whose parts are slices, an expansion."""
+    kept: list[Operation] = []
+    read = {output.name for output in graph.outputs if isinstance(output, Ref)}
+    for operation in reversed(graph.operations):
+        name = str(operation.target).removeprefix("aten.").split(".")[0]
+        if operation.output in read or name not in _WITHOUT_EFFECT:
+            kept.append(operation)
+            read.update(operation.references(), operation.inputs)
+    graph.operations = kept[::-1]
+
+
+def _compute_affine(graph: Graph) -> None:
+    """Give every "affine" its constants: one scale and one shift per channel, or one for all."""
+    for operation in graph.operations:
+        if operation.kind not in ("affine", "batch_norm"):
+            continue
+        a, c = operation.attributes, graph.constants
+        if operation.kind == "batch_norm":
+            scale, shift = _batch_norm(graph, a)
+            axis = 1
+        else:
+            other, axis = a["other"], a["axis"]
+            value = (
+                c[other].double() if isinstance(other, str) else torch.tensor(float(other)).double()
+            ).reshape(-1)
+            one, nothing = torch.ones_like(value), torch.zeros_like(value)
+            scale, shift = {
+                "add": (one, value),
+                "sub": (one, -value),
+                "rsub": (-one, value),
+                "mul": (value, nothing),
+                "div": (1 / value, nothing),
+            }[a["arithmetic"]]
+        names = {"scale": f"{operation.output}.scale", "shift": f"{operation.output}.shift"}
+        c[names["scale"]], c[names["shift"]] = scale.float(), shift.float()
+        operation.kind, operation.attributes = "affine", {**names, "axis": axis}
+
+
+def _batch_norm(graph: Graph, a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the shift of a batch norm, float64."""
+    c = graph.constants
+    scale = torch.rsqrt(c[a["running_var"]].double() + a["eps"])
+    if a["weight"] is not None:
+        scale = scale * c[a["weight"]].double()
+    shift = -c[a["running_mean"]].double() * scale
+    if a["bias"] is not None:
+        shift = shift + c[a["bias"]].double()
+    return scale, shift
+
+
 def _fold_batch_norm(graph: Graph) -> None:
     """``gamma (W x + b - mean) / sigma + beta`` is a convolution with ``W gamma / sigma`` and ``(b - mean) gamma / sigma + beta``."""
     users = graph.users()
@@ -86,16 +140,10 @@ def _fold_batch_norm(graph: Graph) -> None:
             continue
         if before.kind == "linear" and len(graph.shapes[before.output]) != 2:
             continue  # batch norm works on axis 1, a linear layer on the last
-        c, a = graph.constants, norm.attributes
-        gain = torch.rsqrt(c[a["running_var"]].double() + a["eps"])
-        if a["weight"] is not None:
-            gain = gain * c[a["weight"]].double()
-        shift = -c[a["running_mean"]].double()
+        c = graph.constants
+        gain, shift = _batch_norm(graph, norm.attributes)
         if before.bias is not None:
-            shift = shift + c[before.bias].double()
-        shift = shift * gain
-        if a["bias"] is not None:
-            shift = shift + c[a["bias"]].double()
+            shift = shift + c[before.bias].double() * gain
         if before.gain is not None:
             gain = gain * c[before.gain]
         before.gain, before.bias = f"{norm.output}.gain", f"{norm.output}.bias"
@@ -106,8 +154,26 @@ def _fold_batch_norm(graph: Graph) -> None:
     graph.operations = [o for o in graph.operations if not (o.kind == "batch_norm" and o.output in folded)]
 
 
+_CARRIERS = {
+    "add": ("conv",),
+    "clamp": (
+        "conv",
+        "linear",
+        "add",
+        "mul",
+        "affine",
+        "max_pool",
+        "average_pool",
+        "adaptive_average",
+        "plane_average",
+    ),
+    "activation": ("conv", "linear", "add", "mul", "affine"),
+}
+"""What the kernel of an operation can do at its end."""
+
+
 def _ride(graph: Graph, kind: str) -> None:
-    """Let each operation of `kind` ride on the convolution (or linear layer, for clamps; or addition) whose value only it reads."""
+    """Let each operation of `kind` ride on the operation before it, if nobody else reads the value between them."""
     users = graph.users()
     order = {o.output: i for i, o in enumerate(graph.operations)}
     producer = {o.output: o for o in graph.operations}
@@ -117,24 +183,36 @@ def _ride(graph: Graph, kind: str) -> None:
             continue
         # Of the operands of an addition, the one that is computed last must carry it: the other is ready by then.
         carrier = producer.get(max(rider.inputs, key=lambda name: order.get(name, -1)))
-        if carrier is None or users[carrier.output] != 1 or "low" in carrier.attributes:
+        if carrier is None or users[carrier.output] != 1 or carrier.kind not in _CARRIERS[kind]:
+            continue
+        if {"low", "activation"} & set(carrier.attributes):
             continue
         if kind == "add":
             other = rider.inputs[0] if rider.inputs[1] == carrier.output else rider.inputs[1]
-            if carrier.kind != "conv" or other == carrier.output:
+            if other == carrier.output:
                 continue
             carrier.inputs = [*carrier.inputs, other]
-        elif carrier.kind == "add" and len(graph.shapes[carrier.output]) not in (2, 3, 4):
-            continue  # no layout for it: it may have to run through torch, without the clamp
-        elif carrier.kind in ("conv", "linear", "add", "max_pool", "average_pool", "plane_average"):
-            carrier.attributes = {**carrier.attributes, **rider.attributes}
+        elif carrier.kind in ("add", "mul", "affine") and len(graph.shapes[carrier.output]) not in (2, 3, 4):
+            continue  # no layout for it: it may have to run through torch, without the rider
+        elif (
+            kind == "activation"
+            and carrier.kind in ("conv", "linear")
+            and (_is_vector(graph, carrier) or not rider.attributes["activation"].is_short)
+        ):
+            continue  # a step of its own is no slower; kernels for one pixel compute single numbers
         else:
-            continue
+            carrier.attributes = {**carrier.attributes, **rider.attributes}
         gone.add(id(rider))
         producer[rider.output] = carrier
         order[rider.output] = order.pop(carrier.output)
         carrier.output = rider.output
     graph.operations = [o for o in graph.operations if id(o) not in gone]
+
+
+def _is_vector(graph: Graph, operation: Operation) -> bool:
+    """Whether its value is (N, C) or (N, C, 1, 1)."""
+    shape = graph.shapes[operation.output]
+    return len(shape) == 2 or shape[2:] == (1, 1)
 
 
 def _split_phases(graph: Graph) -> None:

@@ -6,7 +6,7 @@ only the weights change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,9 @@ from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version
 
 _INFINITY = float("inf")
+
+_ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice")
+"""Operations (besides convolutions) whose operands and result must share their pitch."""
 
 _ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -99,7 +102,12 @@ class Plan:
         self.segments: list[Segment] = []
         self._alias: dict[str, str] = {}
         self._family: dict[str, str] = {}
+        self._range_of: dict[
+            str, tuple[str, int]
+        ] = {}  # place -> the place it is a range of, its first channel
         self._decide(graph)
+        self._kinds = {operation.output: operation.kind for operation in graph.operations}
+        self._share(graph)
         self._lay_out(graph)
         self._allocate(graph)
         self.is_dynamic = not any(isinstance(s, TorchSegment) for s in self.segments) and all(
@@ -132,15 +140,33 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
-        if operation.kind in ("max_pool", "average_pool", "plane_average", "split"):
+        if operation.kind in ("max_pool", "average_pool", "adaptive_average", "plane_average", "split"):
             return "planes"
-        if operation.kind in ("add", "clamp"):
-            families = {self._family.get(self.root(name)) for name in operation.inputs} - {None}
-            if len(families) == 1:
-                return next(iter(families))
-            if operation.kind == "add" and "low" in operation.attributes:
-                return {2: "vectors", 3: "tokens", 4: "planes"}[len(shape)]
+        families = {self._family.get(self.root(name)) for name in operation.inputs}
+        if operation.kind in ("concat", "slice", "flatten"):
+            return "planes" if "planes" in families else None
+        if operation.kind == "affine" and operation.attributes["axis"] is not None:
+            return self._affine_family(operation, families, len(shape))
+        if operation.kind in ("add", "mul", "affine", "clamp", "activation"):
+            native = families - {None}
+            if native and "one_value" in operation.attributes:
+                return "planes"
+            if len(native) == 1:
+                return next(iter(native))
+            if len(shape) in (2, 3, 4) and (native or {"low", "activation"} & set(operation.attributes)):
+                carries = operation.kind not in ("clamp", "activation")
+                if native or carries:
+                    return {2: "vectors", 3: "tokens", 4: "planes"}[len(shape)]
         return None
+
+    @staticmethod
+    def _affine_family(operation: Operation, families: set[str | None], rank: int) -> str | None:
+        """Where the channels of a scale and shift are what the layout calls channels."""
+        if rank == 2 or families == {"vectors"}:
+            return "vectors"
+        if operation.attributes["axis"] == 1:
+            return "planes" if rank in (3, 4) else None
+        return "tokens"
 
     def root(self, name: str) -> str:
         """The value whose memory `name` is another name of."""
@@ -157,15 +183,14 @@ class Plan:
                 if self._family.get(source) == "vectors":
                     self._alias[operation.output] = source
                     continue
-                operation.kind = "torch"
+                operation.kind = "flatten" if len(graph.shapes[operation.output]) == 2 else "torch"
             family = self._fits(operation, graph)
             if family is None:
                 operation.kind = "torch"
                 self.segments.append(TorchSegment(operation))
                 continue
-            for name in operation.inputs:
-                place = self.place_name(name, family)
-                if place not in imported and self._family.get(self.root(name)) != family:
+            for name, place in self._operands(operation, family):
+                if place not in imported and place != self.root(name):
                     imported.add(place)
                     self.segments.append(ImportSegment(name, place))
             self._family[operation.output] = self._output_family(operation, family)
@@ -179,7 +204,18 @@ class Plan:
 
     @staticmethod
     def _output_family(operation: Operation, family: str) -> str:
-        return "vectors" if operation.kind == "plane_average" else family
+        return "vectors" if operation.kind in ("plane_average", "flatten") else family
+
+    def _operands(self, operation: Operation, family: str) -> list[tuple[str, str]]:
+        """The inputs of an operation that works in `family`, and the places where it reads them."""
+        families = [family] * len(operation.inputs)
+        if "one_value" in operation.attributes:
+            families[1] = "vectors"
+        return [(n, self.place_name(n, f)) for n, f in zip(operation.inputs, families, strict=True)]
+
+    def operands(self, operation: Operation) -> list[str]:
+        """The places that a native operation reads."""
+        return [place for _, place in self._operands(operation, self.step_family(operation))]
 
     def place_name(self, name: str, family: str) -> str:
         """The key of a value's native home in a family; a value that lives elsewhere gets a second home by an import."""
@@ -188,17 +224,56 @@ class Plan:
 
     def adopt(self, graph: Graph) -> None:
         """Make a freshly lowered graph of the same structure run in the places of this plan."""
-        torch_now = {s.operation.output: s for s in self.segments if isinstance(s, TorchSegment)}
         for operation in graph.operations:
-            if operation.output in torch_now:
-                operation.kind = "torch"
+            operation.kind = self._kinds[operation.output]
 
     # ---- layouts
 
     def step_family(self, operation: Operation) -> str:
         """The layout family of the operands of a native operation."""
         out = self._family[operation.output]
-        return "planes" if operation.kind == "plane_average" else out
+        return "planes" if operation.kind in ("plane_average", "flatten") else out
+
+    # ---- concatenations and slices
+
+    def _share(self, graph: Graph) -> None:
+        """Let slices be read where they lie, and what is concatenated be written where the concatenation lies.
+
+        From the last concatenation to the first, so that in a dense block (each layer reads all layers before it) the largest takes all its
+        parts in, and the smaller ones, whose parts then lie side by side already, are ranges of it. A part that has a place elsewhere
+        (it stands twice in one concatenation, or first in two) is copied, see `explorer.inference.kernels.copy_planes`.
+        """
+        native = [graph.operations[index] for index in self.native]
+        for operation in native:
+            if operation.kind == "slice":
+                self._range_of[operation.output] = (
+                    self.operands(operation)[0],
+                    operation.attributes["first"],
+                )
+        for operation in reversed(native):
+            if operation.kind != "concat":
+                continue
+            out, parts = operation.output, self.operands(operation)
+            channels = [graph.shapes[name][1] for name in operation.inputs]
+            firsts = np.cumsum([0, *channels[:-1]]).tolist()
+            found = [self.located(place) for place in parts]
+            start = found[0][1]
+            side_by_side = found == [(found[0][0], start + first) for first in firsts]
+            if side_by_side and out not in self._range_of:
+                self._range_of[out] = found[0]
+                continue
+            whole = self.located(out)[0]
+            for place, first in zip(parts, firsts, strict=True):
+                if place not in self._range_of and place != whole:
+                    self._range_of[place] = (out, first)
+
+    def located(self, place: str) -> tuple[str, int]:
+        """The place with memory of its own that holds this one, and the channel of it at which this one begins."""
+        first = 0
+        while place in self._range_of:
+            place, more = self._range_of[place]
+            first += more
+        return place, first
 
     def _lay_out(self, graph: Graph) -> None:
         lanes, classes = self.isa.lanes, PitchClasses()
@@ -222,9 +297,10 @@ class Plan:
         for index in self.native:
             operation = graph.operations[index]
             family = self.step_family(operation)
-            ins = [self.place_name(name, family) for name in operation.inputs]
-            for name, place in zip(operation.inputs, ins, strict=True):
-                meet(place, graph.shapes[name], family)
+            ins = self.operands(operation)
+            for i, (name, place) in enumerate(zip(operation.inputs, ins, strict=True)):
+                one_value = i == 1 and "one_value" in operation.attributes
+                meet(place, graph.shapes[name], "vectors" if one_value else family)
             out = operation.output
             meet(out, graph.shapes[out], self._family[out])
             if family == "vectors":
@@ -235,13 +311,19 @@ class Plan:
                     classes.tie(place, out)
                 # In phases, a padding of p pixels is one of p / stride, rounded up.
                 classes.pad(ins[0], *(-(-p // s) for p, s in zip(a["padding"], a["stride"], strict=True)))
-            elif operation.kind in ("linear", "add", "clamp"):
-                for place in ins:
+            elif operation.kind in _ONE_PITCH:
+                for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
             self.places[place] = Place(
                 classes.planes(place, shape, images, channels, rows, columns, lanes, tokens)
             )
+        for place in self._range_of:
+            home, whole = self.places[place], self.places[self.located(place)[0]].layout
+            assert isinstance(home.layout, Planes)
+            assert isinstance(whole, Planes)
+            assert home.layout.plane == whole.plane
+            home.layout = replace(home.layout, of_channels=whole.channels)
         for place, (shape, _) in vectors.items():
             # Dense kernels write whole groups of vectors: leave room for the widest group.
             stride = (
@@ -259,10 +341,8 @@ class Plan:
         last_use: dict[str, float] = {}
         pinned: set[str] = {s.place for s in self.segments if isinstance(s, ImportSegment)}
         for step, index in enumerate(self.native):
-            operation = graph.operations[index]
-            family = self.step_family(operation)
-            for name in operation.inputs:
-                last_use[self.place_name(name, family)] = step
+            for place in self.operands(graph.operations[index]):
+                last_use[place] = step
         for segment in self.segments:
             if isinstance(segment, TorchSegment):
                 # torch may return a view of what it was given: such memory is never given away
@@ -271,22 +351,24 @@ class Plan:
                 pinned.add(self.root(segment.value))
         pinned.update(self.root(o.name) for o in graph.outputs if isinstance(o, Ref))
         born = {graph.operations[index].output: step for step, index in enumerate(self.native)}
-        takes_over = self._in_place(graph, last_use, pinned)
+        # Ranges of one place live together: from the first that is written to the last that is read.
+        lives: dict[str, tuple[float, float]] = {}
+        for place in self.places:
+            start = born.get(place, -1)
+            end = _INFINITY if place in pinned else last_use.get(place, born.get(place, _INFINITY))
+            whole = self.located(place)[0]
+            before = lives.get(whole, (start, end))
+            lives[whole] = (min(before[0], start), max(before[1], end))
+        takes_over = self._in_place(graph, lives)
         groups: dict[tuple[Any, ...], list[tuple[float, list[str]]]] = {}
         owners: list[list[str]] = []
-        for place in sorted(self.places, key=lambda p: born.get(p, -1)):
-            layout = self.places[place].layout
-            end = _INFINITY if place in pinned else last_use.get(place, born.get(place, _INFINITY))
-            slots = groups.setdefault(layout.reuse_key, [])
+        for place in sorted(lives, key=lambda p: lives[p][0]):
+            first_step, end = lives[place]
+            slots = groups.setdefault(self.places[place].layout.reuse_key, [])
             heir = takes_over.get(place)
-            free = [
-                i
-                for i, (until, names) in enumerate(slots)
-                if until < born.get(place, -1) or (heir is not None and names[-1] == heir)
-            ]
-            if heir is not None:
-                free.sort(key=lambda i: slots[i][1][-1] != heir)
-            if free and place not in pinned:
+            free = [i for i, (until, names) in enumerate(slots) if heir is not None and names[-1] == heir]
+            free = free or [i for i, (until, _) in enumerate(slots) if until < first_step]
+            if free and end != _INFINITY:
                 slots[free[0]][1].append(place)
                 slots[free[0]] = (end, slots[free[0]][1])
             else:
@@ -298,8 +380,16 @@ class Plan:
             storage = torch.from_numpy(array)
             for home in (self.places[name] for name in names):
                 home.start, home.view = address(array), home.layout.view(storage)
+            for place in self._range_of:
+                whole, first = self.located(place)
+                if whole in names:
+                    home = self.places[place]
+                    assert isinstance(home.layout, Planes)
+                    skipped = first * home.layout.plane
+                    home.start = address(array) + 4 * skipped
+                    home.view = home.layout.view(storage, skipped)
 
-    def _in_place(self, graph: Graph, last_use: dict[str, float], pinned: set[str]) -> dict[str, str]:
+    def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
         """Results that may overwrite an operand which nobody reads afterwards: result -> operand.
 
         What is added to a convolution is read just before the sum is stored in the same place, so that it need not be fetched and evicted twice: the
@@ -308,16 +398,22 @@ class Plan:
         found: dict[str, str] = {}
         for step, index in enumerate(self.native):
             operation = graph.operations[index]
-            family, layout = self.step_family(operation), self.places[operation.output].layout
-            places = [self.place_name(name, family) for name in operation.inputs]
-            added = {"conv": places[1:], "add": places, "clamp": places}.get(operation.kind, [])
-            # Where the last tile computes pixels again, it would add to them again.
-            if operation.kind == "conv" and isinstance(layout, Planes) and layout.tiles_overlap:
+            family, out = self.step_family(operation), operation.output
+            layout = self.places[out].layout
+            places = [self.located(self.place_name(name, family))[0] for name in operation.inputs]
+            added = {"conv": places[1:], "linear": places[1:], "add": places, "clamp": places}
+            # Where the last tile computes pixels again, it would add to them again. Ranges of a place come and go with the whole.
+            is_whole = lives.get(out, (-1,))[0] == step
+            overlaps = (
+                operation.kind in ("conv", "linear") and isinstance(layout, Planes) and layout.tiles_overlap
+            )
+            if overlaps or not is_whole:
                 continue
-            for place in added:
-                dies = last_use[place] == step and place not in pinned and places.count(place) == 1
+            for place in added.get(operation.kind, []):
+                # An operand that the convolution itself reads, other than by adding it, must stay.
+                dies = lives[place][1] == step and places.count(place) == 1
                 if dies and self.places[place].layout.reuse_key == layout.reuse_key:
-                    found[operation.output] = place
+                    found[out] = place
                     break
         return found
 

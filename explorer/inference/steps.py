@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.inference.graph import Graph, Operation
-from explorer.inference.kernels import conv, driver, linear, max_pool, pointwise, pool, split
+from explorer.inference.kernels import (
+    conv,
+    copy_planes,
+    driver,
+    flatten,
+    linear,
+    max_pool,
+    pointwise,
+    pool,
+    split,
+)
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import Planes, Vectors, tile_of
 from explorer.inference.memory import Memory
@@ -83,14 +93,18 @@ class _StepBuilder:
 
     def step(self, operation: Operation, choice: Choice) -> _Row:
         family = self.plan.step_family(operation)
-        places = [self.plan.places[self.plan.place_name(name, family)] for name in operation.inputs]
+        places = [self.plan.places[place] for place in self.plan.operands(operation)]
         out = self.plan.places[operation.output]
         if family == "vectors" and operation.kind in ("conv", "linear"):
             return self._vector_linear(operation, places[0], out, choice)
         if operation.kind in ("conv", "linear"):
             return self._conv(operation, places, out, choice)
-        if operation.kind in ("add", "clamp"):
+        if operation.kind in ("add", "mul", "affine", "clamp", "activation"):
             return self._pointwise(operation, places, out)
+        if operation.kind in ("concat", "slice"):
+            return self._concat(operation, places, out)
+        if operation.kind == "flatten":
+            return self._flatten(places[0], out)
         if operation.kind == "split":
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
@@ -163,6 +177,7 @@ class _StepBuilder:
         lanes = self.plan.isa.lanes
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % lanes))
+        kernel = replace(kernel, activation=a.get("activation"))
         reach = operands(planes, shifts, x.plane, kernel, lanes)
 
         def pack() -> PackedConv:
@@ -204,7 +219,7 @@ class _StepBuilder:
         self, y: Planes, weight: NDArray[np.float32], choice: Choice, *, residual: bool
     ) -> tuple[conv.ConvKernel, int, int]:
         """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
-        compact = {}
+        compact: dict[str, Any] = {}
         channels = len(weight)
         tile = tile_of(y.vectors)
         if choice == Choice(False) and weight[0, 0].size == 1:
@@ -321,6 +336,21 @@ class _StepBuilder:
             )  # fmt: skip
             return _Row(self._code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
         assert isinstance(y, Planes)
+        if operation.kind == "adaptive_average":
+            table, n_taps, scale = self._adaptive(x, y)
+            arguments = _fill(
+                pool.ARGUMENTS,
+                out_image=4 * y.image,
+                out_plane=4 * y.plane,
+                vectors=y.vectors,
+                n_taps=n_taps,
+                table=table,
+                table_tap=4 * y.vectors * y.lanes,
+                mask=self._mask(y),
+                scale=scale,
+                **common,
+            )
+            return _Row(self._code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
         a = operation.attributes
         (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
         if operation.kind == "max_pool" and (dy, dx) == (1, 1) and a["stride"][1] <= max_pool.LARGEST_STRIDE:
@@ -395,19 +425,115 @@ class _StepBuilder:
         layouts = [p.layout for p in (*places, out)]
         names = ["x", "other", "out"] if len(places) == 2 else ["x", "out"]
         values: dict[str, int] = {}
+        a, y = operation.attributes, out.layout
+        is_plane = isinstance(y, Planes)
         for name, place, layout in zip(names, (*places, out), layouts, strict=True):
             values[name] = place.address
             values[f"{name}_image"] = 4 * (layout.image if isinstance(layout, Planes) else layout.stride)
-            values[f"{name}_plane"] = 4 * layout.plane if isinstance(layout, Planes) else 0
-        y = out.layout
+            # Where one value serves all pixels, the channels' values follow one another.
+            values[f"{name}_plane"] = 4 * layout.plane if isinstance(layout, Planes) else 4 * is_plane
         if isinstance(y, Planes):
             jobs, vectors = self._channel_jobs(y.channels), y.vectors
         else:
             jobs = {"jobs": 1, "channels": 1, "channels_per_job": 1}
             vectors = -(-y.features // self.plan.isa.lanes)
+        activation, moves_zero = a.get("activation"), False
+        if operation.kind == "affine":
+            n = y.channels if isinstance(y, Planes) else vectors * self.plan.isa.lanes
+            for name in ("scale", "shift"):
+                constant = self.graph.constants[a[name]].numpy()
+                table = np.full(n, constant[0] if len(constant) == 1 else 0, np.float32)
+                if len(constant) > 1:
+                    table[: len(constant)] = constant
+                values[name] = self.memory.put(table)
+                moves_zero |= name == "shift" and bool(constant.any())
+        masked = (
+            isinstance(y, Planes) and y.has_gaps and (moves_zero or (activation and activation.moves_zero))
+        )
+        if masked:
+            assert isinstance(y, Planes)
+            values["mask"] = self._mask(y)
         arguments = _fill(pointwise.ARGUMENTS, vectors=vectors, **values, **jobs, **self._bounds(operation))
-        kernel = pointwise.PointwiseKernel(len(places) == 2)
+        kernel = pointwise.PointwiseKernel(
+            operation.kind if len(places) == 2 else "",
+            one_value="one_value" in a,
+            affine=operation.kind == "affine",
+            across=not is_plane,
+            activation=activation,
+            masked=bool(masked),
+        )
         return _Row(self._code(kernel), arguments, jobs["jobs"], operation.kind)
+
+    # ---- moving
+
+    def _concat(self, operation: Operation, places: list[Place], out: Place) -> _Row:
+        """Copies the parts that do not lie where they belong already; for a slice none."""
+        y, rows, first = out.layout, [], 0
+        assert isinstance(y, Planes)
+        for place in places if operation.kind == "concat" else []:
+            x = place.layout
+            assert isinstance(x, Planes)
+            target = out.address + 4 * first * y.plane
+            first += x.channels
+            if place.address != target:
+                rows += [
+                    [place.address + 4 * c * x.plane, 4 * x.image, target + 4 * c * y.plane]
+                    for c in range(x.channels)
+                ]
+        if not rows:
+            kernel = copy_planes.CopyPlanesKernel()
+            return _Row(self._code(kernel), _fill(copy_planes.ARGUMENTS), 0, "in place")
+        jobs = self._channel_jobs(len(rows))
+        arguments = _fill(
+            copy_planes.ARGUMENTS,
+            out_image=4 * y.image,
+            vectors=y.vectors,
+            table=self.memory.put(np.array(rows, np.int64)),
+            **jobs,
+        )
+        return _Row(self._code(copy_planes.CopyPlanesKernel()), arguments, jobs["jobs"], "copy")
+
+    def _flatten(self, place: Place, out: Place) -> _Row:
+        x, y, lanes = place.layout, out.layout, self.plan.isa.lanes
+        assert isinstance(x, Planes)
+        assert isinstance(y, Vectors)
+        vectors = -(-y.features // lanes)
+        table = np.full(vectors * lanes, -1, np.int32)
+        c, row, column = (np.arange(n) for n in (x.channels, x.rows, x.columns))
+        where = c[:, None, None] * x.plane + row[:, None] * x.pitch + column
+        table[: y.features] = where.reshape(-1)
+        size = max(1, min(64, -(-vectors // (2 * self.plan.threads))))
+        jobs = -(-vectors // size)
+        arguments = _fill(
+            flatten.ARGUMENTS,
+            x=place.address,
+            x_image=4 * x.image,
+            out=out.address,
+            out_image=4 * y.stride,
+            jobs=jobs,
+            vectors=vectors,
+            vectors_per_job=size,
+            table=self.memory.put(table),
+        )
+        return _Row(self._code(flatten.FlattenKernel()), arguments, jobs, "copy")
+
+    def _adaptive(self, x: Planes, y: Planes) -> tuple[int, int, int]:
+        """Index table, its taps and scale of an average over windows that cover the image, as evenly as they can (torch's rule)."""
+
+        def windows(n_in: int, n_out: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            i = np.arange(n_out)
+            return i * n_in // n_out, -(-(i + 1) * n_in // n_out)
+
+        (top, bottom), (left, right) = windows(x.rows, y.rows), windows(x.columns, y.columns)
+        taps = [(r, c) for r in range(int((bottom - top).max())) for c in range(int((right - left).max()))]
+        at = (np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)).reshape(-1)
+        table = np.full((len(taps), y.vectors * y.lanes), -1, np.int32)
+        for row, (r, c) in zip(table, taps, strict=True):
+            iy, ix = (top + r)[:, None], (left + c)[None, :]
+            row[at] = np.where((iy < bottom[:, None]) & (ix < right), iy * x.pitch + ix, -1).reshape(-1)
+        scale = np.zeros(y.vectors * y.lanes, np.float32)
+        scale[at] = (1.0 / ((bottom - top)[:, None] * (right - left))).reshape(-1)
+        return self.memory.put(table), len(taps), self.memory.put(scale)
 
 
 def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32]:
@@ -420,10 +546,12 @@ def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32
         low, high = (-p, n_in + p) if a["count_padding"] else (0, n_in)
         return np.minimum(start + k, high) - np.maximum(start, low)
 
-    n = counts(y.rows, x.rows, kh, sh, ph)[:, None] * counts(y.columns, x.columns, kw, sw, pw)[None, :]
+    n: Any = a["divisor"]
+    if n is None:
+        n = counts(y.rows, x.rows, kh, sh, ph)[:, None] * counts(y.columns, x.columns, kw, sw, pw)[None, :]
     scale = np.zeros(y.vectors * y.lanes, np.float32)
     at = np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)
-    scale[at.reshape(-1)] = (1.0 / n).reshape(-1)
+    scale[at.reshape(-1)] = np.broadcast_to(1.0 / np.asarray(n), at.shape).reshape(-1)
     return scale
 
 

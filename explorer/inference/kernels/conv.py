@@ -10,7 +10,7 @@ The algorithm in plain words
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
-  The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) and zeroes the gap between image rows.
+  The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
 
 The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
 Convolutions and Guided Pruning" (2017).
@@ -24,6 +24,7 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
+from explorer.inference.kernels.activation import Activation
 from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
@@ -72,6 +73,8 @@ class ConvKernel:
     columns, pitch, plane : int
         "compact" only: pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
         vectors without gaps.
+    activation : Activation or None
+        Applied last, instead of the clamp.
     """
 
     tile: int
@@ -84,6 +87,7 @@ class ConvKernel:
     columns: int = 0
     pitch: int = 0
     plane: int = 0
+    activation: Activation | None = None
 
     @property
     def unroll(self) -> int:
@@ -169,15 +173,21 @@ class _Generator:
         return f.pick(pixels, [i if i is not None and i < n else None for i in where], k.plane)
 
     def _finish(self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value) -> None:
-        """Residual, clamp, gap mask, store: the epilogue of one output channel."""
+        """Residual, clamp or activation, gap mask, store: the epilogue of one output channel."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         to = f.at(out, f.b.mul(channel, out_plane))
+        activation = self.k.activation
+        if activation and not self.k.residual:
+            sums = [activation.apply(f, s) for s in sums]  # before the gaps are there
         if self.k.reach == "compact":
             sums = self._spread(f, sums)
         if self.k.residual:
             added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, len(sums))
             sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
-        sums = [f.clamp(s, low, high) for s in sums]
+            if activation:
+                sums = [activation.apply(f, s) for s in sums]
+        if not activation:
+            sums = [f.clamp(s, low, high) for s in sums]
         if self.k.masked:
             sums = [
                 f.keep(s, f.load(mask, f.int_vector, self.width * i, self.width)) for i, s in enumerate(sums)

@@ -1,6 +1,6 @@
-"""Element by element: ``clamp(a)`` and ``clamp(a + b)``, for additions and activations that no convolution could take along.
+"""Element by element: an operand added or multiplied, a scale and a shift per channel, a clamp or another activation.
 
-The clamp of a gap (zero) must be zero again: true for ReLU and ReLU6, and the planner offers this kernel for nothing else.
+For what no convolution could take along. The gaps of planes must be zero again: where a shift or an activation moves zero, they are masked.
 """
 
 from __future__ import annotations
@@ -11,23 +11,46 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.activation import Activation
+from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "other", "other_image", "other_plane", "out", "out_image", "out_plane", "low", "high",
-        "jobs", "channels", "channels_per_job", "vectors",
+        "jobs", "channels", "channels_per_job", "vectors", "scale", "shift", "mask",
     )
 )  # fmt: skip
+"""`scale` and `shift`: one float32 per channel. `mask`: one int32 per element of a plane."""
 
 
 @dataclass(frozen=True, slots=True)
 class PointwiseKernel:
-    """What the machine code depends on: whether a second operand is added."""
+    """What the machine code depends on.
 
-    add: bool
+    Attributes
+    ----------
+    operand : str
+        "add" or "mul" for a second operand, "" for none.
+    one_value : bool
+        Whether the second operand holds one value per image and channel (squeeze and excite), not one per pixel.
+    affine : bool
+        Whether values are scaled and shifted, channel by channel.
+    across : bool
+        Whether the channels lie in the lanes of a vector (vectors), not in planes of their own.
+    activation : Activation or None
+        Applied last; the clamp when None.
+    masked : bool
+        Whether gaps must be set to zero.
+    """
+
+    operand: str = ""
+    one_value: bool = False
+    affine: bool = False
+    across: bool = False
+    activation: Activation | None = None
+    masked: bool = False
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -40,18 +63,35 @@ class PointwiseKernel:
 
         image, first, last = channels_of(f, field, job)
         low, high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
-        names = ("x", "other", "out") if self.add else ("x", "out")
+        names = ("x", "other", "out") if self.operand else ("x", "out")
         bases = {n: f.at(field(n, PTR), b.mul(image, field(f"{n}_image"))) for n in names}
+        tables = {n: field(n, PTR) for n in ("scale", "shift")} if self.affine else {}
+        mask = field("mask", PTR)
 
         def one_channel(channel: Value) -> None:
             planes = {n: f.at(base, b.mul(channel, field(f"{n}_plane"))) for n, base in bases.items()}
+            same = {}  # what all pixels of a channel share
+            if self.one_value:
+                same["other"] = f.splat(f.load(planes["other"], F32))
+            if not self.across:
+                same |= {n: f.splat(f.load(f.at(t, b.mul(channel, I64(4))), F32)) for n, t in tables.items()}
 
             def one_vector(i: Value) -> None:
                 at = b.mul(i, I64(width))
-                value = f.load(f.at(planes["x"], at), f.vector, 0, width)
-                if self.add:
-                    value = b.fadd(value, f.load(f.at(planes["other"], at), f.vector, 0, width))
-                f.store(f.clamp(value, low, high), f.at(planes["out"], at), 0, width)
+
+                def operand(name: str, pointer: Value) -> Value:
+                    return same[name] if name in same else f.load(f.at(pointer, at), f.vector, 0, width)
+
+                value = operand("x", planes["x"])
+                if self.operand:
+                    combine = b.fadd if self.operand == "add" else b.fmul
+                    value = combine(value, operand("other", planes["other"]))
+                if self.affine:
+                    value = f.fma(value, *(operand(n, t) for n, t in tables.items()))
+                value = self.activation.apply(f, value) if self.activation else f.clamp(value, low, high)
+                if self.masked:
+                    value = f.keep(value, f.load(f.at(mask, at), f.int_vector, 0, width))
+                f.store(value, f.at(planes["out"], at), 0, width)
 
             f.loop(field("vectors"), one_vector)
 
@@ -61,5 +101,5 @@ class PointwiseKernel:
 
 
 def reference(a: NDArray[np.float32], b: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-    """The numpy twin: ``clip(a + b, low, high)``."""
+    """The numpy twin of an addition and its clamp: ``clip(a + b, low, high)``."""
     return np.clip(a + b, np.float32(low), np.float32(high))

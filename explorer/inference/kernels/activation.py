@@ -1,0 +1,243 @@
+"""Smooth activations on vectors of float32: what other kernels apply to values that they already hold in registers.
+
+Everything rests on the exponential of a number that is not positive, and each function is written so that nothing cancels: the error stays
+relative to the function's value, also where that is tiny.
+
+  exp, expm1   n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), and the polynomial of Cephes' expf (S. Moshier, netlib) for exp(r) - 1
+  sigmoid      1 / (1 + e) and e / (1 + e) with e = exp(-abs(x))
+  tanh         -m / (2 + m) with m = expm1(-2 abs(x))
+  GELU         x Phi(x), where Phi(-abs(x)) = erfc(abs(x) / sqrt 2) / 2 by the Chebyshev fit `erfcc` of Press et al., Numerical Recipes, section 6.2
+               (its own error is at most 1.2e-7 of the value). The exponent -x^2 / 2 goes in as an exact and a small part: rounded once, it
+               would lose digits in proportion to its size.
+  tanh GELU    x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the same function without the tanh
+
+`tests/inference/test_activations.py` measures the errors; `LARGEST_ERROR` states them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.builder import Function, Value
+
+LARGEST_ERROR = {
+    "sigmoid": 2.5e-7,
+    "hard_sigmoid": 1.5e-7,
+    "hard_swish": 2.5e-7,
+    "silu": 3e-7,
+    "gelu": 6e-7,
+    "gelu_tanh": 1e-6,
+    "tanh": 2.5e-7,
+    "leaky_relu": 1e-7,
+    "elu": 3e-7,
+}
+"""Error relative to the value, for all float32 whose value is at least 1e-28; smaller ones may come out as zero. "gelu_tanh" is that
+exact where the value is at least 1e-3, and 1e-9 absolute below."""
+
+_LOG2_E = math.log2(math.e)
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""(exp(r) - 1 - r) / r^2, highest power first; Cephes, expf.c."""
+_ERFC = (
+    0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223,
+)  # fmt: skip
+"""ln(erfc(z) / t) + z^2 in powers of t = 1 / (1 + z / 2), highest first; Numerical Recipes, erfcc."""
+_SMALLEST = -87.33
+"""exp of less is no normal float32; it comes out as zero."""
+_ROUND = 1.5 * 2**23
+"""Adding it leaves a float32 rounded to a whole number, which its lowest bits then hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A function of one number.
+
+    Attributes
+    ----------
+    kind : str
+        A key of `LARGEST_ERROR`.
+    parameters : tuple of float
+        "leaky_relu": the slope; "elu": alpha, scale and input scale, as torch orders them.
+    """
+
+    kind: str
+    parameters: tuple[float, ...] = ()
+
+    @property
+    def moves_zero(self) -> bool:
+        """Whether f(0) is not 0: then the gaps of planes must be masked."""
+        return self.kind in ("sigmoid", "hard_sigmoid")
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes a few instructions, without an exponential.
+
+        These ride on convolutions. The others keep about twenty constants in registers, which a loop of their own loads once and the end of a
+        convolution would load again for each channel: measured, that costs what a step of its own does.
+        """
+        return self.kind in ("hard_sigmoid", "hard_swish", "leaky_relu")
+
+    def apply(self, f: Function, x: Value) -> Value:
+        """Instructions for one vector."""
+        return _WRITERS[self.kind](_Vector(f), x, *self.parameters)
+
+    def reference(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """The numpy twin: the definition, in float64."""
+        return _DEFINITIONS[self.kind](np.asarray(x, np.float64), *self.parameters)
+
+
+class _Vector:
+    """Arithmetic with constants, so that the formulas below read like formulas."""
+
+    def __init__(self, f: Function) -> None:
+        self.f, self.b = f, f.b
+
+    def constant(self, value: float) -> Value:
+        return ir.Constant(self.f.vector, [float(np.float32(value))] * self.f.lanes)
+
+    def bits(self, value: int) -> Value:
+        return ir.Constant(self.f.int_vector, [value] * self.f.lanes)
+
+    def as_bits(self, x: Value) -> Value:
+        return self.b.bitcast(x, self.f.int_vector)
+
+    def as_floats(self, x: Value) -> Value:
+        return self.b.bitcast(x, self.f.vector)
+
+    def times(self, x: Value, factor: float) -> Value:
+        return self.b.fmul(x, self.constant(factor))
+
+    def plus(self, x: Value, term: float) -> Value:
+        return self.b.fadd(x, self.constant(term))
+
+    def clamp(self, x: Value, low: float, high: float) -> Value:
+        return self.f.clamp(x, self.constant(low), self.constant(high))
+
+    def where_negative(self, x: Value, yes: Value, no: Value) -> Value:
+        return self.b.select(self.b.fcmp_ordered("<", x, self.constant(0.0)), yes, no)
+
+    def absolute(self, x: Value) -> Value:
+        return self.f.intrinsic("fabs", self.f.vector, [x])
+
+    def polynomial(self, x: Value, coefficients: tuple[float, ...]) -> Value:
+        """By Horner's rule, highest power first."""
+        total = self.constant(coefficients[0])
+        for c in coefficients[1:]:
+            total = self.f.fma(total, x, self.constant(c))
+        return total
+
+    def power_and_rest(self, x: Value, low: Value | None = None) -> tuple[Value, Value]:
+        """2^n and exp(r) - 1, which make exp(x + low); x <= 0. `low` joins when most of x has been taken off, so that both keep their digits."""
+        total = x if low is None else self.b.fadd(x, low)
+        shifted = self.f.fma(total, self.constant(_LOG2_E), self.constant(_ROUND))
+        n = self.plus(shifted, -_ROUND)
+        r = self.f.fma(n, self.constant(-_LN2_LOW), self.f.fma(n, self.constant(-_LN2_HIGH), x))
+        if low is not None:
+            r = self.b.fadd(r, low)
+        rest = self.f.fma(self.b.fmul(r, r), self.polynomial(r, _EXP), r)
+        exponent = self.b.shl(self.as_bits(shifted), self.bits(23))
+        return self.as_floats(self.b.add(exponent, self.bits(127 << 23))), rest
+
+    def exp(self, x: Value, low: Value | None = None) -> Value:
+        """exp(x + low), for x <= 0; what is no normal number is zero; NaN stays."""
+        power, rest = self.power_and_rest(self.clamp(x, _SMALLEST, 0.0), low)
+        y = self.f.fma(power, rest, power)
+        total = x if low is None else self.b.fadd(x, low)
+        return self.b.select(self.b.fcmp_ordered("<", total, self.constant(_SMALLEST)), self.constant(0.0), y)
+
+    def expm1(self, x: Value) -> Value:
+        """exp(x) - 1, for x <= 0."""
+        power, rest = self.power_and_rest(self.clamp(x, _SMALLEST, 0.0))
+        return self.f.fma(power, rest, self.plus(power, -1.0))
+
+
+def _sigmoid(v: _Vector, x: Value) -> Value:
+    e = v.exp(v.b.fneg(v.absolute(x)))
+    return v.b.fdiv(v.where_negative(x, e, v.constant(1.0)), v.plus(e, 1.0))
+
+
+def _hard_sigmoid(v: _Vector, x: Value) -> Value:
+    return v.times(v.clamp(v.plus(x, 3.0), 0.0, 6.0), 1 / 6)
+
+
+def _hard_swish(v: _Vector, x: Value) -> Value:
+    return v.b.fmul(x, _hard_sigmoid(v, x))
+
+
+def _silu(v: _Vector, x: Value) -> Value:
+    return v.b.fmul(x, _sigmoid(v, x))
+
+
+def _tanh(v: _Vector, x: Value) -> Value:
+    m = v.expm1(v.times(v.absolute(x), -2.0))
+    y = v.b.fdiv(v.b.fneg(m), v.plus(m, 2.0))
+    return v.f.intrinsic("copysign", v.f.vector, [y, x])
+
+
+def _gelu(v: _Vector, x: Value) -> Value:
+    b = v.b
+    # Beyond 20 the smaller side is zero in float32; infinity would give NaN below.
+    a = v.clamp(v.absolute(x), 0.0, 20.0)
+    t = b.fdiv(v.constant(1.0), v.f.fma(a, v.constant(0.5 * math.sqrt(0.5)), v.constant(1.0)))
+    # a^2 / 2 = high^2 / 2 + (a - high) (a + high) / 2, where `high` has half the digits, so that its square is exact.
+    high = v.as_floats(b.and_(v.as_bits(a), v.bits(-4096)))
+    square = v.times(b.fmul(high, high), -0.5)
+    rest = v.times(b.fmul(b.fsub(a, high), b.fadd(a, high)), -0.5)
+    small = v.times(b.fmul(t, v.exp(square, b.fadd(rest, v.polynomial(t, _ERFC)))), 0.5)
+    return b.fmul(x, v.where_negative(x, small, b.fsub(v.constant(1.0), small)))
+
+
+def _gelu_tanh(v: _Vector, x: Value) -> Value:
+    c = 2 * math.sqrt(2 / math.pi)
+    inner = v.f.fma(v.b.fmul(x, x), v.constant(c * 0.044715), v.constant(c))
+    return v.b.fmul(x, _sigmoid(v, v.b.fmul(x, inner)))
+
+
+def _leaky_relu(v: _Vector, x: Value, slope: float) -> Value:
+    return v.b.select(v.b.fcmp_ordered(">", x, v.constant(0.0)), x, v.times(x, slope))
+
+
+def _elu(v: _Vector, x: Value, alpha: float, scale: float, input_scale: float) -> Value:
+    below = v.times(v.expm1(v.times(x, input_scale)), alpha * scale)
+    return v.b.select(v.b.fcmp_ordered(">", x, v.constant(0.0)), v.times(x, scale), below)
+
+
+_WRITERS: dict[str, Callable[..., Value]] = {
+    "sigmoid": _sigmoid,
+    "hard_sigmoid": _hard_sigmoid,
+    "hard_swish": _hard_swish,
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "tanh": _tanh,
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+}
+
+
+def _logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x < 0, e, 1.0) / (1 + e))
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+_DEFINITIONS: dict[str, Callable[..., NDArray[np.float64]]] = {
+    "sigmoid": _logistic,
+    "hard_sigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "silu": lambda x: x * _logistic(x),
+    "gelu": lambda x: x * _erfc(-x * math.sqrt(0.5)) / 2,
+    "gelu_tanh": lambda x: x * _logistic(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "tanh": np.tanh,
+    "leaky_relu": lambda x, slope: np.where(x > 0, x, slope * x),
+    "elu": lambda x, alpha, scale, input_scale: (
+        scale * np.where(x > 0, x, alpha * np.expm1(np.minimum(x * input_scale, 0)))
+    ),
+}

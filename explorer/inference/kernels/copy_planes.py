@@ -1,0 +1,51 @@
+"""Copies whole planes from anywhere to anywhere, by a table: the parts of a concatenation that could not be written in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(("out_image", "jobs", "channels", "channels_per_job", "vectors", "table"))
+"""`channels`: planes of an image that are copied."""
+
+PLANE = Record(("source", "source_image", "target"))
+"""One plane: addresses of the first image's, and bytes from one image to the next where it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPlanesKernel:
+    """The machine code depends on nothing: source and target have the same layout, and the gaps of a plane (zero) are copied like its pixels."""
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("copy_planes")
+        f = Function(module, "copy_planes", VOID, [PTR, I64, PTR], isa.lanes)
+        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        image, first, last = channels_of(f, field, job)
+        table, skipped, vectors = field("table", PTR), b.mul(image, field("out_image")), field("vectors")
+
+        def one_plane(index: Value) -> None:
+            plane = f.row(table, PLANE, index)
+            source = f.at(
+                f.field(plane, PLANE, "source", PTR), b.mul(image, f.field(plane, PLANE, "source_image"))
+            )
+            target = f.at(f.field(plane, PLANE, "target", PTR), skipped)
+
+            def one_vector(i: Value) -> None:
+                at = b.mul(i, I64(width))
+                f.store(f.load(f.at(source, at), f.vector, 0, width), f.at(target, at), 0, width)
+
+            f.loop(vectors, one_vector)
+
+        f.loop(last, one_plane, start=first)
+        b.ret_void()
+        return module, "copy_planes"

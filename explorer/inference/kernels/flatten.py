@@ -1,0 +1,42 @@
+"""From planes to vectors: the pixels of an image, channel after channel and row after row, without the gaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(("x", "x_image", "out", "out_image", "jobs", "vectors", "vectors_per_job", "table"))
+"""`table`: for each element of the output the element of the input image (int32); -1, which is zero (see layout.py), past the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlattenKernel:
+    """The machine code depends on nothing. A job is some vectors of one image's output."""
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("flatten")
+        f = Function(module, "flatten", VOID, [PTR, I64, PTR], isa.lanes)
+        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        jobs, size = field("jobs"), field("vectors_per_job")
+        image, first = b.sdiv(job, jobs), b.mul(b.srem(job, jobs), size)
+        x = f.at(field("x", PTR), b.mul(image, field("x_image")))
+        out = f.at(field("out", PTR), b.mul(image, field("out_image")))
+        table = field("table", PTR)
+
+        def one_vector(i: Value) -> None:
+            at = b.mul(i, I64(width))
+            value = f.gather(x, f.load(f.at(table, at), f.int_vector, 0, width))
+            f.store(value, f.at(out, at), 0, width)
+
+        f.loop(f.minimum(b.add(first, size), field("vectors")), one_vector, start=first)
+        b.ret_void()
+        return module, "flatten"
