@@ -20,8 +20,10 @@ from explorer.inference.native import Isa, generator_version
 
 _INFINITY = float("inf")
 
-_ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice")
+_ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice", "layer_norm")
 """Operations (besides convolutions) whose operands and result must share their pitch."""
+
+_ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 
 _ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -140,6 +142,8 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
+        if operation.kind in ("layer_norm", "attention"):
+            return "tokens"
         if operation.kind in ("max_pool", "average_pool", "adaptive_average", "plane_average", "split"):
             return "planes"
         families = {self._family.get(self.root(name)) for name in operation.inputs}
@@ -398,10 +402,11 @@ class Plan:
         found: dict[str, str] = {}
         for step, index in enumerate(self.native):
             operation = graph.operations[index]
-            family, out = self.step_family(operation), operation.output
+            out = operation.output
             layout = self.places[out].layout
-            places = [self.located(self.place_name(name, family))[0] for name in operation.inputs]
-            added = {"conv": places[1:], "linear": places[1:], "add": places, "clamp": places}
+            places = [self.located(place)[0] for place in self.operands(operation)]
+            wholes = [place for place in self.operands(operation) if place not in self._range_of]
+            added = {"conv": wholes[1:], "linear": wholes[1:]} | dict.fromkeys(_ELEMENTWISE, wholes)
             # Where the last tile computes pixels again, it would add to them again. Ranges of a place come and go with the whole.
             is_whole = lives.get(out, (-1,))[0] == step
             overlaps = (
