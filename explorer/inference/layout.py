@@ -24,7 +24,8 @@ MAX_TILE = 8
 """Vectors of pixels that a job takes at most."""
 
 _WORTH_WHOLE_VECTORS = 1.07
-"""A row is rounded up to whole vectors when that widens it by no more than this factor: 15 to 16, but not 29 to 32."""
+"""A row is rounded up to whole vectors when its plane then costs no more than this factor: 15 to 16, and 29 to 32 (7 tiles of 8 vectors either way),
+but not 57 to 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,11 @@ class Planes:
     def has_gaps(self) -> bool:
         """Whether those vectors hold elements that are no pixels."""
         return self.vectors * self.lanes != self.rows * self.columns
+
+    @property
+    def tiles_overlap(self) -> bool:
+        """Whether the last tile computes some pixels of the one before it again."""
+        return self.vectors > MAX_TILE and self.vectors % tile_of(self.vectors) != 0
 
     @property
     def is_compactable(self) -> bool:
@@ -145,6 +151,22 @@ class Vectors:
 Layout = Planes | Vectors
 
 
+def _cost(vectors: int, tile: int) -> float:
+    """Of a plane cut into such tiles: each costs its vectors plus about one and a half for reading the nonzeros again."""
+    return -(-vectors // tile) * (tile + 1.5)
+
+
+def tile_of(vectors: int) -> int:
+    """Vectors per tile: about seven keep both FMA units busy; tiles that divide the plane evenly waste nothing."""
+    sizes = range(min(4, vectors), min(MAX_TILE, vectors) + 1)
+    return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
+
+
+def _tiled_cost(rows: int, pitch: int, lanes: int) -> float:
+    vectors = -(-rows * pitch // lanes)
+    return _cost(vectors, tile_of(vectors))
+
+
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
@@ -157,12 +179,13 @@ class PitchClasses:
     columns: dict[str, int] = field(default_factory=dict)
     gap: dict[str, int] = field(default_factory=dict)
     rows_above: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, columns: int) -> None:
-        """A tensor with `columns` pixels in a row."""
+    def add(self, name: str, rows: int, columns: int) -> None:
+        """A tensor of so many rows with `columns` pixels each."""
         if name not in self.parent:
             self.parent[name] = name
-            self.columns[name], self.gap[name], self.rows_above[name] = columns, 0, 0
+            self.columns[name], self.gap[name], self.rows_above[name], self.rows[name] = columns, 0, 0, rows
 
     def find(self, name: str) -> str:
         while self.parent[name] != name:
@@ -175,7 +198,7 @@ class PitchClasses:
         a, b = self.find(a), self.find(b)
         if a != b:
             self.parent[b] = a
-            for table in (self.columns, self.gap, self.rows_above):
+            for table in (self.columns, self.gap, self.rows_above, self.rows):
                 table[a] = max(table[a], table[b])
 
     def pad(self, name: str, rows: int, columns: int) -> None:
@@ -201,7 +224,9 @@ class PitchClasses:
         pitch = self.columns[root] + gap
         # Rows of whole vectors leave only three kinds of misaligned taps in a 3 x 3 convolution, see `explorer.inference.pack.operands`.
         whole = _round_up(pitch, lanes)
-        if gap and whole <= _WORTH_WHOLE_VECTORS * pitch:
+        tallest = self.rows[root]  # all that share the pitch must come to the same conclusion
+        widened = _tiled_cost(tallest, whole, lanes) / _tiled_cost(tallest, pitch, lanes)
+        if gap and widened <= _WORTH_WHOLE_VECTORS:
             pitch = whole
         guard = max(self.rows_above[root] * pitch + gap, 1)
         vectors = -(-rows * pitch // lanes)

@@ -292,7 +292,7 @@ class Plan:
             else:
                 rows = shape[2] if len(shape) == 4 else 1
                 sizes[place] = (shape, shape[0], shape[1], rows, shape[-1], False)
-            classes.add(place, sizes[place][4])
+            classes.add(place, sizes[place][3], sizes[place][4])
 
         for index in self.native:
             operation = graph.operations[index]
@@ -359,12 +359,15 @@ class Plan:
             whole = self.located(place)[0]
             before = lives.get(whole, (start, end))
             lives[whole] = (min(before[0], start), max(before[1], end))
+        takes_over = self._in_place(graph, lives)
         groups: dict[tuple[Any, ...], list[tuple[float, list[str]]]] = {}
         owners: list[list[str]] = []
         for place in sorted(lives, key=lambda p: lives[p][0]):
             first_step, end = lives[place]
             slots = groups.setdefault(self.places[place].layout.reuse_key, [])
-            free = [i for i, (until, _) in enumerate(slots) if until < first_step]
+            heir = takes_over.get(place)
+            free = [i for i, (until, names) in enumerate(slots) if heir is not None and names[-1] == heir]
+            free = free or [i for i, (until, _) in enumerate(slots) if until < first_step]
             if free and end != _INFINITY:
                 slots[free[0]][1].append(place)
                 slots[free[0]] = (end, slots[free[0]][1])
@@ -386,7 +389,35 @@ class Plan:
                     home.start = address(array) + 4 * skipped
                     home.view = home.layout.view(storage, skipped)
 
-    # ---- steps
+    def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
+        """Results that may overwrite an operand which nobody reads afterwards: result -> operand.
+
+        What is added to a convolution is read just before the sum is stored in the same place, so that it need not be fetched and evicted twice: the
+        caches' bandwidth is what large activations cost.
+        """
+        found: dict[str, str] = {}
+        for step, index in enumerate(self.native):
+            operation = graph.operations[index]
+            family, out = self.step_family(operation), operation.output
+            layout = self.places[out].layout
+            places = [self.located(self.place_name(name, family))[0] for name in operation.inputs]
+            added = {"conv": places[1:], "linear": places[1:], "add": places, "clamp": places}
+            # Where the last tile computes pixels again, it would add to them again. Ranges of a place come and go with the whole.
+            is_whole = lives.get(out, (-1,))[0] == step
+            overlaps = (
+                operation.kind in ("conv", "linear") and isinstance(layout, Planes) and layout.tiles_overlap
+            )
+            if overlaps or not is_whole:
+                continue
+            for place in added.get(operation.kind, []):
+                # An operand that the convolution itself reads, other than by adding it, must stay.
+                dies = lives[place][1] == step and places.count(place) == 1
+                if dies and self.places[place].layout.reuse_key == layout.reuse_key:
+                    found[out] = place
+                    break
+        return found
+
+    # ---- choices
 
     def candidates(self, graph: Graph, index: int, mode: str, density: float) -> list[Choice]:
         """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first."""

@@ -22,7 +22,7 @@ from explorer.inference.kernels import (
     split,
 )
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import MAX_TILE, Planes, Vectors
+from explorer.inference.layout import Planes, Vectors, tile_of
 from explorer.inference.memory import Memory
 from explorer.inference.native import l1_bytes, machine_code
 from explorer.inference.pack import (
@@ -162,7 +162,7 @@ class _StepBuilder:
         elif weight.ndim == 3:
             weight = weight[:, :, None, :]
         m, _, kh, kw = weight.shape
-        kernel, tiles, parts = self._conv_kernel(y, m, choice, residual=len(places) > 1)
+        kernel, tiles, parts = self._conv_kernel(y, weight, choice, residual=len(places) > 1)
         phases = a.get("phases", ((0, 0),))
         taps = [
             (row * a["dilation"][0] - a["padding"][0], column * a["dilation"][1] - a["padding"][1])
@@ -216,11 +216,14 @@ class _StepBuilder:
         return _Row(self._code(kernel), arguments, tiles * parts, choice.label)
 
     def _conv_kernel(
-        self, y: Planes, channels: int, choice: Choice, *, residual: bool
+        self, y: Planes, weight: NDArray[np.float32], choice: Choice, *, residual: bool
     ) -> tuple[conv.ConvKernel, int, int]:
         """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
         compact: dict[str, Any] = {}
-        tile = _tile(y.vectors)
+        channels = len(weight)
+        tile = tile_of(y.vectors)
+        if choice == Choice(False) and weight[0, 0].size == 1:
+            tile = _sparse_tile(y, weight, tile, self.block_bytes)
         tiles = -(-y.vectors // tile)
         if choice.reach == "compact":
             tile, tiles = -(-y.rows * y.columns // y.lanes), 1
@@ -552,13 +555,28 @@ def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32
     return scale
 
 
-def _tile(vectors: int) -> int:
-    """Vectors per tile: about seven keep both FMA units busy; tiles that divide the plane evenly waste nothing.
+def _sparse_tile(y: Planes, weight: NDArray[np.float32], usual: int, block_bytes: int) -> int:
+    """Vectors per tile of a sparse 1 x 1 convolution or linear layer.
 
-    Each tile costs its vectors plus about one and a half for reading the nonzeros again.
+    A smaller tile takes more of the channels into one K block, so that a row's sums are stored and loaded again less often; each nonzero then
+    serves fewer pixels. In cycles, roughly: a nonzero costs its vectors and 0.8, a row of a block three times its vectors and 6.
     """
-    sizes = range(min(4, vectors), min(MAX_TILE, vectors) + 1)
-    return min(sizes, key=lambda t: (-(-vectors // t) * (t + 1.5), -t))
+    channels, depth = weight.shape[:2]
+    nonzeros = np.count_nonzero(weight != 0)
+
+    def cost(tile: int) -> float:
+        n_blocks = -(-depth * tile * 4 * y.lanes // block_bytes)
+        padding = (conv.unroll(tile) - 1) / 2
+        rows = channels * n_blocks
+        return ((nonzeros + rows * padding) * (tile + 0.8) + rows * (3 * tile + 6)) / tile
+
+    # Only what divides the plane: a last tile that overlaps its neighbour would waste what is gained.
+    smaller = [t for t in range(2, usual) if y.vectors % t == 0]
+    best = min([usual, *smaller], key=cost)
+    return best if cost(best) < _WORTH_SMALLER_TILES * cost(usual) else usual
+
+
+_WORTH_SMALLER_TILES = 0.95
 
 
 def _parts(tiles: int, channels: int, threads: int, images: int) -> int:

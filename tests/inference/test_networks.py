@@ -237,3 +237,37 @@ def test_no_residual_or_activation_is_lost_where_an_operation_falls_back_to_torc
         for got, wanted in zip(engine(x), network(x), strict=True):
             assert got.shape == wanted.shape
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+class _Residual(nn.Module):
+    """`kept`: whether what is added is read once more later. `narrow`: whether the convolution reads a part of what is added."""
+
+    def __init__(self, *, kept: bool, narrow: bool) -> None:
+        super().__init__()
+        self.kept, self.narrow = kept, narrow
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(4 if narrow else 8, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = torch.relu(x + self.second(x[:, :4] if self.narrow else x))
+        z = self.third(y)
+        return z + x if self.kept else z
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("size", [(28, 28), (14, 14), (30, 29), (5, 7)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sum_overwrites_an_operand_only_when_nobody_reads_it_afterwards(
+    kept: bool, narrow: bool, size: tuple[int, int], threads: int
+) -> None:
+    torch.manual_seed(0)
+    network = _Residual(kept=kept, narrow=narrow).eval()
+    x = torch.randn(2, 3, *size)
+    engine = explorer.compile(network, x, threads=threads)
+    with torch.no_grad():
+        wanted = network(x)
+    for _ in range(2):
+        assert relative_error(engine(x), wanted) < 1e-5

@@ -91,13 +91,8 @@ class ConvKernel:
 
     @property
     def unroll(self) -> int:
-        """Nonzeros that the sparse kernel takes at once, each with sums of its own.
-
-        An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since
-        the core begins the next row before this one has ended, and eight would pay for more padding and more additions at the end.
-        Rows are padded with zero weights to a multiple of this, see pack.py.
-        """
-        return min(4, 1 << max(0, (8 // self.tile).bit_length() - 1))
+        """Nonzeros that the sparse kernel takes at once, see `unroll`."""
+        return unroll(self.tile)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -106,6 +101,16 @@ class ConvKernel:
     def scratch_bytes(self, n_channels: int, lanes: int) -> int:
         """Bytes of scratch that a job needs."""
         return BUFFER_BYTES + n_channels * self.tile * lanes * 4 + 256
+
+
+def unroll(tile: int) -> int:
+    """Nonzeros that the sparse kernel takes at once, each with sums of its own.
+
+    An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
+    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are padded with
+    zero weights to a multiple of this, see pack.py.
+    """
+    return min(4, 1 << max(0, (8 // tile).bit_length() - 1))
 
 
 def dense_rows(tile: int, isa: Isa) -> int:
