@@ -166,7 +166,7 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
     elif _is_inplace(target):
         # Nobody reads the old value, so a new one will do; written in place, it could change a concatenation that shares its memory.
         packet = getattr(torch.ops.aten, _base(target).removesuffix("_"), None)
-        target = getattr(packet, target._overloadname, target)  # noqa: SLF001 - the only way to name overloads
+        target = getattr(packet, target._overloadname, None) or _OnCopy(target)  # noqa: SLF001 - the only way to name overloads
     operation = Operation("torch", node.name, [], _module_name(node), target, tuple(args), dict(kwargs))
     reader = _READERS.get(_base(node.target).rstrip("_"))
     names = operation.references()
@@ -174,6 +174,19 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
     if reader is not None and floats and node.name in graph.shapes:
         reader(operation, _bound(target, args, kwargs), graph)
     return operation
+
+
+class _OnCopy:
+    """An in-place operator that has no other form, applied to a copy."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __str__(self) -> str:
+        return str(self.target)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.target(x.clone(), *args, **kwargs)
 
 
 def _bound(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -413,8 +426,12 @@ def _max_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
 def _average_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     if len(graph.shapes[a["self"].name]) != 4:
         return
-    size = _pair(a["kernel_size"])
-    operation.kind, operation.inputs = "average_pool", [a["self"].name]
+    size, padding = _pair(a["kernel_size"]), _pair(a["padding"])
+    operation.inputs = [a["self"].name]
+    if size == graph.shapes[a["self"].name][2:] and padding == (0, 0) and a["divisor_override"] is None:
+        operation.kind = "plane_average"
+        return
+    operation.kind = "average_pool"
     operation.attributes = {
         "size": size,
         "stride": _pair(a["stride"]) if a["stride"] else size,
@@ -507,6 +524,10 @@ _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "adaptive_avg_pool2d": _adaptive_average,
     "mean": _mean,
     "dropout": _same,
+    "clone": _same,
+    "contiguous": _same,
+    "detach": _same,
+    "alias": _same,
     "flatten": _reshape,
     "view": _reshape,
     "reshape": _reshape,

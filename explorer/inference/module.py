@@ -67,6 +67,13 @@ def compile(
     EngineError
         When torch.export cannot capture the module, or it is not float32 on the CPU.
 
+    Notes
+    -----
+    Native operators: convolutions over images and lines (any kernel, stride, padding, dilation and groups), linear layers, batch norm,
+    addition and multiplication (of equal shapes, with one value per channel, and with constants), ReLU, ReLU6, clamp, LeakyReLU, ELU, Hardswish,
+    Hardsigmoid, SiLU, GELU, sigmoid, tanh, maximum, average and adaptive average pooling over images, concatenation and slices of channels,
+    and flattening. Every other operator runs through torch, as does an activation between two of them: see `SparseModule.fallbacks`.
+
     Examples
     --------
     >>> import torch, explorer

@@ -104,9 +104,8 @@ class Plan:
         self.segments: list[Segment] = []
         self._alias: dict[str, str] = {}
         self._family: dict[str, str] = {}
-        self._range_of: dict[
-            str, tuple[str, int]
-        ] = {}  # place -> the place it is a range of, its first channel
+        # place -> the place it is a range of, and its first channel there
+        self._range_of: dict[str, tuple[str, int]] = {}
         self._decide(graph)
         self._kinds = {operation.output: operation.kind for operation in graph.operations}
         self._share(graph)
@@ -157,10 +156,11 @@ class Plan:
                 return "planes"
             if len(native) == 1:
                 return next(iter(native))
-            if len(shape) in (2, 3, 4) and (native or {"low", "activation"} & set(operation.attributes)):
-                carries = operation.kind not in ("clamp", "activation")
-                if native or carries:
-                    return {2: "vectors", 3: "tokens", 4: "planes"}[len(shape)]
+            carries = operation.kind not in ("clamp", "activation") and {"low", "activation"} & {
+                *operation.attributes
+            }
+            if native or carries:
+                return {2: "vectors", 3: "tokens", 4: "planes"}.get(len(shape))
         return None
 
     @staticmethod
@@ -170,7 +170,7 @@ class Plan:
             return "vectors"
         if operation.attributes["axis"] == 1:
             return "planes" if rank in (3, 4) else None
-        return "tokens"
+        return "tokens" if rank > 2 else None
 
     def root(self, name: str) -> str:
         """The value whose memory `name` is another name of."""

@@ -312,14 +312,26 @@ def test_a_write_into_a_part_of_a_split_changes_the_whole_as_in_torch() -> None:
 
 def test_a_write_to_a_part_leaves_its_concatenation_as_it_was() -> None:
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
-        a, b = m.a(x), m.b(x)
-        z = torch.cat([a, b], 1)
+        a, b, c = m.a(x), m.b(x), torch.sigmoid(m.a(x))
+        z = torch.cat([a, b, c], 1)
         a.sin_()
         b.relu_()
-        return m.c(z), a, b
+        c.pow_(m.exponent)  # torch has no form of this one that is not in place
+        return m.c(z), a, b, c
 
-    module = Function(forward, a=conv(3, 4), b=conv(3, 5), c=conv(9, 3))
-    check(module, torch.randn(2, 3, 6, 7), fallbacks=("sin",))
+    module = Function(forward, a=conv(3, 4), b=conv(3, 5), c=conv(13, 3))
+    module.register_buffer("exponent", torch.rand(1))
+    check(module, torch.randn(2, 3, 6, 7), fallbacks=("sin", "pow_"))
+
+
+def test_a_copy_in_memory_of_its_own_is_no_work() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y = m.a(x)
+        z = y.contiguous().clone()
+        z.mul_(2).sin_()
+        return m.b(z), m.b(y), F.avg_pool2d(y, y.shape[2:]).flatten(1)
+
+    check(Function(forward, a=conv(3, 4), b=conv(4, 3)), torch.randn(2, 3, 6, 7), fallbacks=("sin",))
 
 
 def test_shuffled_channels_equal_torch() -> None:
