@@ -146,7 +146,7 @@ def sparse_rows(
     channels : (rows,) int64
         Output channel of each row.
     unroll : int
-        Rows are padded with zero weights to a multiple of this many entries.
+        Rows are padded to a multiple of this many entries.
     keep_empty : bool
         Whether rows without a nonzero must be visited all the same (in the first and the last block they must).
 
@@ -171,14 +171,47 @@ def sparse_rows(
     at = (np.cumsum(padded) - padded)[r] + within
     where = (offsets[order[r], k] if offsets.ndim == 2 else offsets[k]).astype(np.int32)
     entries = np.zeros(int(padded.sum()), ENTRY)
-    # A padding entry reads what its row's last entry reads: an operand that is needed anyway, times zero.
-    ends = np.cumsum(count)[count > 0] - 1
-    entries["offset"] = np.repeat(where[ends], padded[count > 0])
-    entries["offset"][at], entries["weight"][at] = where, weight[order[r], k]
+    kept = weight[order[r], k]
+    entries["offset"][at], entries["weight"][at] = where, kept
+    slots, last, share = _fill_up(count, padded)
+    entries["offset"][slots], entries["weight"][slots] = where[last], kept[last] * share
     values, starts = np.unique(turns, return_index=True)
     sizes = np.diff(np.append(starts, len(order)))
     groups = np.stack([values, sizes], 1).astype(np.int32).reshape(-1)
     return entries, channels[order].astype(np.int32), groups
+
+
+def _fill_up(
+    count: NDArray[np.int64], padded: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """How the last nonzero of each row fills the row up to its padded length.
+
+    Its weight is cut into pieces, one for each entry that is left: powers of two of it, which add up to it exactly. Entries of weight zero would turn an
+    infinite operand into NaN.
+
+    Parameters
+    ----------
+    count, padded : (rows,) int64
+        Nonzeros and entries of each row.
+
+    Returns
+    -------
+    slots : (E,) int64
+        The entries that hold a piece.
+    last : (E,) int64
+        The nonzero that it is a piece of.
+    share : (E,) float64
+        Its share of the weight.
+    """
+    rows = np.flatnonzero((padded > count) & (count > 0))
+    pieces = (padded - count + 1)[rows]
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    slots = np.repeat((np.cumsum(padded) - padded + count - 1)[rows], pieces) + piece
+    last = np.repeat((np.cumsum(count) - 1)[rows], pieces)
+    total = np.repeat(pieces, pieces)
+    # Of 5 pieces, 3 are quarters and 2 are eighths.
+    power = 2 ** np.floor(np.log2(total))
+    return slots, last, np.where(piece < 2 * (total - power), 0.5, 1.0) / power
 
 
 def conv_blocks(
@@ -280,7 +313,7 @@ def grouped_blocks(
 def linear_sparse(
     weight: NDArray[np.float32], lanes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Nonzeros of each row of (M, F) float32, padded to whole vectors: starts (M + 1,) in vectors, indices and weights."""
+    """Nonzeros of each row of (M, F) float32, filled up to whole vectors: starts (M + 1,) in vectors, indices and weights."""
     flat = np.flatnonzero(weight)
     r, k = np.divmod(flat, weight.shape[1])
     count = np.bincount(r, minlength=len(weight))
@@ -289,7 +322,10 @@ def linear_sparse(
     values = np.zeros(starts[-1] * lanes, np.float32)
     within = np.arange(len(r)) - np.repeat(np.cumsum(count) - count, count)
     at = starts[r] * lanes + within
-    indices[at], values[at] = k, weight[r, k]
+    kept = weight[r, k]
+    indices[at], values[at] = k, kept
+    slots, last, share = _fill_up(count, np.diff(starts) * lanes)
+    indices[slots], values[slots] = k[last], kept[last] * share
     return starts.astype(np.int32), indices, values
 
 
