@@ -43,6 +43,12 @@ def lower(graph: Graph) -> Graph:
     return lowered
 
 
+def through_torch(graph: Graph) -> Graph:
+    """Return a copy of a captured graph in which every operation runs as torch's own operator, for machines without machine code."""
+    operations = [replace(o, kind="torch") for o in graph.operations]
+    return replace(graph, operations=operations, constants=dict(graph.constants))
+
+
 def _rename(graph: Graph, old: str, new: str) -> None:
     """Whoever reads `old` reads `new` from now on."""
 
