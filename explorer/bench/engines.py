@@ -246,16 +246,18 @@ def _add_torch_compile(
 
 
 def _torch_compile(module: nn.Module, example_input: Tensor, threads: int) -> Callable[[], Tensor]:
-    """Compile with inductor, weights as constants: how torch itself says that inference on a CPU is fastest."""
+    """Compile with inductor, weights as constants and images as channels_last: how torch itself is fastest at inference on a CPU."""
+    network, x = copy.deepcopy(module), example_input
+    if x.dim() == 4:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        x = x.contiguous(memory_format=torch.channels_last)
     # All networks of a class share code, and after a few of them torch would give up compiling without a word.
     torch.compiler.reset()
     with torch_threads(threads), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = torch.compile(
-            copy.deepcopy(module), fullgraph=True, dynamic=False, options={"freezing": True}
-        )
-        compiled(example_input)
-    return lambda: compiled(example_input)
+        compiled = torch.compile(network, fullgraph=True, dynamic=False, options={"freezing": True})
+        compiled(x)
+    return lambda: compiled(x)
 
 
 def _add_onnxruntime(

@@ -70,7 +70,8 @@ FOREIGN = {
     # bfloat16 where the CPU multiplies it: on random weights its outputs are off by up to a fifth.
     "openvino": Foreign("openvino", "default", is_dense_float32=False, tolerance=0.3),
     "deepsparse": Foreign("deepsparse", is_dense_float32=False),
-    "mnn": Foreign("mnn", is_dense_float32=False),
+    # It is float32 too, but its Winograd convolutions round more: dense, with random weights, ResNet-50 is off by 0.3 %.
+    "mnn": Foreign("mnn", is_dense_float32=False, tolerance=1e-2),
 }
 """Contestants by the name that the command line takes."""
 
