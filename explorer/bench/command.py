@@ -113,6 +113,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the combinations that the JSON file holds with all these engines, and measure the others",
     )
+    engines.add_argument(
+        "--redo",
+        nargs="+",
+        choices=("busy", "failed"),
+        default=[],
+        help="with --resume, also measure again where the machine was busy, or an engine failed",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -175,7 +182,7 @@ def _engines(options: argparse.Namespace) -> int:
     try:
         for combination in wanted:
             held = results.find(combination, named)
-            if held is not None:
+            if held is not None and not _again(held, options.redo):
                 print(f"{combination}: measured on {held.date}, kept", flush=True)
                 continue
             record = _measured(combination, options, foreign, run_began)
@@ -191,6 +198,12 @@ def _engines(options: argparse.Namespace) -> int:
     _write(results, kept, markdown)  # also when nothing was left to measure
     found = [record for record in results.records if record.combination in wanted]
     return _ENGINE_FAILED if any(one.failed for record in found for one in record.absences) else 0
+
+
+def _again(record: Record, redo: Sequence[str]) -> bool:
+    """Whether what was measured is to be measured once more."""
+    failed = any(one.failed for one in record.absences)
+    return ("busy" in redo and record.comparison.probe.busy) or ("failed" in redo and failed)
 
 
 def _measured(
@@ -243,6 +256,8 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     """Return where JSON and Markdown go, or say why they cannot go there."""
     markdown: Path | None = options.markdown
     kept: Path | None = options.json or (markdown.with_suffix(".json") if markdown else None)
+    if options.redo and not options.resume:
+        raise FormatError("--redo says what --resume measures again; give both.")
     if kept is None:
         if options.resume:
             raise FormatError(
@@ -256,15 +271,20 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
             )
     if kept == markdown:
         raise FormatError(f"--json and --markdown are both {kept}; name two files.")
-    if kept.exists() and not options.resume:
+    held = next((path for path in (kept, markdown) if path is not None and path.exists()), None)
+    if held is not None and not options.resume:
         raise FormatError(
-            f"{kept} exists. Give --resume to keep what it holds and measure the rest, or name another file."
+            f"{held} exists. Give --resume to keep what it holds and measure the rest, or name another file."
+        )
+    if held is not None and not kept.exists():
+        raise FormatError(
+            f"{held} exists, but {kept}, from which it would be written anew, does not. Name it with --json FILE, or another document."
         )
     return kept, markdown
 
 
 def _prediction(options: argparse.Namespace) -> int:
-    useless = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume")
+    useless = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
     given = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name)]
     if given:
         raise ExplorerError(
@@ -308,6 +328,7 @@ def _command(options: argparse.Namespace) -> str:
         if path is not None:
             words += [f"--{flag}", path.name if path.is_absolute() else str(path)]
     words += ["--resume"] if options.resume else []
+    words += ["--redo", *options.redo] if options.redo else []
     line = shlex.join(words)
     if options.engine:
         names = [text.partition("=")[0] for text in options.engine]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,11 +210,32 @@ def test_the_status_tells_that_an_engine_failed_also_when_it_failed_before(
     assert module.main([*arguments, "--resume"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("redo", "again"), [([], 0), (["busy"], 1), (["failed"], 1), (["busy", "failed"], 2)]
+)
+def test_what_was_busy_or_failed_is_measured_again_on_request(
+    redo: list[str], again: int, measure: Measure, tmp_path: Path
+) -> None:
+    arguments = ["--json", str(tmp_path / "r.json"), "--resume"]
+    module.main([*arguments, "--sparsity", "0.5"])
+    measure.busy = True
+    module.main([*arguments, "--sparsity", "0.8"])
+    measure.busy, measure.absences = False, (Absence("onnxruntime", "it fell over", failed=True),)
+    module.main([*arguments, "--sparsity", "0.9"])
+    measure.asked.clear()
+    measure.absences = ()
+    module.main([*arguments, "--sparsity", "0.5", "0.8", "0.9", *(["--redo", *redo] if redo else [])])
+    assert len(measure.asked) == again
+    assert len(Results.read(tmp_path / "r.json").records) == 3
+
+
 def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
     measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = tmp_path / "held.json"
     held.write_text(Results({"cpu": "another"}, ()).to_json())
+    document = tmp_path / "mine.md"
+    document.write_text("mine")
     for arguments, said in (
         (["--model", "demo:nothing"], "demo:fashion-resnet"),
         (["--engine", "mnn=/nowhere/python"], "There is no /nowhere/python"),
@@ -221,7 +243,10 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
         (["--engine", f"deepsparse={PYTHON}"], "No module named 'deepsparse'"),
         (["--engine", f"onnxruntime={PYTHON}", f"onnxruntime={PYTHON}"], "the same engine twice"),
         (["--resume"], "--resume needs the file"),
+        (["--redo", "busy", "--json", str(tmp_path / "r.json")], "give both"),
         (["--json", str(held)], "exists. Give --resume"),
+        (["--markdown", str(document)], "exists. Give --resume"),
+        (["--markdown", str(document), "--resume"], "from which it would be written anew, does not"),
         (
             ["--json", str(held), "--resume"],
             "measured on another machine (cpu: another there, this one here)",
@@ -235,7 +260,17 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
         assert module.main(arguments) == 2, arguments
         assert said in capsys.readouterr().err, arguments
     assert measure.asked == []
+    assert document.read_text() == "mine"
     assert cli.main(["bench", "--model", "demo:nothing"]) == 2
+
+
+def test_torch_s_threads_wait_as_torch_wants_while_it_is_timed(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert cli.main(["bench", "--sparsity", "0.9"]) == 0
+    assert "OMP_WAIT_POLICY" not in os.environ
 
 
 @pytest.mark.parametrize(
