@@ -1,7 +1,7 @@
 """The command line: every button of the app has a command, and every command is a few calls of `Study`.
 
 What a person reads goes to standard output, progress and errors to standard error, so that output can be kept. Exit codes: 0 done,
-2 an error the user can act on (one line, no traceback unless `--debug`), 130 interrupted.
+1 a benchmark in which an engine failed, 2 an error the user can act on (one line, no traceback unless `--debug`), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explorer import __version__
+from explorer.bench import command as bench_command
 from explorer.errors import ExplorerError
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : sequence of str, optional
         Without the program's name; those of this process when not given.
     """
-    # Before torch is loaded: its idle threads then sleep instead of spinning, which costs a little where nothing else runs and
-    # keeps a run several times faster where something does. A choice of the user's own stands.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parsed = _parser().parse_args(arguments)
+    # Before torch is loaded: its idle threads then sleep instead of spinning, which costs a little where nothing else runs and
+    # keeps a run several times faster where something does. A choice of the user's own stands. A benchmark lets torch be as it is.
+    if parsed.command is not bench_command.run:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
         return command(parsed)
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--levels", type=_levels, metavar="S,S,...", help="sparsities, such as 0.5,0.9,0.98"
     )
     sensitivity.add_argument(
-        "--images", type=_count, default=500, metavar="N", help="validation images (default 500)"
+        "--images", type=bench_command.count, default=500, metavar="N", help="validation images (default 500)"
     )
     sensitivity.add_argument(
         "--no-refresh", action="store_true", help="do not measure with refreshed batch norm statistics"
@@ -113,8 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(prune)
     prune.set_defaults(command=_prune)
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="time this engine beside the alternatives on this machine"
+    )
+    bench_command.add_options(bench)
+    bench.set_defaults(command=bench_command.run)
+
     app = commands.add_parser("app", parents=[common], help="open the app in a browser, on this machine only")
-    app.add_argument("--port", type=_count, default=8866, help="default 8866")
+    app.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
     app.add_argument("--no-browser", action="store_true", help="only print the address")
     app.set_defaults(command=_app)
     return parser
@@ -124,8 +132,12 @@ def _add_study(parser: argparse.ArgumentParser, *, data: bool) -> None:
     parser.add_argument("--model", default="demo:fashion-resnet", help="default demo:fashion-resnet")
     if data:
         parser.add_argument("--data", default="demo:fashion", help="default demo:fashion, or fashion-mnist")
-    parser.add_argument("--threads", type=_count, default=None, help="threads of latencies (default 1)")
-    parser.add_argument("--batch-size", type=_count, default=1, help="samples an inference (default 1)")
+    parser.add_argument(
+        "--threads", type=bench_command.count, default=None, help="threads of latencies (default 1)"
+    )
+    parser.add_argument(
+        "--batch-size", type=bench_command.count, default=1, help="samples an inference (default 1)"
+    )
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
@@ -163,10 +175,12 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         help="arithmetic of the training (default auto)",
     )
-    training.add_argument("--training-threads", type=_count, help="default: all that torch takes")
+    training.add_argument(
+        "--training-threads", type=bench_command.count, help="default: all that torch takes"
+    )
     latency = parser.add_argument_group("latency")
-    latency.add_argument("--threads", type=_count, help="threads of latencies (default 1)")
-    latency.add_argument("--batch-size", type=_count, help="samples an inference (default 1)")
+    latency.add_argument("--threads", type=bench_command.count, help="threads of latencies (default 1)")
+    latency.add_argument("--batch-size", type=bench_command.count, help="samples an inference (default 1)")
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -530,13 +544,6 @@ def _as_csv(table: SensitivityTable) -> str:
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def _levels(text: str) -> tuple[float, ...]:

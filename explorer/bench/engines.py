@@ -1,7 +1,7 @@
 """The same network in every engine: torch in its dense ways, ONNX Runtime where it is installed, and this engine, dense and sparse.
 
 Invariant: before a contestant is timed its output is compared with torch's, and all contestants of one sparsity alternate in one run, so that
-they meet the same noise.
+they meet the same noise. One that cannot take part is named with its reason, and the others go on without it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import copy
 import importlib.util
 import io
 import logging
-import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from explorer.bench.foreign import FOREIGN, TOLERANCE, ForeignEngine, export
+from explorer.bench.foreign import FOREIGN, TIMEOUT_S, TOLERANCE, ForeignEngine, export
+from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
 from explorer.errors import EngineError
 from explorer.inference import compile as compile_module
-from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants
+from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants, torch_threads
 from explorer.masks import magnitude_mask
 from explorer.models import LoadedModel, PrunableLayer
 
 SPARSE = "engine sparse"
+COMPILED = "torch compile"
+ALL = "every engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class EngineTiming:
     Attributes
     ----------
     contestant : str
-        "torch eager", "torch channels_last", "torch jit", "onnxruntime", "engine dense", "engine sparse", or one of
-        `explorer.bench.foreign.FOREIGN`.
+        "torch eager", "torch channels_last", "torch jit", "torch compile", "onnxruntime", "engine dense", "engine sparse", or one
+        of `explorer.bench.foreign.FOREIGN`.
     sparsity : float
         Fraction of zeros in each pruned layer, in [0, 1).
     benchmark : Benchmark
@@ -54,6 +56,47 @@ class EngineTiming:
     sparsity: float
     benchmark: Benchmark
     speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Why a contestant was not timed.
+
+    Attributes
+    ----------
+    contestant : str
+        "every engine" when none could be.
+    reason : str
+    failed : bool
+        It should have worked; false when it merely cannot run in this environment.
+    """
+
+    contestant: str
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The engines on one network at one sparsity.
+
+    Attributes
+    ----------
+    timings : tuple of EngineTiming
+    absences : tuple of Absence
+    versions : dict of str to str
+        Of what was timed, by the name of the package, or of the contestant when it lives in another Python.
+    probe : Probe
+        How quiet it was.
+    usable_cpus : int
+        Logical CPUs that this process might use.
+    """
+
+    timings: tuple[EngineTiming, ...]
+    absences: tuple[Absence, ...]
+    versions: dict[str, str]
+    probe: Probe
+    usable_cpus: int
 
 
 def pruned_copy(
@@ -110,111 +153,228 @@ def time_engines(
     model: LoadedModel,
     example_input: Tensor,
     *,
-    sparsities: Sequence[float] = (0.8, 0.9, 0.95),
+    sparsity: float,
     threads: int = 1,
     seconds: float = 5.0,
     foreign: Sequence[tuple[str, str]] = (),
     layers: Sequence[PrunableLayer] | None = None,
-) -> Iterator[EngineTiming]:
-    """Time the network in every engine at every sparsity.
+    torch_compile: bool = True,
+    timeout_s: float = TIMEOUT_S,
+) -> Comparison:
+    """Time the network in every engine at one sparsity.
 
     Parameters
     ----------
     model : LoadedModel
     example_input : Tensor, (batch, ...) float32
         What each call runs on.
-    sparsities : sequence of float
-        Fractions in [0, 1).
+    sparsity : float
+        Fraction in [0, 1).
     threads : int
         Threads of every engine, at least 1.
     seconds : float
-        About how long the timing at one sparsity takes.
+        About how long the timing takes.
     foreign : sequence of (str, str)
         Engines in environments of their own, as `explorer.bench.foreign.parse` gives them, which run the pruned network too. One that uses its
         zeros, or computes in less than float32, is not what a speed-up refers to.
-
     layers : sequence of PrunableLayer, optional
         Those to prune; all but the first and the last by default.
+    torch_compile : bool
+        Whether torch.compile takes part.
+    timeout_s : float
+        How long a foreign engine may be silent.
 
-    Yields
-    ------
-    EngineTiming
-        The engines of one sparsity after each other, once that sparsity is measured.
-
-    Raises
-    ------
-    EngineError
-        If an engine's output is not torch's.
+    Returns
+    -------
+    Comparison
+        An engine that cannot be loaded, gives another output than torch, ends or falls silent is among the absences.
     """
-    for sparsity in sparsities:
-        module = pruned_copy(model, sparsity, layers)
-        calibrate(module, example_input)
-        with contextlib.ExitStack() as processes:
-            contestants = dict(dense_contestants(module, example_input, threads))
-            named = {name for name, _ in foreign}
-            if _has_onnxruntime() and "onnxruntime" not in named:
-                contestants["onnxruntime"] = _onnxruntime(module, example_input, threads)
-            if foreign:
-                folder = Path(processes.enter_context(tempfile.TemporaryDirectory()))
-                exported = export(module, example_input, folder)
-                for name, python in foreign:
-                    engine = ForeignEngine(name, python, exported, threads)
-                    contestants[name] = processes.enter_context(engine)
-            dense = contestants.keys() - {name for name in named if not FOREIGN[name].is_dense_float32}
-            contestants[SPARSE] = EngineCall(
-                compile_module(module, example_input, threads=threads), example_input
+    module = pruned_copy(model, sparsity, layers)
+    calibrate(module, example_input)
+    named = [name for name, _ in foreign]
+    absences: list[Absence] = []
+    versions = {name: version(name) for name in ("sparsity-explorer", "torch", "llvmlite")}
+    before_ms = probe_ms(threads)
+    timed: dict[str, Benchmark] = {}
+    with contextlib.ExitStack() as processes:
+        contestants: dict[str, Callable[[], Any]] = {}
+        try:
+            contestants |= dense_contestants(module, example_input, threads)
+            sparse = EngineCall(compile_module(module, example_input, threads=threads), example_input)
+        except EngineError as error:
+            absences.append(Absence(ALL, _reason(error), failed=True))
+            contestants.clear()
+        else:
+            if torch_compile:
+                _add_torch_compile(contestants, absences, module, example_input, threads)
+            if "onnxruntime" not in named:
+                _add_onnxruntime(contestants, absences, versions, module, example_input, threads)
+            _add_foreign(
+                contestants, absences, versions, module, example_input, threads, foreign, processes, timeout_s
             )
-            with torch.inference_mode():
-                expected = module(example_input)
-                for name, call in contestants.items():
-                    _check_output(
-                        name, call(), expected, FOREIGN[name].tolerance if name in named else TOLERANCE
-                    )
-            timed = compare_latency(
-                contestants, threads=threads, batch_size=example_input.shape[0], seconds=seconds, repeats=100
+            contestants[SPARSE] = sparse
+            _keep_right(contestants, absences, module, example_input, named)
+        if contestants:
+            timed = _timed(contestants, absences, threads, example_input.shape[0], seconds)
+    after_ms = probe_ms(threads)
+    dense = timed.keys() - {SPARSE, *(name for name in named if not FOREIGN[name].is_dense_float32)}
+    best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
+    return Comparison(
+        tuple(
+            EngineTiming(name, sparsity, benchmark, best_dense_ms / benchmark.latency_ms)
+            for name, benchmark in timed.items()
+        ),
+        tuple(absences),
+        versions,
+        Probe(before_ms, after_ms),
+        usable_cpus(),
+    )
+
+
+def _add_torch_compile(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    module: nn.Module,
+    example_input: Tensor,
+    threads: int,
+) -> None:
+    # It needs a C++ compiler, and has limits of its own; neither is a mistake of this benchmark.
+    try:
+        contestants[COMPILED] = _torch_compile(module, example_input, threads)
+    except Exception as error:  # noqa: BLE001
+        absences.append(Absence(COMPILED, _reason(error), failed=False))
+
+
+def _torch_compile(module: nn.Module, example_input: Tensor, threads: int) -> Callable[[], Tensor]:
+    """Compile with inductor, weights as constants and images as channels_last: how torch itself is fastest at inference on a CPU."""
+    network, x = copy.deepcopy(module), example_input
+    if x.dim() == 4:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        x = x.contiguous(memory_format=torch.channels_last)
+    # All networks of a class share code, and after a few of them torch would give up compiling without a word.
+    torch.compiler.reset()
+    with torch_threads(threads), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(network, fullgraph=True, dynamic=False, options={"freezing": True})
+        compiled(x)
+    return lambda: compiled(x)
+
+
+def _add_onnxruntime(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    versions: dict[str, str],
+    module: nn.Module,
+    example_input: Tensor,
+    threads: int,
+) -> None:
+    missing = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"{' and '.join(missing)} not installed; the extra `bench` has them"
+        absences.append(Absence("onnxruntime", reason, failed=False))
+        return
+    try:
+        contestants["onnxruntime"] = _onnxruntime(module, example_input, threads)
+        versions["onnxruntime"] = version("onnxruntime")
+    except Exception as error:  # noqa: BLE001  # whatever its exporter or it raises
+        absences.append(Absence("onnxruntime", _reason(error), failed=True))
+
+
+def _add_foreign(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    versions: dict[str, str],
+    module: nn.Module,
+    example_input: Tensor,
+    threads: int,
+    foreign: Sequence[tuple[str, str]],
+    processes: contextlib.ExitStack,
+    timeout_s: float,
+) -> None:
+    if not foreign:
+        return
+    folder = Path(processes.enter_context(tempfile.TemporaryDirectory()))
+    try:
+        exported = export(module, example_input, folder)
+    except Exception as error:  # noqa: BLE001  # the exporter raises many kinds
+        reason = f"the network cannot be exported: {_reason(error)}"
+        absences += [Absence(name, reason, failed=True) for name, _ in foreign]
+        return
+    for name, python in foreign:
+        try:
+            engine = ForeignEngine(name, python, exported, threads, timeout_s)
+        except EngineError as error:
+            absences.append(Absence(name, _reason(error), failed=True))
+        else:
+            contestants[name] = processes.enter_context(engine)
+            versions[name] = engine.version
+
+
+def _keep_right(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    module: nn.Module,
+    example_input: Tensor,
+    named: Sequence[str],
+) -> None:
+    """Drop the contestants that do not give torch's output."""
+    with torch.inference_mode():
+        expected = module(example_input)
+        for name, call in list(contestants.items()):
+            try:
+                _check_output(name, call(), expected, FOREIGN[name].tolerance if name in named else TOLERANCE)
+            except EngineError as error:
+                absences.append(Absence(name, _reason(error), failed=True))
+                del contestants[name]
+
+
+def _timed(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    threads: int,
+    batch_size: int,
+    seconds: float,
+) -> dict[str, Benchmark]:
+    """Time the contestants in turn; when a process ends or falls silent, begin again with the others."""
+    while True:
+        try:
+            return compare_latency(
+                contestants, threads=threads, batch_size=batch_size, seconds=seconds, repeats=100
             )
-        best_dense_ms = min(timed[name].latency_ms for name in dense)
-        for name, benchmark in timed.items():
-            yield EngineTiming(name, sparsity, benchmark, best_dense_ms / benchmark.latency_ms)
+        except EngineError:
+            broken = {
+                name: call.failure
+                for name, call in contestants.items()
+                if isinstance(call, ForeignEngine) and call.failure is not None
+            }
+            if not broken:
+                raise
+            for name, failure in broken.items():
+                absences.append(Absence(name, failure, failed=True))
+                del contestants[name]
 
 
-def table(timings: Sequence[EngineTiming]) -> str:
-    """Lay the timings out as text, one line each, the fastest dense contestant of each sparsity at speed-up 1."""
-    lines = [
-        f"{'sparsity':>8}  {'engine':<20} {'median ms':>10} {'± ms':>8} {'fastest ms':>10} {'speed-up':>9}"
-    ]
-    for one in timings:
-        b = one.benchmark
-        lines.append(
-            f"{one.sparsity:>8.2f}  {one.contestant:<20} {b.latency_ms:>10.3f} {b.spread_ms:>8.3f} "
-            f"{b.min_ms:>10.3f} {one.speedup:>8.2f}x"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """Name the processor and the versions, without which a time means nothing."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return f"{processor}, torch {torch.__version__}, Python {platform.python_version()}"
+def _reason(error: BaseException) -> str:
+    """The first line of a message, since torch adds pages of advice."""
+    text = str(error).strip()
+    first = text.splitlines()[0].strip() if text else ""
+    return first if isinstance(error, EngineError) else f"{type(error).__name__}: {first}"
 
 
 def _check_output(name: str, output: Any, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    given = torch.as_tensor(output)
+    if given.shape != expected.shape:
+        raise EngineError(
+            f"{name} gives another output than torch: its shape is {tuple(given.shape)}, {tuple(expected.shape)} is right. "
+            "Its time would mean nothing; please report this with the network."
+        )
     scale = max(float(expected.abs().max()), 1e-12)
-    difference = float((torch.as_tensor(output) - expected).abs().max()) / scale
+    difference = float((given - expected).abs().max()) / scale
     if not difference <= tolerance:
         raise EngineError(
             f"{name} gives another output than torch: relative difference {difference:.2g}, {tolerance:g} is accepted. "
             "Its time would mean nothing; please report this with the network."
         )
-
-
-def _has_onnxruntime() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("onnxruntime", "onnxscript"))
 
 
 def _onnxruntime(module: nn.Module, example_input: Tensor, threads: int) -> Callable[[], Tensor]:

@@ -6,6 +6,7 @@ answers leave as JSON lines on what was standard output when the process began (
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -13,10 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Engine = Callable[[Any], Any]
+Inference = Callable[[], Any]
+
+MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "deepsparse": "deepsparse", "mnn": "MNN"}
+"""What each engine's package is called when it is imported."""
 
 
-def onnxruntime_engine(model: str, threads: int, _precision: str, _batch: int) -> tuple[str, Engine]:
+def onnxruntime_engine(model: str, threads: int, _precision: str, value: Any) -> Inference:
     """ONNX Runtime on its CPU provider."""
     import onnxruntime
 
@@ -24,11 +28,11 @@ def onnxruntime_engine(model: str, threads: int, _precision: str, _batch: int) -
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return onnxruntime.__version__, lambda x: session.run(None, {name: x})[0]
+    feed = {session.get_inputs()[0].name: value}
+    return lambda: session.run(None, feed)[0]
 
 
-def openvino_engine(model: str, threads: int, precision: str, _batch: int) -> tuple[str, Engine]:
+def openvino_engine(model: str, threads: int, precision: str, value: Any) -> Inference:
     """OpenVINO tuned for latency; precision "f32", or "default", which is bf16 where the CPU multiplies it."""
     import openvino
 
@@ -42,31 +46,85 @@ def openvino_engine(model: str, threads: int, precision: str, _batch: int) -> tu
     compiled = openvino.Core().compile_model(model, "CPU", config)
     request = compiled.create_infer_request()
     output = compiled.output(0)
-    return openvino.__version__, lambda x: request.infer([x], share_inputs=True)[output]
+    return lambda: request.infer([value], share_inputs=True)[output]
 
 
-def deepsparse_engine(model: str, threads: int, _precision: str, batch: int) -> tuple[str, Engine]:
-    """DeepSparse; it sends usage statistics unless it is told not to."""
-    os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")
+def deepsparse_engine(model: str, threads: int, _precision: str, value: Any) -> Inference:
+    """DeepSparse."""
     import deepsparse
 
-    engine = deepsparse.compile_model(model, batch_size=batch, num_cores=threads)
-    return deepsparse.__version__, lambda x: engine.run([x])[0]
+    engine = deepsparse.compile_model(model, batch_size=len(value), num_cores=threads)
+    return lambda: engine.run([value])[0]
 
 
-ENGINES = {"onnxruntime": onnxruntime_engine, "openvino": openvino_engine, "deepsparse": deepsparse_engine}
+def mnn_engine(model: str, threads: int, _precision: str, value: Any) -> Inference:
+    """MNN in float32, its weights converted so that layers with more than 60 % zeros are computed sparsely.
+
+    The converter does so when it is told to detect sparse weights; without that flag zeros change nothing. It is called as a function:
+    the program of the same name installs a package and reports what it was used for.
+    """
+    import _tools
+    import MNN
+    import numpy as np
+
+    converted = f"{model}.mnn"
+    command = [
+        "mnnconvert",
+        "-f",
+        "ONNX",
+        "--modelFile",
+        model,
+        "--MNNModel",
+        converted,
+        "--bizCode",
+        "bench",
+    ]
+    if not _tools.mnnconvert([*command, "--detectSparseSpeedUp"]):
+        raise RuntimeError("MNN's converter does not accept the network")
+    interpreter = MNN.Interpreter(converted)
+    # "high" is float32; "low" and "normal" may compute in less where the CPU can.
+    session = interpreter.createSession({"backend": "CPU", "numThread": threads, "precision": "high"})
+    fed, given = interpreter.getSessionInput(session), interpreter.getSessionOutput(session)
+
+    def plain(tensor: Any, content: Any) -> Any:
+        """A tensor of that shape with its elements in the order of numpy's."""
+        return MNN.Tensor(tensor.getShape(), MNN.Halide_Type_Float, content, MNN.Tensor_DimensionType_Caffe)
+
+    value = np.ascontiguousarray(value)
+    source = plain(fed, value)
+    target = plain(given, np.zeros(given.getShape(), np.float32))
+
+    def infer() -> Any:
+        fed.copyFrom(source)
+        interpreter.runSession(session)
+        given.copyToHostTensor(target)
+        return target.getNumpyData()
+
+    return infer
 
 
-def load(request: dict[str, Any]) -> tuple[str, Callable[[], Any]]:
+ENGINES = {
+    "onnxruntime": onnxruntime_engine,
+    "openvino": openvino_engine,
+    "deepsparse": deepsparse_engine,
+    "mnn": mnn_engine,
+}
+
+
+def version_of(engine: str) -> str:
+    """Import the engine's package and return its version."""
+    module = importlib.import_module(MODULES[engine])
+    return str(module.version() if engine == "mnn" else module.__version__)
+
+
+def load(request: dict[str, Any]) -> tuple[str, Inference]:
     """Compile the network, leave its output where the request says, and return the engine's version and an inference."""
     import numpy as np
 
     value = np.load(request["input"])
-    version, engine = ENGINES[request["engine"]](
-        request["model"], request["threads"], request["precision"], len(value)
-    )
-    np.save(request["output"], np.asarray(engine(value)))
-    return version, lambda: engine(value)
+    infer = ENGINES[request["engine"]](request["model"], request["threads"], request["precision"], value)
+    np.save(request["output"], np.asarray(infer()))
+    return version_of(request["engine"]), infer
 
 
 def timed(call: Callable[[], Any], calls: int) -> float:
@@ -80,6 +138,9 @@ def timed(call: Callable[[], Any], calls: int) -> float:
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    os.environ.setdefault(
+        "NM_DISABLE_ANALYTICS", "1"
+    )  # DeepSparse sends usage statistics unless it is told not to
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     call: Callable[[], Any] | None = None
@@ -90,6 +151,8 @@ def main() -> None:
             if request["do"] == "load":
                 version, call = load(request)
                 answer = {"version": version}
+            elif request["do"] == "version":
+                answer = {"version": version_of(request["engine"])}
             elif call is not None:
                 answer = {"seconds": timed(call, request["calls"])}
             else:

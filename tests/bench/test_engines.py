@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
+import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from explorer.bench import __main__ as command
 from explorer.bench import engines, networks
 from explorer.errors import EngineError
 from explorer.masks import n_zeros
@@ -60,15 +59,49 @@ def test_outputs_of_a_calibrated_network_depend_on_its_first_layer() -> None:
     assert change(plain) < engines.TOLERANCE < 0.05 < change(calibrated)
 
 
-def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(small: LoadedModel) -> None:
-    timings = list(engines.time_engines(small, small.example_input, sparsities=(0.0, 0.9), seconds=0.2))
-    for sparsity in (0.0, 0.9):
-        here = {one.contestant: one for one in timings if one.sparsity == sparsity}
-        assert {"torch eager", "engine dense", engines.SPARSE} <= here.keys()
-        dense = [one for name, one in here.items() if name != engines.SPARSE]
-        best = min(one.benchmark.latency_ms for one in dense)
-        assert max(one.speedup for one in dense) == 1.0
-        assert here[engines.SPARSE].speedup == pytest.approx(best / here[engines.SPARSE].benchmark.latency_ms)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
+    small: LoadedModel, sparsity: float
+) -> None:
+    compared = engines.time_engines(
+        small, small.example_input, sparsity=sparsity, seconds=0.2, torch_compile=False
+    )
+    here = {one.contestant: one for one in compared.timings}
+    assert {"torch eager", "engine dense", engines.SPARSE} <= here.keys()
+    assert {one.sparsity for one in here.values()} == {sparsity}
+    dense = [one for name, one in here.items() if name != engines.SPARSE]
+    best = min(one.benchmark.latency_ms for one in dense)
+    assert max(one.speedup for one in dense) == 1.0
+    assert here[engines.SPARSE].speedup == pytest.approx(best / here[engines.SPARSE].benchmark.latency_ms)
+    assert compared.versions["torch"] == torch.__version__
+    assert not any(one.failed for one in compared.absences)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_torch_compile_is_a_contestant_and_computes_the_pruned_network(small: LoadedModel) -> None:
+    compared = engines.time_engines(small, small.example_input, sparsity=0.9, seconds=0.1)
+    assert [one for one in compared.absences if one.contestant == engines.COMPILED] == []
+    assert engines.COMPILED in [one.contestant for one in compared.timings]
+    pruned = engines.pruned_copy(small, 0.9)
+    call = engines._torch_compile(pruned, small.example_input, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(), pruned(small.example_input), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile_that_cannot_run_is_left_out_with_its_reason(
+    small: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiler(*_: object) -> None:
+        raise RuntimeError("No working C++ compiler found\nSet CXX")
+
+    monkeypatch.setattr(engines, "_torch_compile", without_compiler)
+    compared = engines.time_engines(small, small.example_input, sparsity=0.5, seconds=0.1)
+    left_out = next(one for one in compared.absences if one.contestant == engines.COMPILED)
+    assert left_out == engines.Absence(
+        engines.COMPILED, "RuntimeError: No working C++ compiler found", failed=False
+    )
+    assert engines.SPARSE in [one.contestant for one in compared.timings]
 
 
 def test_onnxruntime_gives_torch_s_numbers(small: LoadedModel) -> None:
@@ -79,57 +112,41 @@ def test_onnxruntime_gives_torch_s_numbers(small: LoadedModel) -> None:
         torch.testing.assert_close(call(), small.module(small.example_input), rtol=1e-4, atol=1e-5)
 
 
-def test_an_engine_with_another_output_is_not_timed(
+def test_an_engine_with_another_output_is_not_timed_but_named(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "dense_contestants", lambda *_: {"liar": lambda: torch.zeros(1, 5)})
-    with pytest.raises(EngineError, match="liar gives another output than torch"):
-        list(engines.time_engines(small, small.example_input, sparsities=(0.5,), seconds=0.1))
+    right = engines.pruned_copy(small, 0.5)
+
+    def contestants(*_: object) -> dict[str, Callable[[], torch.Tensor]]:
+        return {
+            "right": lambda: right(small.example_input),
+            "liar": lambda: torch.zeros(1, 5),
+            "shapeless": lambda: torch.zeros(5),
+        }
+
+    monkeypatch.setattr(engines, "dense_contestants", contestants)
+    compared = engines.time_engines(
+        small, small.example_input, sparsity=0.5, seconds=0.1, torch_compile=False
+    )
+    said = {one.contestant: one.reason for one in compared.absences if one.failed}
+    assert said.keys() == {"liar", "shapeless"}
+    assert "liar gives another output than torch: relative difference" in said["liar"]
+    assert "its shape is (5,), (1, 5) is right" in said["shapeless"]
+    assert {"right", engines.SPARSE} <= {one.contestant for one in compared.timings}
+
+
+def test_a_network_that_this_engine_cannot_take_is_a_result_too(
+    small: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise EngineError("no such operator")
+
+    monkeypatch.setattr(engines, "compile_module", refuse)
+    compared = engines.time_engines(small, small.example_input, sparsity=0.5, seconds=0.1)
+    assert compared.timings == ()
+    assert compared.absences == (engines.Absence(engines.ALL, "no such operator", failed=True),)
 
 
 def test_an_engine_that_gives_nan_is_not_timed() -> None:
     with pytest.raises(EngineError, match="relative difference nan"):
         engines._check_output("nan", torch.full((2,), torch.nan), torch.ones(2))
-
-
-def test_the_command_prints_machine_threads_and_every_row(
-    small: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark = SimpleNamespace(latency_ms=2.0, spread_ms=0.25, min_ms=1.5)
-    seen = {}
-
-    def timed(_: LoadedModel, example: torch.Tensor, **settings: object) -> list[engines.EngineTiming]:
-        seen.update(settings, batch=example.shape[0])
-        return [engines.EngineTiming("engine sparse", 0.9, benchmark, 3.0)]
-
-    monkeypatch.setattr(command, "load_network", lambda _: (small, networks.DEMO))
-    monkeypatch.setattr(command, "time_engines", timed)
-    engine = f"onnxruntime={sys.executable}"
-    assert command.main(["--sparsity", "0.9", "--threads", "2", "--batch-size", "4", "--engine", engine]) == 0
-    foreign = [("onnxruntime", sys.executable)]
-    assert seen == {
-        "sparsities": [0.9],
-        "threads": 2,
-        "batch": 4,
-        "foreign": foreign,
-        "layers": small.layers[1:-1],
-    }
-    said = capsys.readouterr().out
-    assert torch.__version__ in said
-    assert "2 thread(s), batch 4" in said
-    row = said.splitlines()[-1].split()
-    assert row == ["0.90", "engine", "sparse", "2.000", "0.250", "1.500", "3.00x"]
-
-
-@pytest.mark.parametrize("arguments", [["--sparsity", "1.0"], ["--threads", "0"], ["--batch-size", "0"]])
-def test_the_command_refuses_what_cannot_be_measured(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        command.main(arguments)
-    assert "at least 1" in capsys.readouterr().err
-
-
-def test_the_command_says_which_models_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--model", "demo:nothing"]) == 1
-    assert "demo:fashion-resnet" in capsys.readouterr().err

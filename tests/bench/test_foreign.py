@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -11,10 +13,10 @@ import torch
 from torch import nn
 
 from explorer.bench import engines
-from explorer.bench.foreign import FOREIGN, ForeignEngine, export, parse
+from explorer.bench.foreign import FOREIGN, ForeignEngine, export, installed_version, parse
 from explorer.errors import EngineError
 from explorer.inference.timing import compare_latency
-from explorer.models import load_model
+from explorer.models import LoadedModel, load_model
 
 NET = nn.Sequential(
     nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
@@ -72,6 +74,7 @@ def test_a_speedup_refers_to_dense_float32_engines_only(monkeypatch: pytest.Monk
 
     class Instant:
         isa = "foreign"
+        version = "1.0"
 
         def __init__(self, name: str, *_: object) -> None:
             self.name = name
@@ -98,17 +101,141 @@ def test_a_speedup_refers_to_dense_float32_engines_only(monkeypatch: pytest.Monk
     monkeypatch.setattr(engines, "ForeignEngine", Instant)
     monkeypatch.setattr(engines, "export", lambda *_: Path("model.onnx"))
     foreign = [("deepsparse", "python"), ("openvino", "python")]
-    timings = {
-        t.contestant: t
-        for t in engines.time_engines(
-            model, model.example_input, sparsities=(0.5,), seconds=0.05, foreign=foreign
+
+    def compared() -> engines.Comparison:
+        return engines.time_engines(
+            model, model.example_input, sparsity=0.5, seconds=0.05, foreign=foreign, torch_compile=False
         )
-    }
+
+    timings = {t.contestant: t for t in compared().timings}
     own = [t for name, t in timings.items() if name not in outputs]
     assert max(t.speedup for name, t in timings.items() if name not in (*outputs, engines.SPARSE)) == 1.0
     assert timings["deepsparse"].speedup > max(t.speedup for t in own)
     outputs["deepsparse"] = right * 1.1
-    with pytest.raises(EngineError, match="deepsparse gives another output"):
-        list(
-            engines.time_engines(model, model.example_input, sparsities=(0.5,), seconds=0.05, foreign=foreign)
+    found = compared()
+    assert "deepsparse" not in {t.contestant for t in found.timings}
+    assert any(one.failed and "deepsparse gives another output" in one.reason for one in found.absences)
+
+
+CONSTANT = torch.arange(1.0, 6.0)
+
+
+@pytest.fixture
+def constant() -> LoadedModel:
+    """A network whose output is known to whoever pretends to be an engine."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    with torch.no_grad():
+        net[-1].weight.zero_()
+        net[-1].bias.copy_(CONSTANT)
+    return load_model(net, torch.randn(2, 8))
+
+
+BEHAVIOURS = {
+    "good": "answer",
+    "wrong": "np.save(request['output'], np.zeros((2, 5), np.float32)); answer",
+    "dies": "print('out of luck', file=sys.stderr, flush=True); os._exit(3)",
+    "dies later": "answer if request['do'] == 'load' or (turns := turns + 1) < 3 else os._exit(3)",
+    "hangs": "time.sleep(600)",
+    "raises": "{'error': 'RuntimeError: unknown operator'}",
+}
+
+
+@pytest.fixture
+def pretender(tmp_path: Path) -> Callable[[str], str]:
+    """Makes a "Python" that behaves in one of these ways whatever it is told to run."""
+
+    def make(behaviour: str) -> str:
+        *first, last = BEHAVIOURS[behaviour].split("; ")
+        script = tmp_path / f"{behaviour}.py"
+        script.write_text(
+            f"""
+import json, os, sys, time
+import numpy as np
+turns = 0
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = {{"version": "1.0", "seconds": 1e-4 * request.get("calls", 0)}}
+    if request["do"] == "load":
+        np.save(request["output"], np.tile(np.arange(1.0, 6.0, dtype=np.float32), (2, 1)))
+        {"; ".join(first) or "pass"}
+    print(json.dumps({last}), flush=True)
+"""
         )
+        python = tmp_path / behaviour
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
+        python.chmod(0o755)
+        return str(python)
+
+    return make
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the pretended Python is a shell script")
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("wrong", "gives another output than torch: relative difference 1,"),
+        ("dies", "ended, with status 3: out of luck."),
+        ("dies later", "ended, with status 3."),
+        ("hangs", "was silent for 8 s, and was ended."),
+        ("raises", "RuntimeError: unknown operator"),
+    ],
+)
+def test_an_engine_that_fails_is_named_and_the_others_are_timed(
+    behaviour: str, reason: str, constant: LoadedModel, pretender: Callable[[str], str]
+) -> None:
+    foreign = [("deepsparse", pretender(behaviour)), ("mnn", pretender("good"))]
+    found = engines.time_engines(
+        constant,
+        constant.example_input,
+        sparsity=0.5,
+        seconds=0.05,
+        foreign=foreign,
+        torch_compile=False,
+        timeout_s=8.0 if behaviour == "hangs" else 60.0,
+    )
+    failed = [one for one in found.absences if one.failed]
+    assert [one.contestant for one in failed] == ["deepsparse"]
+    assert reason in failed[0].reason
+    assert {"torch eager", "mnn", engines.SPARSE} <= {one.contestant for one in found.timings}
+    assert found.versions["mnn"] == "1.0"
+
+
+def test_the_version_of_an_engine_is_asked_of_its_own_python() -> None:
+    import onnxruntime
+
+    assert installed_version("onnxruntime", sys.executable) == onnxruntime.__version__
+    with pytest.raises(
+        EngineError, match=r"No module named 'deepsparse'.* Name the Python of an environment"
+    ):
+        installed_version("deepsparse", sys.executable)
+
+
+def test_an_interpreter_that_cannot_be_started_is_refused(tmp_path: Path) -> None:
+    no_program = tmp_path / "python"
+    no_program.write_text("not a program")
+    with pytest.raises(EngineError, match="which is to run mnn, cannot be started"):
+        installed_version("mnn", str(no_program))
+
+
+@pytest.mark.skipif(
+    "EXPLORER_BENCH_MNN" not in os.environ,
+    reason="EXPLORER_BENCH_MNN does not name a Python in which MNN is installed",
+)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_mnn_computes_the_pruned_network_and_keeps_few_of_its_weights(
+    sparsity: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(8, 64, 1), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 8, 1), nn.Flatten()
+    )
+    model = load_model(net, torch.randn(2, 8, 6, 6))
+    pruned = engines.pruned_copy(model, sparsity)
+    path = export(pruned, model.example_input, tmp_path)
+    with ForeignEngine("mnn", os.environ["EXPLORER_BENCH_MNN"], path, 1) as engine:
+        with torch.no_grad():
+            torch.testing.assert_close(engine(), pruned(model.example_input), rtol=1e-3, atol=1e-4)
+        assert engine.seconds(3) > 0.0
+    # It computes sparsely what it has stored sparsely: a tenth of the values, and their places.
+    size = path.with_name("model.onnx.mnn").stat().st_size / path.stat().st_size
+    assert (size < 0.3) is (sparsity > 0.6)

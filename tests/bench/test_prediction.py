@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from explorer.bench import __main__ as command
 from explorer.bench.prediction import PredictionCheck, check_predictions, distributions, table
 from explorer.study import LatencyBesideDense, Study
 
@@ -67,8 +66,3 @@ def test_the_table_tells_the_median_and_the_largest_error() -> None:
     )
     assert text.splitlines()[-1] == "error: median 10.0%, largest 25.0%; 2 of 3 within 15%"
     assert "-25.0%" in text
-
-
-def test_the_command_refuses_a_network_without_data(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["prediction", "--model", "resnet18"]) == 1
-    assert "without data" in capsys.readouterr().err

@@ -1,0 +1,373 @@
+"""The one command of the benchmark, for `sparsity-explorer bench` and `python -m explorer.bench`: its options, and what they start.
+
+Only the options are made at import, so this module needs neither torch nor numpy; what runs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import itertools
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from explorer.errors import EngineError, ExplorerError, FormatError
+
+if TYPE_CHECKING:
+    from explorer.bench.records import Combination, Record, Results
+
+__all__ = ["ENGINE_NAMES", "FAILED", "NETWORK_NAMES", "add_options", "combinations", "count", "run"]
+
+NETWORK_NAMES = ("resnet18", "resnet50", "mobilenet_v1", "mobilenet_v2", "vgg11", "bert")
+"""The keys of `explorer.bench.networks.NETWORKS`, which takes torch to load."""
+
+ENGINE_NAMES = ("onnxruntime", "openvino-f32", "openvino", "deepsparse", "mnn")
+"""The keys of `explorer.bench.foreign.FOREIGN`, which takes torch to load."""
+
+FAILED = 2
+"""Exit code of an error the user can act on; nothing was measured."""
+
+_ENGINE_FAILED = 1
+_INTERRUPTED = 130
+_SPARSITIES = (0.8, 0.9, 0.95)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of the benchmark, for `run`."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("engines", "prediction"),
+        default="engines",
+        help="engines: time networks in every engine (default); "
+        "prediction: compare predicted with measured speed-ups of many distributions",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["demo:fashion-resnet"],
+        metavar="NAME",
+        help=f"demo:fashion-resnet (default), or with random weights: {', '.join(NETWORK_NAMES)}",
+    )
+    parser.add_argument(
+        "--sparsity",
+        type=_sparsity,
+        nargs="+",
+        metavar="S",
+        help=f"fractions in [0, 1), default {' '.join(map(str, _SPARSITIES))}; for prediction, those of the uniform distributions",
+    )
+    parser.add_argument(
+        "--threads",
+        type=count,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="threads of every engine (default 1)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="samples in one call (default 1)",
+    )
+    prediction = parser.add_argument_group("prediction")
+    prediction.add_argument("--data", help="default demo:fashion")
+    engines = parser.add_argument_group("engines")
+    engines.add_argument(
+        "--engine",
+        nargs="+",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"also time these, each in a process of the Python that has it installed: {', '.join(ENGINE_NAMES)}",
+    )
+    engines.add_argument(
+        "--no-torch-compile",
+        action="store_true",
+        help="leave out torch.compile, which takes a while to compile",
+    )
+    engines.add_argument(
+        "--seconds", type=_seconds, metavar="S", help="about how long each combination is timed (default 5)"
+    )
+    engines.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        help="an engine of another Python that is silent for longer is given up (default 600)",
+    )
+    engines.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write a document, anew after each combination"
+    )
+    engines.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the results, anew after each combination (default with --markdown: its name, ending in .json)",
+    )
+    engines.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the combinations that the JSON file holds with all these engines, and measure the others",
+    )
+    engines.add_argument(
+        "--redo",
+        nargs="+",
+        choices=("busy", "failed"),
+        default=[],
+        help="with --resume, also measure again where the machine was busy, or an engine failed",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the benchmark that the options of `add_options` describe.
+
+    Returns
+    -------
+    int
+        0 when it is done, 1 when it is done and an engine failed, 130 when it was interrupted.
+
+    Raises
+    ------
+    ExplorerError
+        If the options cannot be followed; nothing is measured then.
+    """
+    if options.what == "prediction":
+        return _prediction(options)
+    return _engines(options)
+
+
+def combinations(options: argparse.Namespace) -> Iterator[Combination]:
+    """Yield every combination of the options, a network's after each other, the sparsity changing fastest."""
+    from explorer.bench.records import Combination
+
+    sparsities = options.sparsity or _SPARSITIES
+    for name, batch_size, threads, sparsity in itertools.product(
+        options.model, options.batch_size, options.threads, sparsities
+    ):
+        yield Combination(name, sparsity, threads, batch_size)
+
+
+def _engines(options: argparse.Namespace) -> int:
+    if options.data is not None:
+        raise ExplorerError(
+            "--data is for `prediction`: `engines` times networks on random input. Leave it out."
+        )
+    kept, markdown = _files(options)
+    from explorer.bench.foreign import installed_version, parse
+    from explorer.bench.networks import NETWORKS, load_network
+    from explorer.bench.records import Results
+    from explorer.bench.surroundings import machine
+
+    foreign = [parse(text) for text in options.engine]
+    named = [name for name, _ in foreign]
+    if len(named) != len(set(named)):
+        raise EngineError("--engine names the same engine twice; one Python for each.")
+    for name in options.model:
+        if name not in NETWORKS:
+            load_network(name)
+    for name, python in foreign:
+        installed_version(name, python)
+
+    here = machine()
+    results = Results(here, ())
+    if kept is not None and options.resume and kept.exists():
+        results = Results.read(kept)
+        results.check_machine(here, kept)
+    run_began = _now()
+    wanted = list(combinations(options))
+    try:
+        for combination in wanted:
+            held = results.find(combination, named)
+            if held is not None and not _again(held, options.redo):
+                print(f"{combination}: measured on {held.date}, kept", flush=True)
+                continue
+            record = _measured(combination, options, foreign, run_began)
+            results = results.with_record(record)
+            _write(results, kept, markdown)
+            _show(record)
+    except KeyboardInterrupt:
+        rest = (
+            f"what was measured is in {kept}; --resume goes on from there" if kept else "nothing was written"
+        )
+        print(f"interrupted: {rest}.", file=sys.stderr)
+        return _INTERRUPTED
+    _write(results, kept, markdown)  # also when nothing was left to measure
+    found = [record for record in results.records if record.combination in wanted]
+    return _ENGINE_FAILED if any(one.failed for record in found for one in record.absences) else 0
+
+
+def _again(record: Record, redo: Sequence[str]) -> bool:
+    """Whether what was measured is to be measured once more."""
+    failed = any(one.failed for one in record.absences)
+    return ("busy" in redo and record.comparison.probe.busy) or ("failed" in redo and failed)
+
+
+def _measured(
+    combination: Combination, options: argparse.Namespace, foreign: Sequence[tuple[str, str]], run_began: str
+) -> Record:
+    from explorer.bench.engines import time_engines
+    from explorer.bench.networks import load_network
+    from explorer.bench.records import Record
+
+    model, network = load_network(combination.network)
+    example = model.example_input[:1]
+    comparison = time_engines(
+        model,
+        example.repeat(combination.batch_size, *[1] * (example.dim() - 1)),
+        sparsity=combination.sparsity,
+        threads=combination.threads,
+        seconds=options.seconds or 5.0,
+        foreign=foreign,
+        layers=network.pruned(model.layers),
+        torch_compile=not options.no_torch_compile,
+        timeout_s=options.timeout or 600.0,
+    )
+    return Record(
+        combination=combination,
+        rule=network.rule,
+        date=_now(),
+        run=run_began,
+        command=_command(options),
+        comparison=comparison,
+    )
+
+
+def _show(record: Record) -> None:
+    from explorer.bench.report import text
+
+    print(text(record), flush=True)
+
+
+def _write(results: Results, kept: Path | None, markdown: Path | None) -> None:
+    from explorer.bench.report import markdown as as_markdown
+    from explorer.formats.atomic import write_atomically
+
+    if kept is not None:
+        write_atomically(kept, results.to_json().encode())
+    if markdown is not None:
+        write_atomically(markdown, as_markdown(results).encode())
+
+
+def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """Return where JSON and Markdown go, or say why they cannot go there."""
+    markdown: Path | None = options.markdown
+    kept: Path | None = options.json or (markdown.with_suffix(".json") if markdown else None)
+    if options.redo and not options.resume:
+        raise FormatError("--redo says what --resume measures again; give both.")
+    if kept is None:
+        if options.resume:
+            raise FormatError(
+                "--resume needs the file of an earlier run: name it with --json FILE or --markdown FILE."
+            )
+        return None, None
+    for path in filter(None, (kept, markdown)):
+        if not path.parent.is_dir():
+            raise FormatError(
+                f"Cannot write {path}: there is no folder {path.parent}. Make it, or name another file."
+            )
+    if kept == markdown:
+        raise FormatError(f"--json and --markdown are both {kept}; name two files.")
+    held = next((path for path in (kept, markdown) if path is not None and path.exists()), None)
+    if held is not None and not options.resume:
+        raise FormatError(
+            f"{held} exists. Give --resume to keep what it holds and measure the rest, or name another file."
+        )
+    if held is not None and not kept.exists():
+        raise FormatError(
+            f"{held} exists, but {kept}, from which it would be written anew, does not. Name it with --json FILE, or another document."
+        )
+    return kept, markdown
+
+
+def _prediction(options: argparse.Namespace) -> int:
+    useless = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
+    given = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name)]
+    if given:
+        raise ExplorerError(
+            f"{', '.join(given)}: for `engines` only; `prediction` prints its table. Leave it out."
+        )
+    without_data = [name for name in options.model if name in NETWORK_NAMES]
+    if without_data:
+        raise ExplorerError(
+            f"{', '.join(without_data)} comes without data, on which the solved distributions depend; use the demo."
+        )
+    from explorer.bench import prediction
+    from explorer.bench.surroundings import summary
+    from explorer.study import Study
+
+    levels = {} if options.sparsity is None else {"uniform": options.sparsity}
+    try:
+        for name, batch_size, threads in itertools.product(
+            options.model, options.batch_size, options.threads
+        ):
+            study = Study(name, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
+            print(f"{study.model.name} on {summary()}")
+            print(
+                f"{threads} thread(s), batch {batch_size}; speed-ups over the fastest dense run, in turn with it"
+            )
+            print(prediction.table(list(prediction.check_predictions(study, **levels))), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line with every value that it left to a default; the paths of one machine stand as variables and bare names."""
+    words = ["sparsity-explorer", "bench", "engines", "--model", *options.model, "--sparsity"]
+    words += [str(sparsity) for sparsity in options.sparsity or _SPARSITIES]
+    words += ["--threads", *map(str, options.threads), "--batch-size", *map(str, options.batch_size)]
+    words += ["--seconds", f"{options.seconds or 5.0:g}", "--timeout", f"{options.timeout or 600.0:g}"]
+    words += ["--no-torch-compile"] if options.no_torch_compile else []
+    for flag in ("markdown", "json"):
+        path: Path | None = getattr(options, flag)
+        if path is not None:
+            words += [f"--{flag}", path.name if path.is_absolute() else str(path)]
+    words += ["--resume"] if options.resume else []
+    words += ["--redo", *options.redo] if options.redo else []
+    line = shlex.join(words)
+    if options.engine:
+        names = [text.partition("=")[0] for text in options.engine]
+        line += " --engine " + " ".join(f"{name}=${python_variable(name)}" for name in names)
+    return line
+
+
+def python_variable(engine: str) -> str:
+    """Name the variable that stands for an engine's Python in a written command: ``MNN_PYTHON``."""
+    return f"{engine.upper().replace('-', '_')}_PYTHON"
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def count(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _sparsity(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sparsity; give a fraction from 0 to below 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; give seconds above 0")
+    return value

@@ -1,0 +1,278 @@
+"""Results for readers: lines for a terminal, and a document that says what was measured, where, with what, and by which command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from explorer.bench.engines import ALL, SPARSE
+from explorer.bench.foreign import FOREIGN
+from explorer.bench.records import Record, Results
+from explorer.bench.surroundings import BUSY
+
+__all__ = ["markdown", "text"]
+
+REFERENCES = ("onnxruntime", "deepsparse")
+"""The engines that every row of a document's tables is compared with."""
+
+_RATIO = "Their median / ours, of engines that alternated in one run: above 1 this engine is faster, by that factor."
+
+
+def text(record: Record) -> str:
+    """Lay one record out for a terminal: a line for each engine, the fastest dense one at speed-up 1, then what there is to say."""
+    lines = [
+        f"{record.combination}; pruned by magnitude: {record.rule}",
+        f"  {'engine':<20} {'median ms':>10} {'± ms':>8} {'fastest ms':>10} {'speed-up':>9} {'theirs / ours':>14}",
+    ]
+    ours = record.median_ms(SPARSE)
+    for one in record.timings:
+        b = one.benchmark
+        ratio = f"{b.latency_ms / ours:>13.2f}x" if ours else f"{'–':>14}"
+        lines.append(
+            f"  {one.contestant:<20} {b.latency_ms:>10.3f} {b.spread_ms:>8.3f} {b.min_ms:>10.3f} {one.speedup:>8.2f}x {ratio}"
+        )
+    return "\n".join([*lines, *(f"  {note}" for note in _notes(record))])
+
+
+def markdown(results: Results) -> str:
+    """Write the document: summary, circumstances, then a table for each network, batch and number of threads.
+
+    Parameters
+    ----------
+    results : Results
+
+    Returns
+    -------
+    str
+        Markdown, with a line end at its end.
+    """
+    records = _sorted(results.records)
+    blocks = [
+        "# Engines beside each other",
+        "Written by `sparsity-explorer bench`, from measured results.",
+        *_several_runs(records),
+        "## Summary",
+        _RATIO,
+        _summary(records),
+        "## How it was measured",
+        *_circumstances(results, records),
+    ]
+    for part in _groups(records):
+        blocks += _section(part)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _sorted(records: Iterable[Record]) -> list[Record]:
+    """Networks in the order in which they were first measured, and each network's combinations by size."""
+    given = list(records)
+    networks = list(dict.fromkeys(one.combination.network for one in given))
+
+    def key(one: Record) -> tuple[int, int, int, float]:
+        c = one.combination
+        return networks.index(c.network), c.batch_size, c.threads, c.sparsity
+
+    return sorted(given, key=key)
+
+
+def _groups(records: Sequence[Record]) -> list[list[Record]]:
+    found: dict[tuple[str, int, int], list[Record]] = {}
+    for one in records:
+        c = one.combination
+        found.setdefault((c.network, c.batch_size, c.threads), []).append(one)
+    return list(found.values())
+
+
+def _runs(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for one in sorted(records, key=lambda one: one.run):
+        found.setdefault(one.run, []).append(one)
+    return found
+
+
+def _several_runs(records: Sequence[Record]) -> list[str]:
+    runs = _runs(records)
+    if len(runs) < 2:
+        return []
+    notice = (
+        f"**These results come from {len(runs)} runs**, which began on {', '.join(runs)}. Each combination was measured in one of them, "
+        "all its engines in turn, and names its own date; do not compare times of different combinations as if they were taken together."
+    )
+    return [notice]
+
+
+def _contestants(records: Sequence[Record]) -> list[str]:
+    """All that were timed or failed, other engines first."""
+    met = [name for one in records for name in (*_timed_names(one), *(a.contestant for a in one.absences))]
+    names = [name for name in dict.fromkeys(met) if name not in (SPARSE, ALL)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(("deepsparse", "mnn", *FOREIGN)))}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def _timed_names(record: Record) -> list[str]:
+    return [one.contestant for one in record.timings]
+
+
+def _summary(records: Sequence[Record]) -> str:
+    names = _contestants(records)
+    rows = []
+    for one in records:
+        c = one.combination
+        ours = one.median_ms(SPARSE)
+        cells = [
+            c.network,
+            f"{c.sparsity:g}",
+            str(c.batch_size),
+            str(c.threads),
+            "–" if ours is None else f"{ours:.3f}",
+        ]
+        absent = {a.contestant: "failed" if a.failed else "left out" for a in one.absences}
+        for name in names:
+            theirs = one.median_ms(name)
+            cells.append(absent.get(name, absent.get(ALL, "–")) if theirs is None else _ratio(theirs, ours))
+        rows.append([*cells, "busy" if one.comparison.probe.busy else "", one.date])
+    head = ["network", "sparsity", "batch", "threads", "ours, ms", *names, "noise", "date"]
+    return _table(head, rows, left=1)
+
+
+def _ratio(theirs: float | None, ours: float | None) -> str:
+    return "–" if theirs is None or ours is None else f"{theirs / ours:.2f} ×"
+
+
+def _section(records: Sequence[Record]) -> list[str]:
+    c = records[0].combination
+    head = ["sparsity", "engine", "median ms", "± ms", "fastest ms", "turns"]
+    head += [f"{name} / this" for name in REFERENCES] + ["fastest dense / this"]
+    rows = []
+    for one in records:
+        for timing in one.timings:
+            b = timing.benchmark
+            name = f"**{timing.contestant}**" if timing.contestant == SPARSE else timing.contestant
+            row = [
+                f"{timing.sparsity:g}",
+                name,
+                f"{b.latency_ms:.3f}",
+                f"{b.spread_ms:.3f}",
+                f"{b.min_ms:.3f}",
+                str(b.repeats),
+            ]
+            row += [_ratio(one.median_ms(reference), b.latency_ms) for reference in REFERENCES]
+            rows.append([*row, f"{timing.speedup:.2f} ×"])
+    said = []
+    for one in records:
+        begin = f"- sparsity {one.combination.sparsity:g}"
+        probe = one.comparison.probe
+        said.append(f"{begin}: measured on {one.date}; the probe's turns differed by {probe.difference:.1%}.")
+        said += [f"{begin}: {note}" for note in _notes(one)]
+    rules = dict.fromkeys(one.rule for one in records)
+    return [
+        f"## {c.network}, batch {c.batch_size}, {c.threads} thread{'s' if c.threads > 1 else ''}",
+        f"Pruned by magnitude: {'; '.join(rules)}.",
+        _table(head, rows, left=2),
+        "\n".join(said),
+    ]
+
+
+def _notes(record: Record) -> list[str]:
+    """What went wrong, or may have."""
+    notes = [
+        f"{one.contestant} {'failed' if one.failed else 'was left out'}: {one.reason}"
+        for one in record.absences
+    ]
+    probe = record.comparison.probe
+    if probe.busy:
+        notes.append(
+            f"warning: this machine was busy: the probe's turns differ by {probe.difference:.0%}, more than {BUSY:.0%}; measure again"
+        )
+    if record.comparison.usable_cpus < record.combination.threads:
+        notes.append(
+            f"warning: {record.combination.threads} threads on {record.comparison.usable_cpus} usable CPU(s) take turns instead of working together"
+        )
+    return notes
+
+
+def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
+    commands: dict[str, list[str]] = {}
+    for run, of_run in _runs(records).items():
+        for one in of_run:
+            began = commands.setdefault(one.command, [])
+            if run not in began:
+                began.append(run)
+    blocks = ["```\n" + "\n".join(commands) + "\n```"]
+    if len(commands) > 1:
+        blocks.append(
+            "Begun on, in the order of the lines above: "
+            + "; ".join(", ".join(began) for began in commands.values())
+            + "."
+        )
+    if any("_PYTHON" in command for command in commands):
+        blocks.append("`$…_PYTHON` is the Python of an environment in which that engine is installed.")
+    blocks.append(
+        "Each engine computes a slice of a few milliseconds, then the next one does, many turns long; a time is the median over turns, ± half the "
+        "distance between its quartiles. Every output was compared with torch's before. Before and after each combination a fixed product of two "
+        f"matrices was timed: where its turns differ by more than {BUSY:.0%} something else was running, and the combination says so."
+    )
+    blocks.append(_table(["machine", ""], _machine_rows(results), left=2))
+    blocks.append(_table(["engine", "version", "measured on"], _version_rows(records), left=3))
+    rules = {one.combination.network: one.rule for one in records}
+    blocks.append(
+        _table(
+            ["network", "pruned by magnitude, each layer alike"],
+            [list(pair) for pair in rules.items()],
+            left=2,
+        )
+    )
+    return blocks
+
+
+def _machine_rows(results: Results) -> list[list[str]]:
+    known = results.machine
+    rows = [
+        ["processor", str(known.get("cpu", "unknown"))],
+        ["logical CPUs", str(known.get("logical_cpus", "unknown"))],
+    ]
+    usable = dict.fromkeys(str(one.comparison.usable_cpus) for one in results.records)
+    rows.append(["of which it might use", ", ".join(usable)])
+    caches = known.get("caches", {})
+    rows.append(
+        ["caches of one CPU", ", ".join(f"{name} {size}" for name, size in caches.items()) or "unknown"]
+    )
+    sets = known.get("instruction_sets", {})
+    rows.append(
+        [
+            "instruction sets",
+            ", ".join(name for name, there in sets.items() if there) or "none that are known",
+        ]
+    )
+    rows.append(
+        [
+            "it lacks",
+            ", ".join(name for name, there in sets.items() if not there) or "none of those asked for",
+        ]
+    )
+    rows.append(["memory", f"{known['memory_gib']} GiB" if "memory_gib" in known else "unknown"])
+    rows.append(["system", str(known.get("system", "unknown"))])
+    kernels = dict.fromkeys(
+        one.benchmark.isa for record in results.records for one in record.timings if one.contestant == SPARSE
+    )
+    rows.append(["this engine's kernels are for", ", ".join(kernels) or "unknown"])
+    return rows
+
+
+def _version_rows(records: Sequence[Record]) -> list[list[str]]:
+    """A row for each engine's version, with the days when there are several."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for one in records:
+        for name, version in one.comparison.versions.items():
+            found.setdefault(name, {}).setdefault(version, []).append(one.date.partition(" ")[0])
+    return [
+        [name, version, ", ".join(sorted(set(days)))]
+        for name, versions in found.items()
+        for version, days in versions.items()
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Lay out a Markdown table, its first `left` columns to the left."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [head, rule, *rows]
+    )

@@ -1,0 +1,49 @@
+"""The machine is described as the system describes it, and a probe that changes is noticed."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import explorer
+from explorer.bench.surroundings import Probe, machine, probe_ms, summary, version
+
+
+def test_a_machine_is_busy_when_any_two_turns_differ_by_more_than_a_tenth() -> None:
+    assert not Probe((1.0, 1.05), (1.09, 1.0)).busy
+    assert Probe((1.0, 1.0), (1.0, 1.11)).busy
+    assert Probe((1.2, 1.0), (1.0, 1.0)).busy
+    assert Probe((2.0,), (3.0,)).difference == pytest.approx(0.5)
+
+
+def test_the_probe_gives_turns_and_leaves_torch_s_threads_alone() -> None:
+    before = torch.get_num_threads()
+    turns = probe_ms(1)
+    assert len(turns) > 2
+    assert all(0.0 < turn < 1000.0 for turn in turns)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="reads /proc/cpuinfo of x86-64 Linux",
+)
+def test_the_instruction_sets_are_those_that_the_kernel_lists() -> None:
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    known_as = {"avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16"}
+    found = machine()["instruction_sets"]
+    assert {"avx512bf16", "avx512fp16", "amx-bf16"} <= found.keys()
+    for name, there in found.items():
+        if not name.endswith("amx-fp16"):  # which older kernels do not list
+            assert there is (known_as.get(name, name.replace("-", "_")) in flags), name
+
+
+def test_the_machine_has_a_name_and_the_versions_are_those_installed() -> None:
+    assert machine()["cpu"]
+    assert torch.__version__ in summary()
+    assert version("torch") == torch.__version__
+    assert version("sparsity-explorer").startswith(explorer.__version__)
