@@ -160,7 +160,8 @@ def _engines(options: argparse.Namespace) -> int:
     from explorer.bench.foreign import installed_version, parse
     from explorer.bench.networks import NETWORKS, load_network
     from explorer.bench.records import Results
-    from explorer.bench.surroundings import machine
+    from explorer.bench.report import text
+    from explorer.bench.surroundings import BUSY, machine
 
     foreign = [parse(text) for text in options.engine]
     named = [name for name, _ in foreign]
@@ -182,13 +183,13 @@ def _engines(options: argparse.Namespace) -> int:
     try:
         for combination in wanted:
             held = results.find(combination, named)
-            if held is not None and not _again(held, options.redo):
+            if held is not None and not _again(held, options.redo, busy=results.noise(held) > BUSY):
                 print(f"{combination}: measured on {held.date}, kept", flush=True)
                 continue
             record = _measured(combination, options, foreign, run_began)
             results = results.with_record(record)
             _write(results, kept, markdown)
-            _show(record)
+            print(text(record, results.noise(record)), flush=True)
     except KeyboardInterrupt:
         rest = (
             f"what was measured is in {kept}; --resume goes on from there" if kept else "nothing was written"
@@ -200,10 +201,10 @@ def _engines(options: argparse.Namespace) -> int:
     return _ENGINE_FAILED if any(one.failed for record in found for one in record.absences) else 0
 
 
-def _again(record: Record, redo: Sequence[str]) -> bool:
+def _again(record: Record, redo: Sequence[str], *, busy: bool) -> bool:
     """Whether what was measured is to be measured once more."""
     failed = any(one.failed for one in record.absences)
-    return ("busy" in redo and record.comparison.probe.busy) or ("failed" in redo and failed)
+    return ("busy" in redo and busy) or ("failed" in redo and failed)
 
 
 def _measured(
@@ -234,12 +235,6 @@ def _measured(
         command=_command(options),
         comparison=comparison,
     )
-
-
-def _show(record: Record) -> None:
-    from explorer.bench.report import text
-
-    print(text(record), flush=True)
 
 
 def _write(results: Results, kept: Path | None, markdown: Path | None) -> None:

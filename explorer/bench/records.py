@@ -105,6 +105,15 @@ class Results:
                 return record
         return None
 
+    def noise(self, record: Record) -> float:
+        """How much slower the probe's slowest turn of this record was than the fastest of all with as many threads, as a fraction.
+
+        A machine that is busy throughout one combination shows no difference within it, but beside a quieter one.
+        """
+        alike = [one for one in self.records if one.combination.threads == record.combination.threads]
+        fastest = min(one.comparison.probe.fastest_ms for one in (*alike, record))
+        return record.comparison.probe.slowest_ms / fastest - 1.0
+
     def with_record(self, record: Record) -> Results:
         """Return these results with one more record, in place of an earlier one of the same combination."""
         others = [one for one in self.records if one.combination != record.combination]

@@ -17,7 +17,7 @@ REFERENCES = ("onnxruntime", "deepsparse")
 _RATIO = "Their median / ours, of engines that alternated in one run: above 1 this engine is faster, by that factor."
 
 
-def text(record: Record) -> str:
+def text(record: Record, noise: float) -> str:
     """Lay one record out for a terminal: a line for each engine, the fastest dense one at speed-up 1, then what there is to say."""
     lines = [
         f"{record.combination}; pruned by magnitude: {record.rule}",
@@ -30,7 +30,7 @@ def text(record: Record) -> str:
         lines.append(
             f"  {one.contestant:<20} {b.latency_ms:>10.3f} {b.spread_ms:>8.3f} {b.min_ms:>10.3f} {one.speedup:>8.2f}x {ratio}"
         )
-    return "\n".join([*lines, *(f"  {note}" for note in _notes(record))])
+    return "\n".join([*lines, *(f"  {note}" for note in _notes(record, noise))])
 
 
 def markdown(results: Results) -> str:
@@ -52,12 +52,12 @@ def markdown(results: Results) -> str:
         *_several_runs(records),
         "## Summary",
         _RATIO,
-        _summary(records),
+        _summary(results, records),
         "## How it was measured",
         *_circumstances(results, records),
     ]
     for part in _groups(records):
-        blocks += _section(part)
+        blocks += _section(results, part)
     return "\n\n".join(blocks) + "\n"
 
 
@@ -111,7 +111,7 @@ def _timed_names(record: Record) -> list[str]:
     return [one.contestant for one in record.timings]
 
 
-def _summary(records: Sequence[Record]) -> str:
+def _summary(results: Results, records: Sequence[Record]) -> str:
     names = _contestants(records)
     rows = []
     for one in records:
@@ -128,7 +128,7 @@ def _summary(records: Sequence[Record]) -> str:
         for name in names:
             theirs = one.median_ms(name)
             cells.append(absent.get(name, absent.get(ALL, "–")) if theirs is None else _ratio(theirs, ours))
-        rows.append([*cells, "busy" if one.comparison.probe.busy else "", one.date])
+        rows.append([*cells, "busy" if results.noise(one) > BUSY else "", one.date])
     head = ["network", "sparsity", "batch", "threads", "ours, ms", *names, "noise", "date"]
     return _table(head, rows, left=1)
 
@@ -137,7 +137,7 @@ def _ratio(theirs: float | None, ours: float | None) -> str:
     return "–" if theirs is None or ours is None else f"{theirs / ours:.2f} ×"
 
 
-def _section(records: Sequence[Record]) -> list[str]:
+def _section(results: Results, records: Sequence[Record]) -> list[str]:
     c = records[0].combination
     head = ["sparsity", "engine", "median ms", "± ms", "fastest ms", "turns"]
     head += [f"{name} / this" for name in REFERENCES] + ["fastest dense / this"]
@@ -159,9 +159,11 @@ def _section(records: Sequence[Record]) -> list[str]:
     said = []
     for one in records:
         begin = f"- sparsity {one.combination.sparsity:g}"
-        probe = one.comparison.probe
-        said.append(f"{begin}: measured on {one.date}; the probe's turns differed by {probe.difference:.1%}.")
-        said += [f"{begin}: {note}" for note in _notes(one)]
+        noise = results.noise(one)
+        said.append(
+            f"{begin}: measured on {one.date}; the probe was up to {noise:.1%} slower than at its fastest."
+        )
+        said += [f"{begin}: {note}" for note in _notes(one, noise)]
     rules = dict.fromkeys(one.rule for one in records)
     return [
         f"## {c.network}, batch {c.batch_size}, {c.threads} thread{'s' if c.threads > 1 else ''}",
@@ -171,16 +173,15 @@ def _section(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _notes(record: Record) -> list[str]:
+def _notes(record: Record, noise: float) -> list[str]:
     """What went wrong, or may have."""
     notes = [
         f"{one.contestant} {'failed' if one.failed else 'was left out'}: {one.reason}"
         for one in record.absences
     ]
-    probe = record.comparison.probe
-    if probe.busy:
+    if noise > BUSY:
         notes.append(
-            f"warning: this machine was busy: the probe's turns differ by {probe.difference:.0%}, more than {BUSY:.0%}; measure again"
+            f"warning: this machine was busy: the probe was up to {noise:.0%} slower than at its fastest, {BUSY:.0%} is accepted; measure again"
         )
     if record.comparison.usable_cpus < record.combination.threads:
         notes.append(
@@ -208,7 +209,8 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
     blocks.append(
         "Each engine computes a slice of a few milliseconds, then the next one does, many turns long; a time is the median over turns, ± half the "
         "distance between its quartiles. Every output was compared with torch's before. Before and after each combination a fixed product of two "
-        f"matrices was timed: where its turns differ by more than {BUSY:.0%} something else was running, and the combination says so."
+        f"matrices was timed: where a turn of it took more than {BUSY:.0%} longer than the fastest of all, something else was running, and the "
+        "combination says so."
     )
     blocks.append(_table(["machine", ""], _machine_rows(results), left=2))
     blocks.append(_table(["engine", "version", "measured on"], _version_rows(records), left=3))

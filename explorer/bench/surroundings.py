@@ -61,15 +61,14 @@ class Probe:
     after_ms: tuple[float, ...]
 
     @property
-    def difference(self) -> float:
-        """Slowest turn over the fastest, less one."""
-        turns = self.before_ms + self.after_ms
-        return max(turns) / min(turns) - 1.0
+    def fastest_ms(self) -> float:
+        """The fastest turn."""
+        return min(self.before_ms + self.after_ms)
 
     @property
-    def busy(self) -> bool:
-        """Whether something else ran on this machine, or it changed its speed."""
-        return self.difference > BUSY
+    def slowest_ms(self) -> float:
+        """The slowest turn: much slower than the fastest, something else ran, or the machine changed its speed."""
+        return max(self.before_ms + self.after_ms)
 
 
 def probe_ms(threads: int) -> tuple[float, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from explorer.bench.engines import SPARSE, Absence
-from explorer.bench.records import Combination, Results
+from explorer.bench.records import Combination, Record, Results
+from explorer.bench.surroundings import Probe
 from explorer.errors import FormatError
 from tests.bench.synthetic import BUSY, comparison, record
 
@@ -34,6 +35,19 @@ def test_a_combination_counts_as_measured_only_with_all_engines_that_are_asked_f
     assert results.find(Combination("resnet18", 0.9, 2, 1)) is None
     anew = record(A, GIVEN, date="later")
     assert results.with_record(anew).records == (anew,)
+
+
+def test_noise_is_seen_within_a_combination_and_beside_quieter_ones() -> None:
+    def measured(sparsity: float, threads: int, *turns: float) -> Record:
+        c = Combination("resnet18", sparsity, threads, 1)
+        return record(c, comparison(c, {SPARSE: 1.0}, probe=Probe(turns[:1], turns[1:])))
+
+    quiet, uneven = measured(0.5, 1, 1.0, 1.05), measured(0.8, 1, 1.1, 1.4)
+    steadily_slow, other_threads = measured(0.9, 1, 2.0, 2.0), measured(0.9, 2, 0.5, 0.52)
+    results = Results({}, (quiet, uneven, steadily_slow, other_threads))
+    noise = [results.noise(one) for one in results.records]
+    assert noise == pytest.approx([0.05, 0.4, 1.0, 0.04])
+    assert Results({}, ()).noise(steadily_slow) == 0.0
 
 
 @pytest.mark.parametrize(

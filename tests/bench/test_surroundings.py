@@ -13,11 +13,9 @@ import explorer
 from explorer.bench.surroundings import Probe, machine, probe_ms, summary, version
 
 
-def test_a_machine_is_busy_when_any_two_turns_differ_by_more_than_a_tenth() -> None:
-    assert not Probe((1.0, 1.05), (1.09, 1.0)).busy
-    assert Probe((1.0, 1.0), (1.0, 1.11)).busy
-    assert Probe((1.2, 1.0), (1.0, 1.0)).busy
-    assert Probe((2.0,), (3.0,)).difference == pytest.approx(0.5)
+def test_a_probe_knows_its_slowest_and_its_fastest_turn() -> None:
+    probe = Probe((2.0, 1.5), (3.0, 2.5))
+    assert (probe.fastest_ms, probe.slowest_ms) == (1.5, 3.0)
 
 
 def test_the_probe_gives_turns_and_leaves_torch_s_threads_alone() -> None:
