@@ -97,8 +97,8 @@ class Planes:
 
     @property
     def before(self) -> int:
-        """Elements to reserve before the first pixel (a whole number of vectors)."""
-        return _round_up(self.guard, self.lanes)
+        """Elements to reserve before the first pixel (a whole number of vectors). Some kernels read (never write) a few vectors before the guard."""
+        return _round_up(self.guard, self.lanes) + 4 * self.lanes
 
     @property
     def elements(self) -> int:

@@ -18,7 +18,7 @@ def lower(graph: Graph) -> Graph:
     - "same" operations are gone,
     - a batch norm after a convolution or linear layer is folded into its weight and bias; one on its own becomes a scale and a shift,
     - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them,
-    - a convolution with a stride reads the phases of its input instead,
+    - a convolution with a stride (that is not depthwise) reads the phases of its input instead,
     - attention over heads that are ranges of features becomes one operation.
 
     The captured graph is left as it was, so that it can be lowered again with new weights.
@@ -39,6 +39,7 @@ def lower(graph: Graph) -> Graph:
     _ride(lowered, "add")
     _ride(lowered, "clamp")
     _ride(lowered, "activation")
+    _mark_depthwise(lowered)
     _split_phases(lowered)
     return lowered
 
@@ -224,6 +225,23 @@ def _is_vector(graph: Graph, operation: Operation) -> bool:
     return len(shape) == 2 or shape[2:] == (1, 1)
 
 
+_DEPTHWISE_STRIDE, _WIDEST_DEPTHWISE = 2, 8
+"""Pixels of more than two columns would need more shuffles than they save; the second is the columns from the first to the last tap, by as many vector
+elements sums are shifted."""
+
+
+def _mark_depthwise(graph: Graph) -> None:
+    """Find convolutions that filter each channel on its own: they have a kernel of their own, which takes strides as they are."""
+    for operation in graph.operations:
+        if operation.kind != "conv" or len(operation.inputs) > 1:
+            continue
+        a, weight = operation.attributes, graph.shapes[operation.weight or ""]
+        per_channel = a["groups"] == weight[0] == graph.shapes[operation.inputs[0]][1] and a["groups"] > 1
+        span = (weight[-1] - 1) * a["dilation"][1]
+        if per_channel and a["stride"][1] <= _DEPTHWISE_STRIDE and span <= _WIDEST_DEPTHWISE:
+            operation.attributes = {**a, "depthwise": True}
+
+
 def _split_phases(graph: Graph) -> None:
     """Turn strides into phases: pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the image.
 
@@ -233,7 +251,7 @@ def _split_phases(graph: Graph) -> None:
     strided = []
     for operation in graph.operations:
         a = operation.attributes
-        if operation.kind != "conv" or a["stride"] == (1, 1):
+        if operation.kind != "conv" or a["stride"] == (1, 1) or a.get("depthwise"):
             continue
         shape = graph.shapes[operation.inputs[0]]
         kernel = tuple(graph.constants[operation.weight or ""].shape)

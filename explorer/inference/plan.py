@@ -310,7 +310,11 @@ class Plan:
             if family == "vectors":
                 continue
             a = operation.attributes
-            if operation.kind == "conv":
+            if a.get("depthwise"):
+                if a["stride"] == (1, 1):
+                    classes.tie(ins[0], out)
+                classes.pad(ins[0], *a["padding"])
+            elif operation.kind == "conv":
                 for place in ins:
                     classes.tie(place, out)
                 # In phases, a padding of p pixels is one of p / stride, rounded up.
@@ -433,6 +437,8 @@ class Plan:
         forms = ["direct"]
         a = operation.attributes
         if operation.kind == "conv" and self._family[operation.output] == "planes":
+            if a.get("depthwise"):
+                return [Choice(True, "depthwise")]
             if a["groups"] > 1:
                 return [Choice(False)]
             out = self.places[operation.output].layout

@@ -15,6 +15,7 @@ from explorer.inference.kernels import (
     attention,
     conv,
     copy_planes,
+    depthwise,
     driver,
     flatten,
     layer_norm,
@@ -100,6 +101,8 @@ class _StepBuilder:
         out = self.plan.places[operation.output]
         if family == "vectors" and operation.kind in ("conv", "linear"):
             return self._vector_linear(operation, places[0], out, choice)
+        if operation.attributes.get("depthwise"):
+            return self._depthwise(operation, places[0], out, choice)
         if operation.kind in ("conv", "linear"):
             return self._conv(operation, places, out, choice)
         if operation.kind in ("add", "mul", "affine", "clamp", "activation"):
@@ -247,6 +250,44 @@ class _StepBuilder:
             **compact,
         )
         return kernel, tiles, _parts(tiles, channels, self.plan.threads, y.images)
+
+    def _depthwise(self, operation: Operation, place: Place, out: Place, choice: Choice) -> _Row:
+        _, bias = self._constants(operation)
+        x, y, a = place.layout, out.layout, operation.attributes
+        assert isinstance(x, Planes)
+        assert isinstance(y, Planes)
+        size = self._array(operation.weight).shape[2:]
+        kh, kw = size if len(size) == 2 else (1, *size)
+        (dy, dx), (py, px), (sy, sx) = a["dilation"], a["padding"], a["stride"]
+        taps = tuple((row * dy - py, column * dx - px) for row in range(kh) for column in range(kw))
+        if (sy, sx) == (1, 1):
+            rows, vectors, masked, mask = 1, y.vectors, y.has_gaps, self._mask(y)
+        else:
+            rows, vectors = y.rows, -(-y.pitch // y.lanes)
+            masked = vectors * y.lanes != y.columns
+            inside = np.arange(vectors * y.lanes) < y.columns
+            mask = self.memory.put(-inside.astype(np.int32))
+        kernel = depthwise.DepthwiseKernel(taps, sx, x.pitch, masked, a.get("activation"))
+        jobs = self._channel_jobs(y.channels)
+        arguments = _fill(
+            depthwise.ARGUMENTS,
+            x=place.address,
+            x_image=4 * x.image,
+            x_plane=4 * x.plane,
+            out=out.address,
+            out_image=4 * y.image,
+            out_plane=4 * y.plane,
+            weights=self.memory.put(self._dense(operation)),
+            bias=self.memory.put(bias),
+            mask=mask,
+            rows=rows,
+            vectors=vectors,
+            x_row=4 * sy * x.pitch,
+            out_row=4 * y.pitch,
+            **jobs,
+            **self._bounds(operation),
+        )
+        return _Row(self._code(kernel), arguments, jobs["jobs"], choice.label)
 
     def _mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) int32."""

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from explorer.inference import native
 from explorer.inference.graph import Operation
-from explorer.inference.kernels import conv, linear, max_pool, pool, split
+from explorer.inference.kernels import conv, depthwise, linear, max_pool, pool, split
+from explorer.inference.module import SparseModule
 from explorer.inference.native import host_isa
 from explorer.inference.pack import operands
 from tests.inference.graphs import conv_graph, relative_error, run
@@ -360,3 +361,72 @@ def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
         assert all((".4s" in line) if lanes == 4 else ("ymm" in line) for line in fmas)
         # A call in the code would mean that LLVM made a library call of an FMA or of a gather.
         assert "fmaf" not in text
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    channels=st.integers(2, 9),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+    clamped=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_depthwise_convolution_equals_its_numpy_twin(
+    size: tuple[int, int],
+    channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+    clamped: bool,
+    threads: int,
+) -> None:
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    assume(all(n + 2 * p > s for n, p, s in zip(size, padding, spans, strict=True)))
+    assume(spans[1] <= 8)
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((2, channels, *size)).astype(np.float32)
+    weight = generator.standard_normal((channels, 1, *kernel)).astype(np.float32)
+    added = generator.standard_normal(channels).astype(np.float32) if bias else np.zeros(channels, np.float32)
+    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    graph = conv_graph(
+        x.shape,
+        torch.from_numpy(weight),
+        torch.from_numpy(added) if bias else None,
+        groups=channels,
+        **attributes,
+    )
+    if clamped:
+        graph.operations[0].attributes |= {"low": 0.0, "high": 6.0}
+    engine = SparseModule(graph, (torch.from_numpy(x),), threads, "auto")
+    assert engine.choices == {"conv": "dense, depthwise"}
+    wanted = depthwise.reference(x, weight, added, **attributes)
+    if clamped:
+        wanted = np.clip(wanted, 0, 6)
+    for _ in range(2):
+        assert relative_error(engine(torch.from_numpy(x)), torch.from_numpy(wanted)) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_every_instruction_set_filters_channels_like_the_numpy_twin(
+    isa: str, stride: int, kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((1, 6, 23, 37)).astype(np.float32)
+    weight = generator.standard_normal((6, 1, kernel, kernel)).astype(np.float32)
+    pad = kernel // 2
+    attributes: dict[str, Any] = {"stride": (stride, stride), "padding": (pad, pad), "dilation": (1, 1)}
+    graph = conv_graph(x.shape, torch.from_numpy(weight), None, groups=6, **attributes)
+    got = run(graph, torch.from_numpy(x), mode="auto")
+    wanted = depthwise.reference(x, weight, np.zeros(6, np.float32), **attributes)
+    assert relative_error(got, torch.from_numpy(wanted)) < TOLERANCE

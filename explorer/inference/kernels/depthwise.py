@@ -1,0 +1,201 @@
+"""Depthwise convolution: each channel is filtered on its own.
+
+A channel has kh x kw weights, so that the work is in moving pixels, and the kernel is made to load each of them once per image row of the window.
+
+The algorithm in plain words
+  For each column of the window, a *column sum*: over the rows of the window, weight times the vector of pixels below one another. The result is
+  the sum of the column sums, each shifted by its column: a few register shuffles with the vectors before, instead of a misaligned load for each tap.
+  stride 1      one pass over the whole plane, gaps included: they are zero, so that the end of a row and the beginning of the next need no care
+  wider         row by row; two vectors are loaded and split by shuffles into pixels of even and of odd columns (stride 2), and the same sums are formed
+                of these. Nothing is copied beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.activation import Activation
+from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job",
+        "weights", "bias", "mask", "rows", "vectors", "x_row", "out_row",
+    )
+)  # fmt: skip
+"""`weights`: (channels, taps) float32. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_row`, `out_row`: bytes
+from what one row needs to what the next needs. `mask`: one int32 per element of a row."""
+
+_HELD_WEIGHTS = 16
+"""More weights than this are broadcast from memory each time, instead of being held in registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthwiseKernel:
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    taps : tuple of (int, int)
+        Rows and columns from an output pixel (times the stride) to each weight's pixel.
+    stride : int
+        Columns from one output pixel to the next in the input: 1 or 2.
+    pitch : int
+        Elements from one input row to the next.
+    masked : bool
+        Whether there are elements that are no pixels, to be set to zero.
+    activation : Activation or None
+        Applied last; the clamp when None.
+    """
+
+    taps: tuple[tuple[int, int], ...]
+    stride: int
+    pitch: int
+    masked: bool
+    activation: Activation | None = None
+
+    @property
+    def shifts(self) -> dict[int, int]:
+        """For each column of the window, by how many vector elements its sum is read to the right."""
+        return {column: column // self.stride for _, column in self.taps}
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        return _Generator(self, isa).module()
+
+
+class _Generator:
+    def __init__(self, kernel: DepthwiseKernel, isa: Isa) -> None:
+        self.k, self.lanes, self.width = kernel, isa.lanes, 4 * isa.lanes
+        self.ir = ir.Module("depthwise")
+        self.f = Function(self.ir, "depthwise", VOID, [PTR, I64, PTR], isa.lanes)
+        self.columns = sorted(kernel.shifts)
+        # Sums are formed so far to the right that each is only ever read from the left: of vectors that are known already.
+        self.ahead = max(0, *kernel.shifts.values())
+        self.back = {column: self.ahead - shift for column, shift in kernel.shifts.items()}
+        self.kept = {column: -(-back // isa.lanes) for column, back in self.back.items()}
+
+    def module(self) -> tuple[Value, str]:
+        f, b = self.f, self.f.b
+        args, job, _ = f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        image, first, last = channels_of(f, field, job)
+        x = f.at(field("x", PTR), b.mul(image, field("x_image")))
+        out = f.at(field("out", PTR), b.mul(image, field("out_image")))
+        self.low, self.high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
+        self.mask, vectors = field("mask", PTR), field("vectors")
+        weights, bias = field("weights", PTR), field("bias", PTR)
+        rows, x_row, out_row = field("rows"), field("x_row"), field("out_row")
+        taps = len(self.k.taps)
+
+        def one_channel(channel: Value) -> None:
+            plane = f.at(x, b.mul(channel, field("x_plane")))
+            to = f.at(out, b.mul(channel, field("out_plane")))
+            mine = f.at(weights, b.mul(channel, I64(4 * taps)))
+            self.bias = f.splat(f.load(f.at(bias, b.mul(channel, I64(4))), F32))
+            held = [f.splat(f.load(mine, F32, 4 * i)) for i in range(taps)] if taps <= _HELD_WEIGHTS else None
+
+            def weight(i: int) -> Value:
+                return held[i] if held else f.splat(f.load(mine, F32, 4 * i))
+
+            self.weight = weight
+            f.loop(
+                rows,
+                lambda _, source, to: self._row(source, to, vectors, x_row, out_row),
+                [f.at(plane, 4 * self.k.stride * self.ahead), to],
+            )
+
+        f.loop(last, one_channel, start=first)
+        b.ret_void()
+        return self.ir, "depthwise"
+
+    def _row(self, source: Value, to: Value, vectors: Value, x_row: Value, out_row: Value) -> list[Value]:
+        f = self.f
+        # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
+        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        most = max(self.kept.values())
+        before: list[dict[int, Value]] = []
+        for i in range(-most, 0):
+            if self.ahead:
+                before.append(self._sums(f.at(source, i * self.width * self.k.stride)))
+            else:
+                before.append(dict.fromkeys(self.columns, zero))
+        state = [before[most - n + i][c] for c in self.columns for n in [self.kept[c]] for i in range(n)]
+
+        def one_vector(i: Value, pixels: Value, *state: Value) -> list[Value]:
+            sums = self._sums(pixels)
+            total, new, at = self.bias, [], 0
+            for column in self.columns:
+                n, back = self.kept[column], self.back[column]
+                row = [*state[at : at + n], sums[column]]
+                wanted = [n * f.lanes - back + lane for lane in range(f.lanes)]
+                [shifted] = f.pick(row, wanted, 1) if back else [sums[column]]
+                total = f.b.fadd(total, shifted)
+                new += row[1:]
+                at += n
+            self._store(total, i, to)
+            return [f.at(pixels, self.width * self.k.stride), *new]
+
+        f.loop(vectors, one_vector, [source, *state])
+        return [f.at(source, x_row), f.at(to, out_row)]
+
+    def _sums(self, pixels: Value) -> dict[int, Value]:
+        """The column sums of one vector."""
+        f, k = self.f, self.k
+        rows = sorted({row for row, _ in k.taps})
+        sums: dict[int, Value] = {}
+        for row in rows:
+            loaded = [f.load(pixels, f.vector, 4 * row * k.pitch + self.width * i) for i in range(k.stride)]
+            phases = {
+                s: f.pick(loaded, [s + k.stride * lane for lane in range(f.lanes)], 1)[0]
+                if k.stride > 1
+                else loaded[0]
+                for s in sorted({column % k.stride for _, column in k.taps})
+            }
+            for i, (r, column) in enumerate(k.taps):
+                if r == row:
+                    product = self.weight(i), phases[column % k.stride]
+                    sums[column] = f.fma(*product, sums[column]) if column in sums else f.b.fmul(*product)
+        return sums
+
+    def _store(self, total: Value, i: Value, to: Value) -> None:
+        f, k = self.f, self.k
+        total = k.activation.apply(f, total) if k.activation else f.clamp(total, self.low, self.high)
+        at = f.b.mul(i, I64(self.width))
+        if k.masked:
+            total = f.keep(total, f.load(f.at(self.mask, at), f.int_vector, 0, self.width))
+        f.store(total, f.at(to, at))
+
+
+def reference(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> NDArray[np.float32]:
+    """The numpy twin, in float64: x (N, C, H, W), weight (C, 1, KH, KW), bias (C,) float32 -> (N, C, OH, OW) float32."""
+    _, _, h, w = x.shape
+    kh, kw = weight.shape[2:]
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    oh, ow = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip((h, w), padding, dilation, (kh, kw), stride, strict=True)
+    )
+    out = np.zeros((*x.shape[:2], oh, ow)) + bias.astype(np.float64)[:, None, None]
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dilation[0], i * dilation[0] + (oh - 1) * stride[0] + 1, stride[0])
+            columns = slice(j * dilation[1], j * dilation[1] + (ow - 1) * stride[1] + 1, stride[1])
+            out += weight.astype(np.float64)[:, 0, i, j, None, None] * padded[:, :, rows, columns]
+    return out.astype(np.float32)
