@@ -398,9 +398,10 @@ class Plan:
         found: dict[str, str] = {}
         for step, index in enumerate(self.native):
             operation = graph.operations[index]
-            family, out = self.step_family(operation), operation.output
+            out = operation.output
             layout = self.places[out].layout
-            places = [self.located(self.place_name(name, family))[0] for name in operation.inputs]
+            read = self.operands(operation)
+            places = [self.located(place)[0] for place in read]
             added = {"conv": places[1:], "linear": places[1:], "add": places, "clamp": places}
             # Where the last tile computes pixels again, it would add to them again. Ranges of a place come and go with the whole.
             is_whole = lives.get(out, (-1,))[0] == step
@@ -411,7 +412,8 @@ class Plan:
                 continue
             for place in added.get(operation.kind, []):
                 # An operand that the convolution itself reads, other than by adding it, must stay.
-                dies = lives[place][1] == step and places.count(place) == 1
+                # One that is a range of a larger tensor must, too: its channels do not lie where those of the sum would.
+                dies = lives[place][1] == step and places.count(place) == 1 and place in read
                 if dies and self.places[place].layout.reuse_key == layout.reuse_key:
                     found[out] = place
                     break

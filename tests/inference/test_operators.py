@@ -273,6 +273,19 @@ def test_the_input_may_be_part_of_a_concatenation() -> None:
     assert copies(engine) == ["in place"]
 
 
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_a_sum_does_not_overwrite_a_part_of_a_concatenation(mode: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        b = m.b(x)
+        y = m.c(torch.cat([m.a(x), b], 1))
+        return m.e(m.d(y) + b)  # the last reader of the concatenation's memory reads a part of it
+
+    module = Function(forward, a=conv(3, 2), b=conv(3, 24), c=conv(26, 8), d=conv(8, 24, 1), e=conv(24, 3))
+    # Sparse rows are computed in the order of their nonzeros, not of their channels.
+    module.d.weight.data[torch.rand_like(module.d.weight) < 0.7] = 0
+    check(module, torch.randn(3, 3, 9, 11), sparse=mode)
+
+
 def test_slices_are_read_where_they_lie() -> None:
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
         y = m.a(x)
