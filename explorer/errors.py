@@ -22,6 +22,10 @@ class EngineError(ExplorerError):
     """The sparse CPU engine cannot capture, compile or run what it was given."""
 
 
+class EngineWarning(UserWarning):
+    """The sparse CPU engine works, but not as fast as one would expect of it; the message says why."""
+
+
 class DistributionError(ExplorerError):
     """A sparsity distribution names an unknown layer, or a value that is out of range."""
 

@@ -481,11 +481,23 @@ def _reshape(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
         operation.kind, operation.inputs = "flatten", [name]
 
 
+def _layer_norm(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    shape = graph.shapes[a["input"].name]
+    names = {k: _constant(a[k], graph) for k in ("weight", "bias")}
+    if len(shape) < 3 or list(a["normalized_shape"]) != [shape[-1]]:
+        return
+    if any(a[k] is not None and names[k] is None for k in names):
+        return
+    operation.kind, operation.inputs = "layer_norm", [a["input"].name]
+    operation.attributes = {**names, "eps": float(a["eps"])}
+
+
 _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "conv1d": _conv,
     "conv2d": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
     "relu": _clamp(0.0, _INFINITY),
     "relu6": _clamp(0.0, 6.0),
     "hardtanh": _clamp(-1.0, 1.0),

@@ -88,9 +88,12 @@ class Planes:
         return (self.of_channels or self.channels) * self.plane
 
     @property
-    def reuse_key(self) -> tuple[str, int, int, int]:
-        """Tensors with equal keys may use the same memory one after the other: their guards coincide."""
-        return ("planes", self.plane, self.vectors, self.guard)
+    def reuse_key(self) -> tuple[str, int, int, int, int, int]:
+        """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
+
+        Not every kernel writes every gap: it relies on what the tenants before it left there, which is zero.
+        """
+        return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
 
     @property
     def before(self) -> int:

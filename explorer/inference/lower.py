@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.heads import find_attention
 
 
 def lower(graph: Graph) -> Graph:
@@ -17,7 +18,8 @@ def lower(graph: Graph) -> Graph:
     - "same" operations are gone,
     - a batch norm after a convolution or linear layer is folded into its weight and bias; one on its own becomes a scale and a shift,
     - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them,
-    - a convolution with a stride reads the phases of its input instead.
+    - a convolution with a stride reads the phases of its input instead,
+    - attention over heads that are ranges of features becomes one operation.
 
     The captured graph is left as it was, so that it can be lowered again with new weights.
     """
@@ -30,6 +32,7 @@ def lower(graph: Graph) -> Graph:
     )
     lowered.outputs = list(graph.outputs)
     _drop_same(lowered)
+    find_attention(lowered)
     _fold_batch_norm(lowered)
     _compute_affine(lowered)
     _drop_unread(lowered)
@@ -38,6 +41,12 @@ def lower(graph: Graph) -> Graph:
     _ride(lowered, "activation")
     _split_phases(lowered)
     return lowered
+
+
+def through_torch(graph: Graph) -> Graph:
+    """Return a copy of a captured graph in which every operation runs as torch's own operator, for machines without machine code."""
+    operations = [replace(o, kind="torch") for o in graph.operations]
+    return replace(graph, operations=operations, constants=dict(graph.constants))
 
 
 def _rename(graph: Graph, old: str, new: str) -> None:
@@ -155,7 +164,7 @@ def _fold_batch_norm(graph: Graph) -> None:
 
 
 _CARRIERS = {
-    "add": ("conv",),
+    "add": ("conv", "linear"),
     "clamp": (
         "conv",
         "linear",
@@ -189,7 +198,7 @@ def _ride(graph: Graph, kind: str) -> None:
             continue
         if kind == "add":
             other = rider.inputs[0] if rider.inputs[1] == carrier.output else rider.inputs[1]
-            if other == carrier.output:
+            if other == carrier.output or (carrier.kind == "linear" and _is_vector(graph, carrier)):
                 continue
             carrier.inputs = [*carrier.inputs, other]
         elif carrier.kind in ("add", "mul", "affine") and len(graph.shapes[carrier.output]) not in (2, 3, 4):

@@ -7,11 +7,11 @@ the cache).
 
 from __future__ import annotations
 
-import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from explorer.errors import EngineError
+from explorer.errors import EngineError, EngineWarning
+from explorer.inference import fork
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.graph import Graph, Ref
-from explorer.inference.lower import lower
-from explorer.inference.native import current_isa
+from explorer.inference.lower import lower, through_torch
+from explorer.inference.native import current_isa, why_torch
 from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
-from explorer.inference.steps import Steps, build_steps
-from explorer.inference.threads import Runner, cycles_per_ms
 from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_threads
+
+if TYPE_CHECKING:
+    # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
+    from explorer.inference.steps import Steps
+    from explorer.inference.threads import Runner
 
 Mode = Literal["auto", "dense", "sparse"]
 
@@ -67,12 +71,21 @@ def compile(
     EngineError
         When torch.export cannot capture the module, or it is not float32 on the CPU.
 
+    Warns
+    -----
+    EngineWarning
+        When this machine has no llvmlite, or a CPU without AVX2 and NEON: the module then runs through torch (`isa` is "torch").
+
     Notes
     -----
     Native operators: convolutions over images and lines (any kernel, stride, padding, dilation and groups), linear layers, batch norm,
     addition and multiplication (of equal shapes, with one value per channel, and with constants), ReLU, ReLU6, clamp, LeakyReLU, ELU, Hardswish,
     Hardsigmoid, SiLU, GELU, sigmoid, tanh, maximum, average and adaptive average pooling over images, concatenation and slices of channels,
     and flattening. Every other operator runs through torch, as does an activation between two of them: see `SparseModule.fallbacks`.
+
+    A sparse kernel never looks at what a zero weight would multiply. Where that is infinite or NaN, torch's dense arithmetic gives NaN (0 * inf is NaN) and
+    the engine may give the sum of the other products instead. With finite operands, and in dense kernels, there is no such difference; an
+    infinity or a NaN that a nonzero weight multiplies comes out as in torch.
 
     Examples
     --------
@@ -96,17 +109,27 @@ def compile(
                 "Compile a copy: copy.deepcopy(module).float().cpu()."
             )
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    reason = why_torch()
+    if reason is not None:
+        warnings.warn(
+            f"The compiled network runs through torch, at torch's speed: {reason}. Results are the same; zeros save no time.",
+            EngineWarning,
+            stacklevel=2,
+        )
     return SparseModule(capture(module, inputs), inputs, threads or 1, sparse)
 
 
 class SparseModule:
     """A compiled network. Made by `compile`.
 
+    Threads may share it (calls take turns), a forked child may go on using it, and Ctrl-C leaves it usable. It cannot be pickled or copied: its code
+    and buffers belong to one process.
+
     Attributes
     ----------
     threads : int
     isa : str
-        "avx512", "avx2", "neon" or "generic".
+        "avx512", "avx2", "neon" or "generic"; "torch" where there is no machine code, see `compile`.
     batch_size : int
         The largest batch it takes.
     fallbacks : tuple of str
@@ -119,8 +142,8 @@ class SparseModule:
         self._captured, self.threads, self._mode = graph, threads, mode
         self._isa = current_isa()
         self.isa = self._isa.name
-        self._lock = threading.RLock()
-        self._graph = lower(graph)
+        self._lock = fork.lock()
+        self._graph = self._lowered()
         self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
         self._choices: dict[int, Choice] = {}
@@ -131,6 +154,15 @@ class SparseModule:
         self._separable: bool | None = None
         self._straight: _StraightPath | None = None
         self._choose()
+
+    def _lowered(self) -> Graph:
+        return through_torch(self._captured) if self._isa.name == "torch" else lower(self._captured)
+
+    def __reduce__(self) -> Any:
+        raise EngineError(
+            "A SparseModule cannot be pickled or copied: its machine code and buffers belong to this process. Send the nn.Module instead and call "
+            "explorer.compile where it is needed (in a DataLoader with the spawn method: in the worker, when the dataset is first asked)."
+        )
 
     # ---- description
 
@@ -181,6 +213,8 @@ class SparseModule:
                 x.__class__ is Tensor
                 and x.shape == straight.shape
                 and x.dtype is torch.float32
+                and x.is_cpu
+                and x.layout is torch.strided
                 and not x.requires_grad
             ):
                 with self._lock:
@@ -197,8 +231,13 @@ class SparseModule:
         images = self.batch_size
         for position, (name, value) in enumerate(zip(names, inputs, strict=True)):
             wanted = self._graph.shapes.get(name)
-            if wanted is None or not isinstance(value, Tensor):
+            if wanted is None:
+                self._check_constant(position, value)
                 continue
+            if not isinstance(value, Tensor):
+                raise EngineError(
+                    f"Input {position} is a {type(value).__name__}; this network takes a tensor of shape {wanted}. Convert it with torch.as_tensor."
+                )
             shape = tuple(value.shape)
             if (
                 position == 0
@@ -207,16 +246,37 @@ class SparseModule:
                 and 0 < shape[0] <= wanted[0]
             ):
                 images = shape[0]
+            elif shape != wanted and 0 in shape:
+                raise EngineError(
+                    f"Input {position} is empty: it has shape {shape}; this network was compiled for {wanted} (or a smaller batch of at least 1)."
+                )
             elif shape != wanted and (shape[1:] != wanted[1:] or shape[:1] != (images,)):
                 raise EngineError(
                     f"Input {position} has shape {shape}; this network was compiled for {wanted} (or a smaller batch). "
                     "Compile it again with an example input of the shape you need."
                 )
+            elif images != self.batch_size and wanted[:1] == (self.batch_size,) and shape[:1] != (images,):
+                raise EngineError(
+                    f"Input {position} has shape {shape}, but input 0 holds a batch of {images}. Pass batches of equal size."
+                )
             if value.dtype != self._graph.dtypes[name]:
                 raise EngineError(
                     f"Input {position} is {value.dtype}; this network was compiled for {self._graph.dtypes[name]}."
                 )
+            if not value.is_cpu or value.layout is not torch.strided:
+                raise EngineError(
+                    f"Input {position} is a {value.layout} tensor on {value.device}; this network takes torch.strided tensors on cpu. "
+                    "Convert it with .to_dense() or .cpu()."
+                )
         return images
+
+    def _check_constant(self, position: int, value: Any) -> None:
+        """An argument that is no tensor became part of the captured network."""
+        traced = pytree.tree_leaves(self._example)[position]
+        if type(value) is not type(traced) or value != traced:
+            raise EngineError(
+                f"Input {position} is {value!r}; this network was compiled for {traced!r}. Compile it again with the value you need."
+            )
 
     def _run(self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None) -> Any:
         """Run all segments; with `times`, append the seconds of each."""
@@ -246,8 +306,9 @@ class SparseModule:
     def _adapt(self, inputs: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
         """A batch of another size: fewer jobs when every step is native, else zeros up to the size that torch's part was traced for."""
         if self._plan.is_dynamic:
-            assert self._steps is not None
-            self._steps.set_batch(images)
+            self._batch = 0  # an interrupt between the two must not leave the table of one batch under the number of another
+            if self._steps is not None:
+                self._steps.set_batch(images)
             self._batch = images
             return inputs
         if self._separable is None:
@@ -321,6 +382,8 @@ class SparseModule:
     # ---- kernels
 
     def _install(self, steps: Steps) -> None:
+        from explorer.inference.threads import Runner
+
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self._isa, self.threads, len(self._plan.native), steps.scratch_bytes)
         self._runner.use(steps)
@@ -346,6 +409,10 @@ class SparseModule:
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
+        if not self._plan.native:
+            return
+        from explorer.inference.steps import build_steps
+
         layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
         densities = {i: self._density(i) for i in layers}
         candidates = {i: self._plan.candidates(self._graph, i, self._mode, densities[i]) for i in layers}
@@ -373,6 +440,8 @@ class SparseModule:
     def _time_candidates(
         self, candidates: Mapping[int, list[Choice]], packed: dict[tuple[str, Choice], Any]
     ) -> None:
+        from explorer.inference.steps import build_steps
+
         rounds = max(len(several) for several in candidates.values())
         # A layer with fewer candidates keeps its first while the others try on.
         tried = [
@@ -400,12 +469,15 @@ class SparseModule:
                     runs.append(self._ticks())
                 if turn > 0 and time.perf_counter() - start > _CHOICE_S:
                     break
+        from explorer.inference.threads import cycles_per_ms
+
         fastest: NDArray[np.int64] = np.min(runs, axis=0)
         return fastest / cycles_per_ms(self._isa)
 
     def _ticks(self) -> NDArray[np.int64]:
         """Cycles of each step in the last run."""
-        assert self._runner is not None
+        if self._runner is None:
+            return np.zeros(0, np.int64)
         return self._runner.stamps[:, 1] - self._runner.stamps[:, 0]
 
     def update_weights(self, module: nn.Module, *, choose: bool = True) -> None:
@@ -439,13 +511,27 @@ class SparseModule:
                 )
             fresh[constant] = new.detach().clone()
         with self._lock:
-            self._captured.constants.update(fresh)
-            self._graph = lower(self._captured)
-            self._plan.adopt(self._graph)
-            if choose:
-                self._choose()
-            else:
-                self._install(build_steps(self._plan, self._graph, self._choices))
+            before = dict(self._captured.constants), self._graph, self._choices, self._steps
+            try:
+                self._adopt(fresh, choose=choose)
+            except BaseException:
+                # Also after Ctrl-C: all old weights or all new ones, never some of each.
+                self._captured.constants, self._graph, self._choices, steps = before
+                if steps is not None:
+                    self._install(steps)
+                raise
+
+    def _adopt(self, constants: Mapping[str, Tensor], *, choose: bool) -> None:
+        """Run with these weights from now on."""
+        self._captured.constants.update(constants)
+        self._graph = self._lowered()
+        self._plan.adopt(self._graph)
+        if choose or not self._plan.native:
+            self._choose()
+            return
+        from explorer.inference.steps import build_steps
+
+        self._install(build_steps(self._plan, self._graph, self._choices))
 
     # ---- measuring
 
@@ -475,7 +561,11 @@ class SparseModule:
                 if i >= 3:
                     ticks.append(self._ticks())
                     segments.append(times)
-        step_ms = np.median(ticks, axis=0) / cycles_per_ms(self._isa) if self._plan.native else np.zeros(0)
+        step_ms = np.zeros(0)
+        if self._plan.native:
+            from explorer.inference.threads import cycles_per_ms
+
+            step_ms = np.median(ticks, axis=0) / cycles_per_ms(self._isa)
         segment_ms = np.median(segments, axis=0) * 1e3
         rows = []
         for segment, ms in zip(self._plan.segments, segment_ms, strict=True):

@@ -1,26 +1,39 @@
 """From LLVM IR to machine code on the user's own CPU, and the cache that makes the second time quick.
 
 Object code is cached on disk by the text of the kernel generators, the kernel's signature, the CPU's name and features and llvmlite's
-version. An entry carries the SHA-256 of its content; one that does not match (cut short, altered, foreign) is compiled again.
+version. An entry carries the SHA-256 of its key and content; one that does not match (cut short, altered, foreign) is compiled again. The folder is
+held below `CACHE_LIMIT_BYTES`: what has not been used for longest goes first.
+
+Without llvmlite, or on a CPU without AVX2 or NEON, there is no machine code worth making: the instruction set is then called "torch", and torch runs
+everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import llvmlite
-import llvmlite.binding as llvm
-
 from explorer.errors import EngineError
+from explorer.inference import fork
+
+try:
+    import llvmlite
+    import llvmlite.binding as llvm
+
+    NO_LLVM = ""
+except (ImportError, OSError) as _error:  # OSError: the package is there, but its library cannot be loaded
+    NO_LLVM = f"llvmlite cannot be imported ({_error})"
+
+CACHE_LIMIT_BYTES = 256 << 20
+"""Object code of some ten thousand kernels."""
 
 ISA_VARIABLE = "EXPLORER_ISA"
 
@@ -32,7 +45,7 @@ class Isa:
     Attributes
     ----------
     name : str
-        "avx512", "avx2", "neon" or "generic".
+        "avx512", "avx2", "neon", "generic", or "torch": no machine code at all.
     lanes : int
         float32 values in one vector register.
     registers : int
@@ -62,13 +75,20 @@ def host_isa(override: str | None = None) -> Isa:
     Parameters
     ----------
     override : str, optional
-        "avx512", "avx2", "neon" or "generic": generate code for this instead (to test one generator's code for several CPUs).
+        "avx512", "avx2", "neon" or "generic": generate code for this instead (to test one generator's code for several CPUs). "torch": none.
 
     Raises
     ------
     EngineError
         When this CPU cannot run what was asked for.
     """
+    torch_only = Isa("torch", 1, 0, "", "")
+    if override == "torch" or (NO_LLVM and override is None):
+        return torch_only
+    if NO_LLVM:
+        raise EngineError(
+            f"{override!r} code was asked for, but {NO_LLVM}. Install llvmlite, or unset {ISA_VARIABLE} to run through torch."
+        )
     _initialise()
     features = dict(llvm.get_host_cpu_features())
     flat, cpu = llvm.get_host_cpu_features().flatten(), llvm.get_host_cpu_name()
@@ -81,13 +101,22 @@ def host_isa(override: str | None = None) -> Isa:
         possible["avx2"] = Isa("avx2", 8, 16, "haswell", flags)
     if llvm.get_process_triple().startswith(("aarch64", "arm64")):
         possible["neon"] = Isa("neon", 4, 32, cpu, flat)
-    possible["generic"] = Isa("generic", 4, 16, "", "") if not possible else Isa("generic", 4, 16, cpu, flat)
-    wanted = override or next(iter(possible))
+    # Four lanes without FMA lose against torch: "generic" is for tests, and nobody's first choice.
+    wanted = override or next(iter(possible), "torch")
+    possible["generic"] = Isa("generic", 4, 16, cpu, flat) if possible else Isa("generic", 4, 16, "", "")
+    possible["torch"] = torch_only
     if wanted not in possible:
         raise EngineError(
             f"This CPU ({cpu}) cannot run {wanted!r} code. It can run: {', '.join(possible)}. Unset {ISA_VARIABLE} to use the widest."
         )
     return possible[wanted]
+
+
+def why_torch() -> str | None:
+    """Why this machine gets torch instead of machine code, unless the user asked for it; None when it gets machine code."""
+    if os.environ.get(ISA_VARIABLE) or host_isa().name != "torch":
+        return None
+    return NO_LLVM or f"this CPU ({llvm.get_host_cpu_name()}) has neither AVX2 with FMA nor NEON"
 
 
 def current_isa() -> Isa:
@@ -119,18 +148,21 @@ def l1_bytes() -> int:
 
 
 def cache_folder() -> Path | None:
-    """Where object code is kept; None when the user switched the cache off (EXPLORER_CACHE=off)."""
+    """Where object code is kept; None when the user switched the cache off (EXPLORER_CACHE=off) or has no home."""
     setting = os.environ.get("EXPLORER_CACHE")
     if setting == "off":
         return None
     if setting:
         return Path(setting) / "kernels"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        elif sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and a user that no list of users knows: usual in containers
+        return None
     return base / "sparsity-explorer" / "kernels"
 
 
@@ -144,11 +176,20 @@ def generator_version() -> str:
 
 
 class _ObjectFile:
-    """One cached object: 32 bytes of SHA-256, then the object code."""
+    """One cached object: SHA-256 (32 bytes) of its key and the object code, then the object code.
+
+    A cache is a convenience: whatever is wrong with it (cut short, another kernel's, a folder in its place, no permission, a full disk) costs some
+    compile time, and nothing else.
+    """
 
     def __init__(self, key: str) -> None:
         folder = cache_folder()
+        self.key = key
         self.path = folder / f"{key}.o" if folder is not None else None
+
+    def _seal(self, code: bytes) -> bytes:
+        # With the key: a whole and valid object of another kernel or CPU, under this name, is as foreign as garbage.
+        return hashlib.sha256(self.key.encode() + code).digest()
 
     def read(self) -> bytes | None:
         if self.path is None:
@@ -158,23 +199,62 @@ class _ObjectFile:
         except OSError:
             return None
         code = content[32:]
-        return code if code and hashlib.sha256(code).digest() == content[:32] else None
+        if not code or self._seal(code) != content[:32]:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # what is in use stays, see `_prune`
+        return code
 
     def write(self, code: bytes) -> None:
         if self.path is None:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            Path(name).replace(self.path)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
         except OSError:
-            # A full or read-only disk costs the next process some compile time, nothing else.
             return
+        unfinished = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._seal(code) + code)
+            unfinished.replace(self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+        _prune_once(self.path.parent)
 
 
-_lock = threading.Lock()
+@cache
+def _prune_once(folder: Path) -> None:
+    """Each process that compiles looks once: one scan of thousands of files per kernel would cost more than it saves."""
+    prune(folder, CACHE_LIMIT_BYTES)
+
+
+def prune(folder: Path, limit_bytes: int) -> None:
+    """Delete the files of the cache that were not used for longest, until the others take no more than `limit_bytes`.
+
+    Safe beside other processes: one that reads a deleted file has it open, or compiles again; one whose unfinished file is deleted writes nothing.
+    """
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.name.endswith((".o", ".tmp")) and entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        found.append((status.st_mtime, status.st_size, entry.path))
+    except OSError:
+        return
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= limit_bytes:
+            return
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+            total -= size
+
+
+_lock = fork.lock()
 _loaded: dict[str, tuple[int, Any]] = {}
 
 

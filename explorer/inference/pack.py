@@ -179,7 +179,7 @@ def sparse_entries(
         The K block of each.
     n_blocks : int
     unroll : int
-        A row's entries in a block are padded with zero weights to a multiple of this.
+        A row's entries in a block are filled up to a multiple of this.
 
     Returns
     -------
@@ -220,12 +220,10 @@ def sparse_entries(
     at = np.arange(len(key)) + (first_entry - first)[key]
     entries[at, 0] = where
     entries[at, 1] = values.view(np.int32)
-    # A padding entry reads what its row's last entry reads: an operand that is needed anyway, times zero.
-    missing = turns * unroll - counts
-    for i in range(1, unroll):
-        short = np.flatnonzero(missing >= i)
-        end = first_entry[short] + counts[short]
-        entries[end + i - 1, 0] = entries[end - 1, 0]
+    slots, row, share = _fill_up(counts[cell], padded)
+    source = (first + counts - 1)[cell[row]]
+    entries[slots, 0] = where[source]
+    entries[slots, 1] = (values[source] * share).view(np.int32)
     turns_now = turns[cell]
     is_new = np.ones(len(cell), bool)
     is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
@@ -241,6 +239,39 @@ def sparse_entries(
         1,
     )
     return entries, (cell // n_blocks).astype(np.int32), groups, starts
+
+
+def _fill_up(
+    count: NDArray[np.int64], padded: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """How the last nonzero of each row fills the row up to its padded length.
+
+    Its weight is cut into pieces, one for each entry that is left: powers of two of it, which add up to it exactly. Entries of weight zero would turn an
+    infinite operand into NaN.
+
+    Parameters
+    ----------
+    count, padded : (rows,) int64
+        Nonzeros and entries of each row.
+
+    Returns
+    -------
+    slots : (E,) int64
+        The entries that hold a piece.
+    row : (E,) int64
+        The row whose last nonzero it is a piece of.
+    share : (E,) float32
+        Its share of the weight.
+    """
+    rows = np.flatnonzero((padded > count) & (count > 0))
+    pieces = (padded - count + 1)[rows]
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    slots = np.repeat((np.cumsum(padded) - padded + count - 1)[rows], pieces) + piece
+    total = np.repeat(pieces, pieces)
+    # Of 5 pieces, 3 are quarters and 2 are eighths.
+    power = 2 ** np.floor(np.log2(total))
+    share = np.where(piece < 2 * (total - power), 0.5, 1.0) / power
+    return slots, np.repeat(rows, pieces), share.astype(np.float32)
 
 
 def _stages(n_blocks: int) -> NDArray[np.int64]:
@@ -423,13 +454,16 @@ def conv_grouped(
 def linear_sparse(
     weights: SparseWeights, lanes: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
-    """Nonzeros of each row of (M, F), padded to whole vectors: starts (M + 1,) in vectors, indices and weights."""
+    """Nonzeros of each row of (M, F), filled up to whole vectors: starts (M + 1,) in vectors, indices and weights."""
     count = np.diff(weights.starts)
     starts = np.concatenate([[0], np.cumsum(-(-count // lanes))])
     indices = np.zeros(starts[-1] * lanes, np.int32)
     values = np.zeros(starts[-1] * lanes, np.float32)
     at = np.arange(len(weights.columns)) + np.repeat(starts[:-1] * lanes - weights.starts[:-1], count)
     indices[at], values[at] = weights.columns, weights.values
+    slots, row, share = _fill_up(count, np.diff(starts) * lanes)
+    last = weights.starts[1:][row] - 1
+    indices[slots], values[slots] = weights.columns[last], weights.values[last] * share
     return starts.astype(np.int32), indices, values
 
 

@@ -20,8 +20,10 @@ from explorer.inference.native import Isa, generator_version
 
 _INFINITY = float("inf")
 
-_ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice")
+_ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat", "slice", "layer_norm")
 """Operations (besides convolutions) whose operands and result must share their pitch."""
+
+_ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 
 _ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -139,6 +141,8 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
+        if operation.kind in ("layer_norm", "attention"):
+            return "tokens"
         if operation.kind in ("max_pool", "average_pool", "adaptive_average", "plane_average", "split"):
             return "planes"
         families = {self._family.get(self.root(name)) for name in operation.inputs}
@@ -400,9 +404,9 @@ class Plan:
             operation = graph.operations[index]
             out = operation.output
             layout = self.places[out].layout
-            read = self.operands(operation)
-            places = [self.located(place)[0] for place in read]
-            added = {"conv": places[1:], "linear": places[1:], "add": places, "clamp": places}
+            places = [self.located(place)[0] for place in self.operands(operation)]
+            wholes = [place for place in self.operands(operation) if place not in self._range_of]
+            added = {"conv": wholes[1:], "linear": wholes[1:]} | dict.fromkeys(_ELEMENTWISE, wholes)
             # Where the last tile computes pixels again, it would add to them again. Ranges of a place come and go with the whole.
             is_whole = lives.get(out, (-1,))[0] == step
             overlaps = (
@@ -412,8 +416,7 @@ class Plan:
                 continue
             for place in added.get(operation.kind, []):
                 # An operand that the convolution itself reads, other than by adding it, must stay.
-                # One that is a range of a larger tensor must, too: its channels do not lie where those of the sum would.
-                dies = lives[place][1] == step and places.count(place) == 1 and place in read
+                dies = lives[place][1] == step and places.count(place) == 1
                 if dies and self.places[place].layout.reuse_key == layout.reuse_key:
                     found[out] = place
                     break

@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.inference.graph import Graph, Operation
+from explorer.inference.heads import Heads
 from explorer.inference.kernels import (
+    attention,
     conv,
     copy_planes,
     driver,
     flatten,
+    layer_norm,
     linear,
     max_pool,
     pointwise,
@@ -105,6 +108,10 @@ class _StepBuilder:
             return self._concat(operation, places, out)
         if operation.kind == "flatten":
             return self._flatten(places[0], out)
+        if operation.kind == "layer_norm":
+            return self._layer_norm(operation, places[0], out)
+        if operation.kind == "attention":
+            return self._attention(operation, places, out)
         if operation.kind == "split":
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
@@ -309,6 +316,71 @@ class _StepBuilder:
             **common,
         )
         return _Row(self._code(linear.LinearKernel(0)), arguments, jobs, choice.label)
+
+    # ---- tokens
+
+    def _layer_norm(self, operation: Operation, place: Place, out: Place) -> _Row:
+        x, y, a = place.layout, out.layout, operation.attributes
+        assert isinstance(x, Planes)
+        assert isinstance(y, Planes)
+        n = x.channels
+        weight = np.ones(n, np.float32) if a["weight"] is None else self._array(a["weight"])
+        bias = np.zeros(n, np.float32) if a["bias"] is None else self._array(a["bias"])
+        tile = min(4, y.vectors)
+        jobs = -(-y.vectors // tile)
+        kernel = layer_norm.LayerNormKernel(tile, y.has_gaps)
+        arguments = _fill(
+            layer_norm.ARGUMENTS,
+            x=place.address,
+            x_plane=4 * x.plane,
+            out=out.address,
+            out_plane=4 * y.plane,
+            weight=self.memory.put(weight),
+            bias=self.memory.put(bias),
+            features=n,
+            one_over_features=_bits(1 / n),
+            epsilon=_bits(a["eps"]),
+            last_tile=4 * y.lanes * (y.vectors - tile),
+            mask=self._mask(y),
+        )
+        return _Row(self._code(kernel), arguments, jobs, "layer norm")
+
+    def _attention(self, operation: Operation, places: list[Place], out: Place) -> _Row:
+        a, lanes = operation.attributes, self.plan.isa.lanes
+        samples, queries = self.graph.shapes[operation.inputs[0]][:2]
+        keys = self.graph.shapes[operation.inputs[1]][1]
+        heads = (*a["operands"], Heads(0, a["value_features"]))
+        values: dict[str, int] = {}
+        tokens = (queries, keys, keys, queries)
+        for name, place, where, count in zip(
+            ("q", "k", "v", "out"), (*places, out), heads, tokens, strict=True
+        ):
+            layout = place.layout
+            assert isinstance(layout, Planes)
+            values[name] = place.address + 4 * where.first * layout.plane
+            values[f"{name}_image"] = 4 * count
+            values[f"{name}_head"] = 4 * where.step * layout.plane
+            values[f"{name}_plane"] = 4 * layout.plane
+        vectors = -(-queries // lanes)
+        tile = min(range(1, min(4, vectors) + 1), key=lambda t: (-(-vectors // t) * (t + 1), -t))
+        tiles = -(-vectors // tile)
+        kernel = attention.AttentionKernel(
+            tile, min(8, conv.dense_rows(tile, self.plan.isa)), queries % lanes != 0
+        )
+        self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(keys, lanes))
+        arguments = _fill(
+            attention.ARGUMENTS,
+            heads=a["heads"],
+            tiles=tiles,
+            queries=queries,
+            keys=keys,
+            features=a["features"],
+            value_features=a["value_features"],
+            last_tile=4 * lanes * (vectors - tile),
+            scale=_bits(a["scale"]),
+            **values,
+        )
+        return _Row(self._code(kernel), arguments, samples * a["heads"] * tiles, "attention")
 
     # ---- pooling and pointwise
 

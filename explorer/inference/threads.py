@@ -1,7 +1,10 @@
 """Runs step tables: owns the driver's state, each thread's scratch memory, and the helper threads.
 
-Helpers are Python threads that live inside one native call (the GIL is released there). They spin for a short while after a run and then sleep
-on an event, which works the same on every system; the caller wakes them when a run begins.
+Helpers are Python threads that live inside one native call (the GIL is released there). They spin for a short while after a run and then sleep,
+each on an event of its own, which works the same on every system; the caller wakes them when a run begins. Only a helper clears its event: a caller
+that is interrupted (Ctrl-C) between any two statements leaves nothing half done.
+
+A forked child has no helpers. Its first run starts them again, with a gate and events of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from functools import cache
 
 import numpy as np
 
+from explorer.inference import fork
 from explorer.inference.kernels import driver
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, machine_code
@@ -30,7 +34,7 @@ class _State:
         self.memory = Memory()
         self.record = self.memory.zeros(len(driver.STATE.fields), np.int64)
         self.flags = self.memory.zeros(3 * 8, np.int64)  # gate, active, stop: a cache line each
-        self.wake = threading.Event()
+        self.wake = [threading.Event() for _ in range(threads)]
         self.asleep = [False] * threads
         self.scratch: list[int] = []
         run = machine_code(isa, "driver run", lambda: driver.build("run", isa))
@@ -54,15 +58,20 @@ def _helper(state: _State, me: int) -> None:
     while not state.stopped:
         state.help(address(state.record), state.scratch[me], me)
         state.asleep[me] = True
-        state.wake.wait()
+        state.wake[me].wait()
+        # Cleared before `stopped` is read again: `_stop` sets the flag first and the event after it.
+        state.wake[me].clear()
         state.asleep[me] = False
 
 
 def _stop(state: _State, helpers: list[threading.Thread]) -> None:
     state.flags[16] = 1
-    state.wake.set()
+    for event in state.wake:
+        event.set()
     for helper in helpers:
-        helper.join(timeout=5)
+        # The garbage collector may call this in any thread, also in a helper.
+        if helper.is_alive() and helper is not threading.current_thread():
+            helper.join(timeout=5)
 
 
 class Runner:
@@ -89,13 +98,36 @@ class Runner:
         self._steps: Steps | None = None
         self._range = (-1, -1)
         self._arguments = ctypes.c_void_p(address(state.record)), ctypes.c_void_p(state.scratch[0])
-        self._helpers = [
-            threading.Thread(target=_helper, args=(state, me), name=f"explorer-helper-{me}", daemon=True)
-            for me in range(1, threads)
-        ]
-        for helper in self._helpers:
-            helper.start()
+        self._helpers: list[threading.Thread] = []
+        # Before the first helper starts: an interrupt must not leave threads that nobody stops.
         self.close = weakref.finalize(self, _stop, state, self._helpers)
+        self._start()
+        fork.revive_in_child(self)
+
+    def _start(self) -> None:
+        for me in range(1, self.threads):
+            self._state.asleep[me] = False
+            helper = threading.Thread(
+                target=_helper, args=(self._state, me), name=f"explorer-helper-{me}", daemon=True
+            )
+            self._helpers.append(helper)
+            helper.start()
+
+    def revive(self) -> None:
+        """In a forked child: the helpers are gone, and may have left gate and events in any state. The next run starts new ones."""
+        state = self._state
+        state.flags[:16] = 0
+        state.wake[:] = [threading.Event() for _ in range(self.threads)]
+        state.asleep[1:] = [True] * (self.threads - 1)
+        self._helpers.clear()
+
+    def _wake(self) -> None:
+        if not self._helpers:
+            self._start()
+            return
+        for event, asleep in zip(self._state.wake, self._state.asleep, strict=True):
+            if asleep:
+                event.set()
 
     def use(self, steps: Steps) -> None:
         """Run these steps from now on."""
@@ -108,15 +140,16 @@ class Runner:
         """Run steps [first, last)."""
         state = self._state
         if self._range != (first, last):
+            self._range = (
+                -1,
+                -1,
+            )  # an interrupt between the two must not leave a range that is half the old one
             state.set("first", first)
             state.set("last", last)
             self._range = (first, last)
-        wake = any(state.asleep)
-        if wake:
-            state.wake.set()
+        if any(state.asleep):
+            self._wake()
         state.run(*self._arguments)
-        if wake:
-            state.wake.clear()
 
 
 @cache

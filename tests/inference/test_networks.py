@@ -99,7 +99,7 @@ def test_a_transformer_equals_torch_and_its_linear_layers_are_native(sparsity: f
     x = torch.randn(4, 19, 12)
     engine = explorer.compile(network, x)
     assert not any("linear" in fallback for fallback in engine.fallbacks)
-    assert any("layer_norm" in fallback for fallback in engine.fallbacks)
+    assert not any("layer_norm" in fallback for fallback in engine.fallbacks)
     with torch.no_grad():
         for n in (1, 3, 4):
             assert relative_error(engine(x[:n]), network(x[:n])) < 1e-4

@@ -157,6 +157,11 @@ class _Vector:
         return self.f.fma(power, rest, self.plus(power, -1.0))
 
 
+def exponential(f: Function, x: Value) -> Value:
+    """exp(x), for x <= 0; what is no normal number is zero; NaN stays."""
+    return _Vector(f).exp(x)
+
+
 def _sigmoid(v: _Vector, x: Value) -> Value:
     e = v.exp(v.b.fneg(v.absolute(x)))
     return v.b.fdiv(v.where_negative(x, e, v.constant(1.0)), v.plus(e, 1.0))

@@ -80,6 +80,11 @@ class Function:
     def store(self, value: Value, pointer: Value, offset: int | Value = 0, align: int = 4) -> None:
         self.b.store(value, self.at(pointer, offset)).align = align
 
+    def store_where(self, mask: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
+        """Store the lanes whose mask (a vector of i1) is true, and leave the memory of the others alone."""
+        name = f"llvm.masked.store.v{self.lanes}f32.p0"
+        self.call(name, VOID, [value, self.at(pointer, offset), I32(4), mask])
+
     def field(self, row: Value, record: Record, name: str, type_: Value = I64) -> Value:
         """Field `name` of the record at `row`."""
         return self.load(row, type_, 8 * record.index(name), 8)

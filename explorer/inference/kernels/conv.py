@@ -107,8 +107,8 @@ def unroll(tile: int) -> int:
     """Nonzeros that the sparse kernel takes at once, each with sums of its own.
 
     An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
-    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are padded with
-    zero weights to a multiple of this, see pack.py.
+    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are filled up to a
+    multiple of this, see pack.py.
     """
     return min(4, 1 << max(0, (8 // tile).bit_length() - 1))
 

@@ -2,7 +2,7 @@
 
 Linear layers on many tokens are convolutions with a 1x1 kernel over a tokens-as-pixels layout, see layout.py; here there is one pixel.
 
-  sparse   for each output: gather 16 inputs by index, FMA, and sum the lanes at the end. Rows are padded to whole vectors with weight 0.
+  sparse   for each output: gather 16 inputs by index, FMA, and sum the lanes at the end. Rows are filled up to whole vectors, see pack.py.
   dense    for each group of U vectors of outputs: U sums in registers; for each input: broadcast it, U FMAs with the weights in memory
 """
 

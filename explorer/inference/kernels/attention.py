@@ -1,0 +1,207 @@
+"""Scaled dot-product attention: every token's value becomes a mean of all tokens' values, weighted by how well its query fits their keys.
+
+Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, equation 1: softmax(Q K^T / sqrt d) V, for each head.
+
+The algorithm in plain words
+  Tokens lie in the lanes and features in planes (see layout.py). A job is one head of one sample, and one tile: T vectors of neighbouring queries.
+    scores   for R keys at a time: R x T sums in registers; for each feature: T loads of the queries serve R keys, each broadcast. The scaled sums go to
+             scratch, the largest of each query stays in registers.
+    softmax  each score becomes exp(score - largest), and is summed; nothing is ever summed across lanes.
+    values   for R features at a time: R x T sums in registers; for each key: T loads of its weights serve R values. What leaves is divided by the
+             sum of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.activation import exponential
+from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+_OPERANDS = ("q", "k", "v", "out")
+ARGUMENTS = Record(
+    (
+        *_OPERANDS,
+        *(f"{name}_{step}" for name in _OPERANDS for step in ("image", "head", "plane")),
+        "heads", "tiles", "queries", "keys", "features", "value_features", "last_tile", "scale",
+    )
+)  # fmt: skip
+"""`q`, `k`, `v`, `out`: the first feature of the first head. Byte steps to the next sample, head and feature. `queries`, `keys`: tokens of a
+sample. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    tile : int
+        Vectors of queries in a tile (T).
+    rows : int
+        Keys, and then features, that share their loads (R).
+    masked : bool
+        Whether the last vector of a sample reaches into the next one, so that it must not be stored whole.
+    """
+
+    tile: int
+    rows: int
+    masked: bool
+
+    def scratch_bytes(self, n_keys: int, lanes: int) -> int:
+        """Bytes of scratch that a job needs: the scores of its tile."""
+        return n_keys * self.tile * 4 * lanes
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        return _Generator(self, isa).module()
+
+
+class _Generator:
+    def __init__(self, kernel: AttentionKernel, isa: Isa) -> None:
+        self.k, self.width = kernel, 4 * isa.lanes
+        self.row_bytes = self.width * kernel.tile
+        self.ir = ir.Module("attention")
+        self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa.lanes)
+
+    def field(self, name: str, type_: Value = I64) -> Value:
+        return self.f.field(self.f.arguments[0], ARGUMENTS, name, type_)
+
+    def module(self) -> tuple[Value, str]:
+        f, b = self.f, self.f.b
+        _, job, scores = f.arguments
+        tiles, heads = self.field("tiles"), self.field("heads")
+        tile, rest = b.srem(job, tiles), b.sdiv(job, tiles)
+        head, image = b.srem(rest, heads), b.sdiv(rest, heads)
+        position = f.minimum(b.mul(tile, I64(self.row_bytes)), self.field("last_tile"))
+        q, k, v, out = (
+            f.at(
+                self.field(name, PTR),
+                b.add(b.mul(image, self.field(f"{name}_image")), b.mul(head, self.field(f"{name}_head"))),
+            )
+            for name in _OPERANDS
+        )
+        largest = self._scores(f.at(q, position), k, scores)
+        sums = self._softmax(scores, largest)
+        self._values(scores, v, f.at(out, position), sums, position)
+        b.ret_void()
+        return self.ir, "attention"
+
+    def _vectors(self, pointer: Value, align: int) -> list[Value]:
+        return [self.f.load(pointer, self.f.vector, self.width * i, align) for i in range(self.k.tile)]
+
+    def _constant(self, value: float) -> Value:
+        return ir.Constant(self.f.vector, [value] * self.f.lanes)
+
+    def _groups(
+        self, count: Value, body: Callable[[int, Value, list[Value]], Sequence[Value]], carried: list[Value]
+    ) -> list[Value]:
+        """``body(rows, first, carried)`` for all of `count`: R at a time, then one at a time."""
+        f, b, rows = self.f, self.f.b, self.k.rows
+        full = b.sdiv(count, I64(rows))
+        carried = f.loop(full, lambda i, *c: body(rows, b.mul(i, I64(rows)), list(c)), carried)
+        if rows == 1:
+            return carried
+        return f.loop(count, lambda i, *c: body(1, i, list(c)), carried, start=b.mul(full, I64(rows)))
+
+    def _products(
+        self, count: Value, pointers: list[Value], steps: list[Value], align: int, weights: list[Value]
+    ) -> list[Value]:
+        """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, the second of the scalars.
+
+        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row.
+        """
+        f, tile = self.f, self.k.tile
+
+        def one(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
+            vectors = self._vectors(x, align)
+            new = list(sums)
+            for r, offset in enumerate(weights):
+                scalar = f.splat(f.load(w, F32, offset))
+                for i, vector in enumerate(vectors):
+                    new[r * tile + i] = f.fma(scalar, vector, new[r * tile + i])
+            return [f.at(x, steps[0]), f.at(w, steps[1]), *new]
+
+        zeros = [self._constant(0.0)] * (tile * len(weights))
+        return f.loop(count, one, [*pointers, *zeros])[2:]
+
+    def _scores(self, q: Value, k: Value, scores: Value) -> list[Value]:
+        """Write the scaled products of queries and keys; the largest of each query."""
+        f, b, tile = self.f, self.f.b, self.k.tile
+        scale = f.splat(f.to_float(self.field("scale")))
+        steps = [self.field("q_plane"), self.field("k_plane")]
+        features = self.field("features")
+
+        def group(rows: int, first: Value, largest: list[Value]) -> list[Value]:
+            pointers = [q, f.at(k, b.mul(first, I64(4)))]
+            sums = self._products(features, pointers, steps, 4, [I64(4 * r) for r in range(rows)])
+            to = f.at(scores, b.mul(first, I64(self.row_bytes)))
+            for i, total in enumerate(sums):
+                score = b.fmul(total, scale)
+                f.store(score, to, self.width * i, self.width)
+                larger = b.fcmp_ordered(">", score, largest[i % tile])
+                largest[i % tile] = b.select(larger, score, largest[i % tile])
+            return largest
+
+        return self._groups(self.field("keys"), group, [self._constant(float("-inf"))] * tile)
+
+    def _softmax(self, scores: Value, largest: list[Value]) -> list[Value]:
+        """Scores become weights, in place; the sum of each query's weights."""
+        f, b = self.f, self.f.b
+
+        def one_key(_: Value, row: Value, *sums: Value) -> list[Value]:
+            new = []
+            for i, score in enumerate(self._vectors(row, self.width)):
+                weight = exponential(f, b.fsub(score, largest[i]))
+                f.store(weight, row, self.width * i, self.width)
+                new.append(b.fadd(sums[i], weight))
+            return [f.at(row, self.row_bytes), *new]
+
+        return f.loop(self.field("keys"), one_key, [scores, *[self._constant(0.0)] * self.k.tile])[1:]
+
+    def _values(self, weights: Value, v: Value, out: Value, sums: list[Value], position: Value) -> None:
+        """Write the means of the values."""
+        f, b, tile = self.f, self.f.b, self.k.tile
+        v_plane, out_plane, keys = self.field("v_plane"), self.field("out_plane"), self.field("keys")
+        shares = [b.fdiv(self._constant(1.0), total) for total in sums]
+        inside = self._inside(position) if self.k.masked else []
+
+        def group(rows: int, first: Value, _: list[Value]) -> list[Value]:
+            pointers = [weights, f.at(v, b.mul(first, v_plane))]
+            planes = [b.mul(I64(r), v_plane) for r in range(rows)]
+            means = self._products(keys, pointers, [I64(self.row_bytes), I64(4)], self.width, planes)
+            for i, mean in enumerate(means):
+                to = f.at(out, b.mul(b.add(first, I64(i // tile)), out_plane))
+                value = b.fmul(mean, shares[i % tile])
+                if inside:
+                    f.store_where(inside[i % tile], value, to, self.width * (i % tile))
+                else:
+                    f.store(value, to, self.width * (i % tile))
+            return []
+
+        self._groups(self.field("value_features"), group, [])
+
+    def _inside(self, position: Value) -> list[Value]:
+        """Which lanes of each vector hold a query of this sample."""
+        f, b = self.f, self.f.b
+        lanes = ir.Constant(f.int_vector, list(range(f.lanes)))
+        left = b.trunc(b.sub(self.field("queries"), b.sdiv(position, I64(4))), f.int_vector.element)
+        return [
+            b.icmp_signed("<", lanes, f.splat(b.sub(left, left.type(i * f.lanes))))
+            for i in range(self.k.tile)
+        ]
+
+
+def reference(
+    q: NDArray[np.float32], k: NDArray[np.float32], v: NDArray[np.float32], scale: float
+) -> NDArray[np.float32]:
+    """The numpy twin, in float64: q (..., Q, D), k (..., K, D), v (..., K, E) float32 -> (..., Q, E) float32."""
+    scores = q.astype(np.float64) @ np.swapaxes(k.astype(np.float64), -1, -2) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v.astype(np.float64)).astype(np.float32)

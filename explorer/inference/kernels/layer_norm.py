@@ -1,0 +1,105 @@
+"""Layer normalisation of tokens: every token's features get mean 0 and variance 1, then a scale and a shift each.
+
+Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv:1607.06450. Tokens lie in the lanes and features in planes (see layout.py), so that the mean
+over features is a sum of vectors and nothing is ever summed across lanes.
+
+The algorithm in plain words
+  A job is one tile: T vectors of neighbouring tokens. It walks over the features three times, the first time for the mean, then for the
+  variance around it (a difference of squares would lose digits), then to write the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_plane", "out", "out_plane", "weight", "bias", "features", "one_over_features", "epsilon", "last_tile", "mask",
+    )
+)  # fmt: skip
+"""`weight` and `bias`: one float32 per feature. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit
+evenly. `mask`: one int32 per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNormKernel:
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    tile : int
+        Vectors of tokens in a tile (T).
+    masked : bool
+        Whether the last vector holds elements that are no tokens; they are set to zero.
+    """
+
+    tile: int
+    masked: bool
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("layer_norm")
+        f = Function(module, "layer_norm", VOID, [PTR, I64, PTR], isa.lanes)
+        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        position = f.minimum(b.mul(job, I64(width * self.tile)), field("last_tile"))
+        x, out = f.at(field("x", PTR), position), f.at(field("out", PTR), position)
+        x_plane, out_plane, features = field("x_plane"), field("out_plane"), field("features")
+        one_over, epsilon = (f.splat(f.to_float(field(n))) for n in ("one_over_features", "epsilon"))
+        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+
+        def vectors(pointer: Value) -> list[Value]:
+            return [f.load(pointer, f.vector, width * i, width) for i in range(self.tile)]
+
+        def add(_: Value, pointer: Value, *sums: Value) -> list[Value]:
+            new = [b.fadd(s, v) for s, v in zip(sums, vectors(pointer), strict=True)]
+            return [f.at(pointer, x_plane), *new]
+
+        _, *sums = f.loop(features, add, [x, *[zero] * self.tile])
+        means = [b.fmul(s, one_over) for s in sums]
+
+        def add_square(_: Value, pointer: Value, *sums: Value) -> list[Value]:
+            apart = [b.fsub(v, m) for v, m in zip(vectors(pointer), means, strict=True)]
+            return [f.at(pointer, x_plane), *(f.fma(d, d, s) for d, s in zip(apart, sums, strict=True))]
+
+        _, *squares = f.loop(features, add_square, [x, *[zero] * self.tile])
+        one = ir.Constant(f.vector, [1.0] * f.lanes)
+        gains = []
+        for square in squares:
+            variance = b.fadd(b.fmul(square, one_over), epsilon)
+            gains.append(b.fdiv(one, f.intrinsic("sqrt", f.vector, [variance])))
+        weight, bias, mask = field("weight", PTR), field("bias", PTR), f.at(field("mask", PTR), position)
+
+        def write(i: Value, pointer: Value, to: Value) -> list[Value]:
+            at = b.mul(i, I64(4))
+            scale, shift = (f.splat(f.load(f.at(table, at), F32)) for table in (weight, bias))
+            for k, (value, mean, gain) in enumerate(zip(vectors(pointer), means, gains, strict=True)):
+                value = f.fma(b.fmul(b.fsub(value, mean), gain), scale, shift)
+                if self.masked:
+                    value = f.keep(value, f.load(mask, f.int_vector, width * k, width))
+                f.store(value, to, width * k, width)
+            return [f.at(pointer, x_plane), f.at(to, out_plane)]
+
+        f.loop(features, write, [x, out])
+        b.ret_void()
+        return module, "layer_norm"
+
+
+def reference(
+    x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32], epsilon: float
+) -> NDArray[np.float32]:
+    """The numpy twin, in float64: x (..., F), weight (F,), bias (F,) float32 -> (..., F) float32."""
+    wide = x.astype(np.float64)
+    apart = wide - wide.mean(-1, keepdims=True)
+    variance = (apart**2).mean(-1, keepdims=True)
+    return (apart / np.sqrt(variance + epsilon) * weight + bias).astype(np.float32)

@@ -1,0 +1,193 @@
+"""Runs networks with every native buffer beside a page that nobody may touch: an access out of bounds ends the process.
+
+    python -m tests.inference.guarded end all       each buffer ends where a forbidden page begins
+    python -m tests.inference.guarded start conv    each buffer begins where a forbidden page ends; only networks with "conv" in their name
+
+What lies between a buffer and the end of its page is filled with a pattern that is checked after the runs, and that reads as NaN.
+Prefetches past the end are harmless, and stay so here: they never fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import nn
+
+import explorer
+from explorer.errors import EngineError
+from explorer.inference.memory import Memory
+
+PATTERN = 0xFF
+"""In each byte: four of them are a NaN."""
+
+_FORBIDDEN = 0  # PROT_NONE
+
+
+class Guards:
+    """Takes the place of `Memory.zeros`: one mapping per buffer, with a forbidden page on either side."""
+
+    def __init__(self, side: str) -> None:
+        self.side = side
+        self.slack: list[NDArray[np.uint8]] = []
+        self.protect = ctypes.CDLL(None, use_errno=True).mprotect
+        self.protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+    def install(self) -> None:
+        def zeros(memory: Memory, size: int, dtype: DTypeLike = np.float32, align: int = 64) -> NDArray[Any]:
+            return self.zeros(memory, size, np.dtype(dtype))
+
+        Memory.zeros = zeros  # type: ignore[method-assign]
+
+    def zeros(self, memory: Memory, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        page, wanted = mmap.PAGESIZE, size * dtype.itemsize
+        middle = -(-max(wanted, 1) // page) * page
+        region = np.frombuffer(mmap.mmap(-1, middle + 2 * page), np.uint8)
+        first = region.ctypes.data
+        for at in (first, first + page + middle):
+            assert self.protect(at, page, _FORBIDDEN) == 0, ctypes.get_errno()
+        inside = region[page : page + middle]
+        # Vectors want multiples of 64 bytes: at the end, up to 63 bytes of slack remain.
+        start = 0 if self.side == "start" else (middle - wanted) // 64 * 64
+        for slack in (inside[:start], inside[start + wanted :]):
+            slack[:] = PATTERN
+            self.slack.append(slack)
+        memory._chunks.append(region)
+        memory.n_bytes += wanted
+        return inside[start : start + wanted].view(dtype)
+
+    def check(self) -> None:
+        assert all((slack == PATTERN).all() for slack in self.slack), "native code wrote past a buffer"
+        self.slack.clear()
+
+
+class Residual(nn.Module):
+    """Both paths of a residual block, with a stride or without."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.b = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.short = nn.Conv2d(channels, channels, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.b(torch.relu(self.a(x))) + self.short(x))
+
+
+class Tokens(nn.Module):
+    """Linear layers over tokens, and an addition that no convolution takes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(11, 37), nn.Linear(37, 11)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.b(torch.relu(self.a(x))) + x)
+
+
+class Pointwise(nn.Module):
+    """Additions and clamps on images and on vectors that nothing else can take along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(3, 5, 1)
+        self.c, self.d = nn.Linear(5, 19), nn.Linear(5, 19)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, z = self.a(x), self.b(x)
+        v = y.mean((2, 3))
+        p, q = self.c(v), self.d(v)
+        return y, z, torch.relu(y + z), p, q, torch.relu(p + q), torch.relu(y)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
+    """Name, network and shape of the input: every kernel, on sizes that fit no vector and some that do."""
+    for size in ((1, 1), (4, 4), (5, 9), (15, 15), (3, 67), (16, 16), (31, 14)):
+        yield f"conv 3x3 {size}", lambda: nn.Conv2d(5, 23, 3, padding=1), (2, 5, *size)
+        yield f"conv 1x1 {size}", lambda: nn.Conv2d(19, 40, 1), (2, 19, *size)
+        yield f"conv stride {size}", lambda: nn.Conv2d(3, 6, 3, 2, 1), (2, 3, *size)
+        yield f"conv grouped {size}", lambda: nn.Conv2d(6, 6, 3, padding=1, groups=3), (2, 6, *size)
+        yield f"residual {size}", lambda: Residual(4, 1), (2, 4, *size)
+        yield f"residual stride {size}", lambda: Residual(4, 2), (1, 4, *size)
+        yield f"pointwise {size}", Pointwise, (2, 3, *size)
+        yield f"pool plane {size}", lambda: nn.AdaptiveAvgPool2d(1), (2, 5, *size)
+        yield f"pool max {size}", lambda: nn.MaxPool2d(3, 2, 1), (2, 3, *size)
+        yield f"pool max same {size}", lambda: nn.MaxPool2d(3, 1, 1), (2, 3, *size)
+        yield f"pool max dilated {size}", lambda: nn.MaxPool2d(2, 1, 1, dilation=2), (2, 3, *size)
+        yield f"pool average {size}", lambda: nn.AvgPool2d(3, 2, 1), (2, 3, *size)
+    for kernel, padding, stride, dilation in (
+        ((5, 5), (2, 2), (3, 3), 1), ((7, 7), (3, 3), (4, 4), 1), ((1, 5), (0, 4), (1, 2), 2), ((7, 1), (6, 0), (2, 1), 2),
+        ((3, 3), (4, 4), (1, 1), 3), ((2, 4), (0, 0), (5, 5), 1), ((3, 3), (0, 0), (1, 6), 1), ((5, 5), (4, 4), (1, 1), 1),
+    ):  # fmt: skip
+        for size in ((13, 17), (29, 64), (14, 33)):
+            yield (
+                f"conv {kernel} {padding} {stride} {dilation} {size}",
+                lambda k=kernel, p=padding, s=stride, d=dilation: nn.Conv2d(3, 9, k, s, p, d),
+                (2, 3, *size),
+            )
+    # Many input channels: several K blocks, and parts of the channels for two threads.
+    yield "conv deep", lambda: nn.Conv2d(300, 70, 3, padding=1), (1, 300, 9, 7)
+    yield "conv deep 1x1", lambda: nn.Conv2d(900, 70, 1), (1, 900, 13, 11)
+    for stride in (3, 4):
+        yield f"pool max stride {stride}", lambda s=stride: nn.MaxPool2d(5, s, 2), (1, 2, 23, 70)
+    for features, outputs in ((1, 1), (7, 130), (100, 17), (64, 64)):
+        yield (
+            f"linear {features} {outputs}",
+            lambda f=features, o=outputs: nn.Linear(f, o),
+            (3, features),
+        )
+    for tokens in (1, 7, 16, 50):
+        yield f"tokens {tokens}", Tokens, (2, tokens, 11)
+    yield "line", lambda: nn.Sequential(nn.Conv1d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 41)
+
+
+def check(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], guards: Guards) -> int:
+    """Run one network, sparse and dense, on one thread and on two; how many engines ran."""
+    torch.manual_seed(0)
+    network, x = build().eval(), torch.randn(shape)
+    for parameter in network.parameters():
+        parameter.data *= torch.rand_like(parameter) > 0.6
+    try:
+        with torch.no_grad():
+            wanted = network(x)
+    except RuntimeError:
+        return 0  # the image is smaller than the window
+    ran = 0
+    for mode, threads in (("sparse", 1), ("dense", 1), ("auto", 2)):
+        engine = explorer.compile(network, x, sparse=mode, threads=threads)
+        assert engine.fallbacks == (), (name, engine.fallbacks)
+        for images in {1, shape[0]}:
+            got = engine(x[:images])
+            for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):
+                assert torch.allclose(a, b[:images], rtol=1e-4, atol=1e-4), (name, mode, threads, images)
+        guards.check()
+        ran += 1
+    return ran
+
+
+def main(side: str, pattern: str) -> None:
+    """Run all networks whose name holds `pattern` ("all": every one)."""
+    guards = Guards(side)
+    guards.install()
+    torch.set_num_threads(1)
+    ran = 0
+    for name, build, shape in cases():
+        if pattern == "all" or pattern in name:
+            sys.stdout.write(f"{name}\n")
+            sys.stdout.flush()  # the last line of a process that crashes says where
+            try:
+                ran += check(name, build, shape, guards)
+            except EngineError as error:
+                raise SystemExit(f"{name}: {error}") from error
+    assert ran, f"no network has {pattern!r} in its name"
+    sys.stdout.write(f"{ran} engines ran within their buffers\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,209 @@
+"""Layer norm and attention on tokens, against their numpy twins and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import explorer
+from explorer.inference import native
+from explorer.inference.kernels import attention, layer_norm
+from tests.inference.graphs import relative_error
+from tests.inference.test_kernels import ISAS, runnable
+
+TOLERANCE = 2e-5
+
+
+@given(
+    samples=st.integers(1, 3),
+    tokens=st.integers(1, 70),
+    features=st.integers(1, 40),
+    offset=st.sampled_from([0.0, 1000.0]),
+    affine=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_layer_norm_equals_its_numpy_twin(
+    samples: int, tokens: int, features: int, offset: float, affine: bool
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(features, eps=1e-5, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(samples, tokens, features) + offset
+    engine = explorer.compile(norm, x)
+    assert engine.fallbacks == ()
+    weight, bias = (
+        (norm.weight.detach().numpy(), norm.bias.detach().numpy())
+        if affine
+        else (np.ones(features, np.float32), np.zeros(features, np.float32))
+    )
+    wanted = torch.from_numpy(layer_norm.reference(x.numpy(), weight, bias, 1e-5))
+    # float32 inputs around 1000 carry an error of 6e-5 each, whoever subtracts their mean.
+    assert relative_error(engine(x), wanted) < (TOLERANCE if offset == 0 else 1e-3)
+
+
+class Separate(nn.Module):
+    """Queries, keys and values from layers of their own, heads by unflatten, as in BERT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)) + x
+
+
+class Joint(nn.Module):
+    """One layer for all three, rearranged by reshape, permute and unbind, as in vision transformers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, w = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.out(mixed.transpose(1, 2).reshape(n, t, w))
+
+
+class Chunks(nn.Module):
+    """One layer for all three, cut by chunk, viewed and permuted."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, w = x.shape
+        q, k, v = (
+            part.view(n, t, self.heads, w // self.heads).permute(0, 2, 1, 3)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return mixed.permute(0, 2, 1, 3).contiguous().view(n, t, w)
+
+
+class FewKeys(nn.Module):
+    """Many queries attend to a few keys; values are wider than keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = self.k.weight.new_ones(()) * x[:, :3]
+
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+        mixed = functional.scaled_dot_product_attention(
+            split(self.q(x)), split(self.k(few)), split(self.v(few))
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def check(network: nn.Module, x: Tensor, threads: int = 1) -> explorer.SparseModule:
+    engine = explorer.compile(network.eval(), x, threads=threads)
+    with torch.no_grad():
+        wanted = network(x)
+    for _ in range(2):
+        assert relative_error(engine(x), wanted) < TOLERANCE
+    return engine
+
+
+@pytest.mark.parametrize("make", [Separate, Joint, Chunks, FewKeys])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("tokens", "width", "heads"), [(16, 12, 3), (128, 32, 2), (5, 8, 1), (197, 20, 4)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_between_linear_layers_is_native_and_equals_torch(
+    make: Callable[[int, int], nn.Module], samples: int, tokens: int, width: int, heads: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    engine = check(make(width, heads), torch.randn(samples, tokens, width), threads)
+    assert not any("attention" in name for name in engine.fallbacks), engine.fallbacks
+    if make is not FewKeys:
+        assert engine.fallbacks == ()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [7, 33, 64])
+def test_every_instruction_set_attends_like_the_numpy_twin(
+    isa: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    torch.manual_seed(0)
+    network = Chunks(24, 3).eval()
+    x = 3 * torch.randn(2, tokens, 24)
+    engine = explorer.compile(network, x)
+    assert engine.isa == isa
+    assert engine.fallbacks == ()
+    q, k, v = (
+        part.reshape(2, tokens, 3, 8).swapaxes(1, 2)
+        for part in np.split(network.qkv(x).detach().numpy(), 3, axis=-1)
+    )
+    wanted = attention.reference(q, k, v, 8**-0.5).swapaxes(1, 2).reshape(2, tokens, 24)
+    assert relative_error(engine(x), torch.from_numpy(wanted)) < TOLERANCE
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
+    network = Chunks(8, 2)
+    torch.manual_seed(0)
+    check(network, 100 * torch.randn(1, 40, 8))
+
+
+class Unusual(nn.Module):
+    """Attention of a kind that has no native form."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.kind == "causal":
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.kind == "mask":
+            mask = (torch.arange(x.shape[1]) < 5).expand(x.shape[1], -1)
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif self.kind == "interleaved":
+            # Heads take turns: element i belongs to head i % 2, so that a head is no range of features.
+            q, k, v = (
+                layer(x).unflatten(2, (-1, 2)).permute(0, 3, 1, 2) for layer in (self.q, self.k, self.v)
+            )
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+        if self.kind == "heads kept":
+            return mixed
+        if self.kind == "read twice":
+            return mixed.transpose(1, 2).flatten(2) + mixed.sum()
+        if self.kind == "heads mixed":
+            return mixed.flatten(1).reshape(x.shape)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "interleaved", "heads kept", "read twice", "heads mixed"])
+def test_attention_of_another_kind_runs_through_torch_and_is_right(kind: str) -> None:
+    torch.manual_seed(0)
+    engine = check(Unusual(kind), torch.randn(2, 9, 8))
+    assert any("attention" in name for name in engine.fallbacks)
