@@ -273,6 +273,19 @@ def test_the_input_may_be_part_of_a_concatenation() -> None:
     assert copies(engine) == ["in place"]
 
 
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_a_sum_does_not_overwrite_a_part_of_a_concatenation(mode: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        b = m.b(x)
+        y = m.c(torch.cat([m.a(x), b], 1))
+        return m.e(m.d(y) + b)  # the last reader of the concatenation's memory reads a part of it
+
+    module = Function(forward, a=conv(3, 2), b=conv(3, 24), c=conv(26, 8), d=conv(8, 24, 1), e=conv(24, 3))
+    # Sparse rows are computed in the order of their nonzeros, not of their channels.
+    module.d.weight.data[torch.rand_like(module.d.weight) < 0.7] = 0
+    check(module, torch.randn(3, 3, 9, 11), sparse=mode)
+
+
 def test_slices_are_read_where_they_lie() -> None:
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
         y = m.a(x)
@@ -351,9 +364,11 @@ def programs(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
     program: list[tuple[str, list[int]]] = []
     for known in range(1, draw(st.integers(3, 14))):
         kind = draw(
-            st.sampled_from(["conv", "conv", "concat", "concat", "concat", "slice", "act", "pool", "sine"])
+            st.sampled_from(
+                ["conv", "sum", "sum", "concat", "concat", "concat", "slice", "act", "pool", "sine"]
+            )
         )
-        count = draw(st.integers(1, 4)) if kind == "concat" else 1
+        count = {"concat": draw(st.integers(1, 4)), "sum": 2}.get(kind, 1)
         program.append((kind, [draw(st.integers(max(0, known - 5), known - 1)) for _ in range(count)]))
     return program
 
@@ -367,9 +382,13 @@ def test_any_mixture_of_concatenations_slices_and_layers_equals_torch(
     channels, layers = [4], {}
     for i, (kind, read) in enumerate(program):
         n = sum(channels[r] for r in read)
-        if kind == "conv" or n > 40:
-            layers[f"layer{i}"] = conv(n, 3, 3)
-            n = 3
+        if kind == "sum":
+            layers[f"layer{i}"] = conv(channels[read[0]], n := channels[read[1]], 1)
+            # Sparse rows are computed in the order of their nonzeros, not of their channels.
+            layers[f"layer{i}"].weight.data[torch.rand_like(layers[f"layer{i}"].weight) < 0.6] = 0
+        elif kind == "conv" or n > 40:
+            layers[f"layer{i}"] = conv(n, 3 + i % 3, 3)
+            n = 3 + i % 3
         elif kind == "slice":
             n = -(-n // 2)
         channels.append(n)
@@ -377,12 +396,10 @@ def test_any_mixture_of_concatenations_slices_and_layers_equals_torch(
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
         values = [x]
         for i, (kind, read) in enumerate(program):
-            y = (
-                torch.cat([values[r] for r in read], 1)
-                if len(read) > 1 or kind == "concat"
-                else values[read[0]]
-            )
-            if f"layer{i}" in layers:
+            y = torch.cat([values[r] for r in read], 1) if kind == "concat" else values[read[0]]
+            if kind == "sum":
+                y = m.get_submodule(f"layer{i}")(y) + values[read[1]]
+            elif f"layer{i}" in layers:
                 y = m.get_submodule(f"layer{i}")(y)
             elif kind == "slice":
                 y = y.chunk(2, 1)[0]
@@ -393,7 +410,7 @@ def test_any_mixture_of_concatenations_slices_and_layers_equals_torch(
             elif kind == "sine":
                 y = torch.sin(y)
             values.append(y)
-        return tuple(values[-3:])
+        return tuple(values[-2:])
 
     module, x = Function(forward, **layers).eval(), torch.randn(2, 4, 5, 6)
     engine = explorer.compile(module, x, threads=threads)
