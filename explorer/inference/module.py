@@ -230,10 +230,7 @@ class SparseModule:
             raise EngineError(f"{len(inputs)} inputs were passed; this network takes {len(names)}.")
         images = self.batch_size
         for position, (name, value) in enumerate(zip(names, inputs, strict=True)):
-            wanted = self._graph.shapes.get(name)
-            if wanted is None:
-                self._check_constant(position, value)
-                continue
+            wanted = self._graph.shapes[name]  # `capture` refuses arguments that are no tensors
             if not isinstance(value, Tensor):
                 raise EngineError(
                     f"Input {position} is a {type(value).__name__}; this network takes a tensor of shape {wanted}. Convert it with torch.as_tensor."
@@ -269,14 +266,6 @@ class SparseModule:
                     "Convert it with .to_dense() or .cpu()."
                 )
         return images
-
-    def _check_constant(self, position: int, value: Any) -> None:
-        """An argument that is no tensor became part of the captured network."""
-        traced = pytree.tree_leaves(self._example)[position]
-        if type(value) is not type(traced) or value != traced:
-            raise EngineError(
-                f"Input {position} is {value!r}; this network was compiled for {traced!r}. Compile it again with the value you need."
-            )
 
     def _run(self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None) -> Any:
         """Run all segments; with `times`, append the seconds of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from explorer.inference import native
 from explorer.inference.graph import Operation
-from explorer.inference.kernels import conv, depthwise, linear, max_pool, pool, split
+from explorer.inference.kernels import conv, depthwise, linear, max_pool, pointwise, pool, split
 from explorer.inference.module import SparseModule
 from explorer.inference.native import host_isa
 from explorer.inference.pack import operands
@@ -52,6 +53,7 @@ def convolutions(draw: st.DrawFn) -> dict:
         "sparsity": draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0])),
         "bias": draw(st.booleans()),
         "residual": draw(st.booleans()),
+        "activation": draw(st.sampled_from([None, (0.0, float("inf")), (0.0, 6.0)])),
         "mode": draw(st.sampled_from(["dense", "sparse", "auto"])),
         "threads": draw(st.sampled_from([1, 1, 2])),
         "seed": draw(st.integers(0, 10**6)),
@@ -78,6 +80,9 @@ def test_any_convolution_equals_torch(case: dict) -> None:
     if case["residual"]:
         inputs.append(torch.randn(wanted.shape, generator=generator))
         wanted = wanted + inputs[1]
+    if case["activation"] is not None:
+        graph.operations[0].attributes |= dict(zip(("low", "high"), case["activation"], strict=True))
+        wanted = wanted.clamp(*case["activation"])
     got = run(graph, *inputs, mode=case["mode"], threads=case["threads"])
     assert relative_error(got, wanted) < TOLERANCE
 
@@ -235,7 +240,7 @@ def test_maximum_pooling_equals_its_numpy_twin_also_on_negative_values(
     padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)) + shift
     engine = explorer.compile(torch.nn.MaxPool2d(kernel, stride, padding), x)
-    wanted = pool.reference_max(x.numpy(), kernel, stride, padding)
+    wanted = max_pool.reference(x.numpy(), kernel, stride, padding)
     assert engine.fallbacks == ()
     np.testing.assert_array_equal(engine(x).numpy(), wanted)
 
@@ -272,7 +277,7 @@ def test_every_instruction_set_pools_like_the_numpy_twin(
     x = torch.randn(2, 5, 11, 37, generator=torch.Generator().manual_seed(0)) - 1
     engine = explorer.compile(torch.nn.MaxPool2d(3, stride, 1), x)
     assert engine.isa == isa
-    wanted = pool.reference_max(x.numpy(), (3, 3), (stride, stride), (1, 1))
+    wanted = max_pool.reference(x.numpy(), (3, 3), (stride, stride), (1, 1))
     np.testing.assert_array_equal(engine(x).numpy(), wanted)
 
 
@@ -286,16 +291,110 @@ def test_a_nan_in_a_window_is_its_maximum_as_in_torch() -> None:
     np.testing.assert_array_equal(engine(x).numpy(), module(x).numpy())
 
 
-@pytest.mark.parametrize("count_padding", [True, False])
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2)])
-def test_average_pooling_equals_torch(kernel: int, stride: int, padding: int, count_padding: bool) -> None:
+WINDOWS = {
+    "size": st.tuples(st.integers(5, 19), st.integers(5, 37)),
+    "kernel": st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    "stride": st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+}
+
+
+@given(**WINDOWS, count_padding=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_average_pooling_equals_its_numpy_twin_and_the_twin_is_torchs(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], count_padding: bool
+) -> None:  # fmt: skip
     import explorer
 
-    x = torch.randn(2, 5, 13, 10, generator=torch.Generator().manual_seed(0))
+    padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
+    x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0))
     module = torch.nn.AvgPool2d(kernel, stride, padding, count_include_pad=count_padding)
+    wanted = pool.reference_average(x.numpy(), kernel, stride, padding, count_padding=count_padding)
+    np.testing.assert_allclose(wanted, module(x).numpy(), rtol=1e-4, atol=1e-6)
     engine = explorer.compile(module, x)
     assert engine.fallbacks == ()
-    assert relative_error(engine(x), module(x)) < TOLERANCE
+    np.testing.assert_allclose(engine(x).numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@given(**WINDOWS, dilation=st.tuples(st.integers(1, 2), st.integers(2, 3)))
+@settings(max_examples=30, deadline=None)
+def test_maxima_over_dilated_windows_equal_their_numpy_twin_and_the_twin_is_torchs(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:  # fmt: skip
+    import explorer
+
+    kernel = (min(kernel[0], 3), min(kernel[1], 2))
+    padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
+    x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0)) - 2
+    module = torch.nn.MaxPool2d(kernel, stride, padding, dilation)
+    wanted = max_pool.reference(x.numpy(), kernel, stride, padding, dilation)
+    np.testing.assert_array_equal(wanted, module(x).numpy())
+    engine = explorer.compile(module, x)
+    assert engine.fallbacks == ()
+    np.testing.assert_array_equal(engine(x).numpy(), wanted)
+
+
+@given(size=st.tuples(st.integers(1, 20), st.integers(1, 37)), channels=st.integers(1, 35))
+@settings(max_examples=30, deadline=None)
+def test_the_average_of_a_plane_equals_its_numpy_twin(size: tuple[int, int], channels: int) -> None:
+    import explorer
+
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0)) + 1
+    engine = explorer.compile(torch.nn.AdaptiveAvgPool2d(1), x)
+    assert engine.fallbacks == ()
+    wanted = torch.from_numpy(pool.reference_plane(x.numpy()))
+    assert relative_error(engine(x)[:, :, 0, 0], wanted) < TOLERANCE
+
+
+class Sum(torch.nn.Module):
+    """An addition and a clamp that no convolution takes along: their operands come from pooling, or are read twice."""
+
+    def __init__(self, high: float) -> None:
+        super().__init__()
+        self.same, self.act = torch.nn.MaxPool2d(1), torch.nn.Hardtanh(0.0, high)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.act(self.same(x) + self.same(y))
+
+
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 37)),
+    channels=st.integers(1, 19),
+    high=st.sampled_from([0.5, 6.0, float("inf")]),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=30, deadline=None)
+def test_additions_and_clamps_equal_their_numpy_twin(
+    size: tuple[int, int], channels: int, high: float, threads: int
+) -> None:
+    import explorer
+
+    x, y = torch.randn(2, 2, channels, *size, generator=torch.Generator().manual_seed(0))
+    engine = explorer.compile(Sum(high), (x, y), threads=threads)
+    assert [row.kind for row in engine.profile(x, y, repeats=2) if row.kernel == "add"] == ["add"]
+    np.testing.assert_array_equal(engine(x, y).numpy(), pointwise.reference(x.numpy(), y.numpy(), 0.0, high))
+
+
+@given(
+    features=st.integers(1, 150),
+    outputs=st.integers(1, 300),
+    sparsity=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    mode=st.sampled_from(["dense", "sparse"]),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_linear_layer_on_vectors_equals_its_numpy_twin(
+    features: int, outputs: int, sparsity: float, mode: str, threads: int
+) -> None:
+    import explorer
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(features, outputs)
+    layer.weight.data[torch.rand_like(layer.weight) < sparsity] = 0
+    x = torch.randn(3, features)
+    engine = explorer.compile(torch.nn.Sequential(layer, torch.nn.ReLU()), x, sparse=mode, threads=threads)
+    wanted = linear.reference(x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy())
+    assert relative_error(engine(x), torch.from_numpy(np.maximum(wanted, 0))) < TOLERANCE
 
 
 def test_maximum_pooling_and_clamps_keep_nan_as_torch_does() -> None:
@@ -328,38 +427,64 @@ def test_maximum_pooling_is_vector_code_without_gathers_on_other_cpus_too(
     assert not [line for line in lines if "gather" in line]
 
 
-@pytest.mark.parametrize(
-    ("triple", "lanes", "cpu", "features", "instruction"),
-    [
-        ("aarch64-unknown-linux-gnu", 4, "cortex-a76", "+neon", "fmla"),
-        ("x86_64-unknown-linux-gnu", 8, "haswell", "", "vfmadd"),
-    ],
-)
-def test_the_hot_loops_hold_vector_fmas_on_other_cpus_too(
-    triple: str, lanes: int, cpu: str, features: str, instruction: str
-) -> None:
-    isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, features)
-    for kernel in (
-        conv.ConvKernel(7, "shift", 0, 0, residual=True, masked=True, aligned=False),
-        conv.ConvKernel(
-            4,
-            "compact",
-            0,
-            0,
-            residual=True,
-            masked=True,
-            aligned=False,
-            columns=4,
-            pitch=5,
-            plane=5,
-        ),
-        conv.ConvKernel(4, "direct", 2, 1, residual=False, masked=True, aligned=False),
-    ):
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+CPUS = {
+    "avx512": (
+        native.Isa("avx512", 16, 32, "skylake-avx512", "-prefer-256-bit"),
+        X86,
+        "vfmadd",
+        "zmm",
+    ),
+    "avx2": (native.Isa("avx2", 8, 16, "haswell", ""), X86, "vfmadd", "ymm"),
+    "neon": (native.Isa("neon", 4, 32, "cortex-a76", "+neon"), ARM, "fmla", ".4s"),
+}
+
+
+def innermost_loops(text: str) -> list[list[str]]:
+    """The instructions between a label and the next branch back to it that hold no other such label and branch."""
+    lines = [re.split(r"\s##?\s|//", line)[0].strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and (line.endswith(":") or not line.startswith("."))]
+    at = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for i, line in enumerate(lines):
+        words = re.split(r"[\s,]+", line)
+        if re.match(r"(j[a-z]+|b(\.[a-z]+)?|cbn?z|tbn?z)$", words[0]) and at.get(words[-1], i) < i:
+            loops.append((at[words[-1]], i))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return [lines[a : b + 1] for a, b in inner]
+
+
+def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
+    """Sparse and dense kernels at every tile, with the most rows that the registers are said to hold."""
+    flags = {"residual": True, "masked": True, "aligned": False}
+    compact = {"columns": 4, "pitch": 5}
+    rows = {tile: conv.dense_rows(tile, isa) for tile in (1, 4, 7, 8)}
+    return [
+        *(conv.ConvKernel(tile, "shift", 0, 0, **flags) for tile in rows),
+        *(conv.ConvKernel(tile, "direct", 0, 0, **flags) for tile in rows),
+        *(conv.ConvKernel(tile, "shift", r, 0, **flags) for tile, r in rows.items()),
+        *(conv.ConvKernel(tile, "direct", r, 0, **flags) for tile, r in rows.items()),
+        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5),
+        conv.ConvKernel(4, "compact", rows[4], 0, **flags, **compact, plane=5),
+    ]
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> None:
+    isa, triple, instruction, register = CPUS[cpu]
+    for kernel in [*conv_kernels(isa), linear.LinearKernel(0), linear.LinearKernel(8)]:
         text = native.assembly(isa, kernel.build(isa)[0], triple)
-        fmas = [line for line in text.splitlines() if instruction in line]
-        assert len(fmas) >= kernel.tile
-        assert all((".4s" in line) if lanes == 4 else ("ymm" in line) for line in fmas)
-        # A call in the code would mean that LLVM made a library call of an FMA or of a gather.
+        hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
+        assert hot, kernel
+        for loop in hot:
+            fmas = [line for line in loop if instruction in line]
+            assert all(register in line for line in fmas), (kernel, fmas)
+            if isinstance(kernel, conv.ConvKernel):
+                wanted = kernel.tile * (kernel.dense_rows or kernel.unroll)
+                assert len(fmas) == wanted, (kernel, len(fmas), wanted)
+            stack = [line for line in loop if re.search(r"%rsp|\bsp\b", line)]
+            assert stack == [], (kernel, stack)
+        # A call would mean that LLVM made a library call of an FMA or of a gather.
         assert "fmaf" not in text
 
 
@@ -430,3 +555,12 @@ def test_every_instruction_set_filters_channels_like_the_numpy_twin(
     got = run(graph, torch.from_numpy(x), mode="auto")
     wanted = depthwise.reference(x, weight, np.zeros(6, np.float32), **attributes)
     assert relative_error(got, torch.from_numpy(wanted)) < TOLERANCE
+
+
+def test_a_spill_in_a_hot_loop_would_be_found() -> None:
+    isa, triple, *_ = CPUS["avx2"]
+    kernel = conv.ConvKernel(
+        8, "shift", 4, 0, residual=False, masked=False, aligned=False
+    )  # 32 sums in 16 registers
+    loops = innermost_loops(native.assembly(isa, kernel.build(isa)[0], triple))
+    assert any("%rsp" in line for loop in loops for line in loop if "ymm" in line)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
@@ -164,3 +166,19 @@ def _larger(f: Function, value: Value, total: Value) -> Value:
     return b.select(
         b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value)), value, total
     )
+
+
+def reference(
+    x: NDArray[np.float32],
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> NDArray[np.float32]:
+    """The numpy twin: x (N, C, H, W) float32 -> (N, C, OH, OW) float32, floor mode."""
+    pad = ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)
+    padded = np.pad(x, pad, constant_values=-np.inf)
+    reach = tuple(d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
+    taps = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
+    return np.asarray(taps.max(axis=(4, 5)), np.float32)

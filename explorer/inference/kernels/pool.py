@@ -104,11 +104,26 @@ class PoolKernel:
         f.store(f.clamp(y, low, high), to)
 
 
-def reference_max(
-    x: NDArray[np.float32], size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+def reference_average(
+    x: NDArray[np.float32],
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    *,
+    count_padding: bool,
 ) -> NDArray[np.float32]:
-    """The numpy twin of the maximum: x (N, C, H, W) float32 -> (N, C, OH, OW) float32, floor mode, no dilation."""
+    """The numpy twin of the average: x (N, C, H, W) float32 -> (N, C, OH, OW) float32, floor mode. That of the maximum is `max_pool.reference`."""
     pad = ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)
-    padded = np.pad(x, pad, constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
-    return np.asarray(windows[:, :, :: stride[0], :: stride[1]].max(axis=(4, 5)), np.float32)
+
+    def sums(values: NDArray[np.float64], outside: float) -> NDArray[np.float64]:
+        padded = np.pad(values, pad, constant_values=outside)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
+        return np.asarray(windows[:, :, :: stride[0], :: stride[1]].sum(axis=(4, 5)))
+
+    counts = sums(np.ones(x.shape), float(count_padding))
+    return (sums(x.astype(np.float64), 0.0) / counts).astype(np.float32)
+
+
+def reference_plane(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numpy twin of the average of a plane: x (N, C, H, W) float32 -> (N, C) float32."""
+    return x.astype(np.float64).mean(axis=(2, 3)).astype(np.float32)

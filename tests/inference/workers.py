@@ -1,0 +1,251 @@
+"""What the tests of processes start: small programs, and datasets that spawned workers can import.
+
+python -m tests.inference.workers forks     (or another name in PROGRAMS)
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import explorer
+from explorer.errors import EngineError, EngineWarning
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+    ).eval()
+
+
+X = torch.randn(4, 2, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+def expected(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network()(x)
+
+
+def right(engine: Any, x: torch.Tensor) -> bool:
+    return torch.allclose(engine(x), expected(x), atol=1e-4)
+
+
+class Ready(Dataset[torch.Tensor]):
+    """Calls an engine that was compiled before the workers were made."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.engine(X[:1] + i)[0]
+
+
+class Lazy(Ready):
+    """Compiles in the worker, when it is first asked."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if self.engine is None:
+            self.engine = explorer.compile(network(), X, threads=2)
+        return super().__getitem__(i)
+
+
+def check_loader(dataset: Ready, method: str) -> None:
+    warnings.filterwarnings(
+        "ignore", "This DataLoader will create"
+    )  # more workers than this machine has cores
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=100)
+    got = torch.cat(list(loader))
+    assert torch.allclose(got, torch.cat([expected(X[:1] + i) for i in range(8)]), atol=1e-4)
+
+
+def in_child(check: Callable[[], bool]) -> int:
+    """Fork, and end the child with 0 if `check` holds there, after at most 60 seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forks() -> None:
+    """A compiled module goes on working in forked children, also when other threads of the parent are inside it at that moment."""
+    engine = explorer.compile(network(), X, threads=2)
+    assert right(engine, X)
+
+    def child() -> bool:
+        fine = all(right(engine, X[: 1 + i % 4] + i) for i in range(50))
+        alive = [t for t in threading.enumerate() if t.name.startswith("explorer-helper")]
+        return fine and len(alive) == 1 and in_child(lambda: right(engine, X)) == 0
+
+    assert in_child(child) == 0
+    stop = threading.Event()
+
+    def call(i: int) -> None:
+        while not stop.is_set():
+            engine(X[: 1 + i])
+            time.sleep(0.001)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    for caller in callers:
+        caller.start()
+    codes = [in_child(lambda: right(engine, X) and right(engine, X[:2])) for _ in range(10)]
+    stop.set()
+    for caller in callers:
+        caller.join()
+    assert codes == [0] * 10, codes
+    assert right(engine, X)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert all(pool.map(in_pool, range(4)))
+    check_loader(Ready(engine), "fork")
+    assert right(engine, X)
+
+
+ENGINE: list[Any] = []
+
+
+def in_pool(i: int) -> bool:
+    if not ENGINE:
+        ENGINE.append(explorer.compile(network(), X, threads=2))
+    return right(ENGINE[0], X + i)
+
+
+def spawns() -> None:
+    """Compiling in a spawned worker works; sending a compiled module there is refused in plain words."""
+    check_loader(Lazy(), "spawn")
+    engine = explorer.compile(network(), X)
+    with pytest.raises(EngineError, match="in the worker"):
+        check_loader(Ready(engine), "spawn")
+
+
+def interrupts() -> None:
+    """Ctrl-C at any moment is a KeyboardInterrupt, and the module is as good as before."""
+    engine = explorer.compile(network(), X, threads=2)
+    other = network()
+    main = threading.main_thread().ident
+    assert main is not None
+    seen = 0
+    for turn in range(60):
+        timer = threading.Timer(0.002 + 0.0005 * turn, signal.pthread_kill, (main, signal.SIGINT))
+        try:
+            timer.start()
+            for i in range(10**9):
+                if turn % 3 == 2:
+                    engine.update_weights(other, choose=False)
+                engine(X[: 1 + i % 4])
+        except KeyboardInterrupt:
+            seen += 1
+        timer.join()
+        for n in (4, 3, 1, 4):
+            assert right(engine, X[:n]), (turn, n)
+    assert seen == 60
+    helpers = [t for t in threading.enumerate() if t.name.startswith("explorer-helper")]
+    assert len(helpers) == 1
+    # Idle helpers sleep: an interrupted wake-up must not leave them spinning.
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.2
+
+
+def ends() -> None:
+    """An interpreter with a live module in a global, helpers awake, ends at once and without a word."""
+    ENGINE.append(explorer.compile(network(), X, threads=3))
+    assert right(ENGINE[0], X)
+
+
+def resident_bytes() -> int:
+    """Where there is no /proc, the greatest use so far."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+    except FileNotFoundError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def live_tensors() -> int:
+    return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+
+def calls() -> None:
+    """A hundred thousand calls leave no memory, no tensor and no thread behind."""
+    layer = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU()).eval()
+    for threads in (1, 2):
+        x = torch.ones(2, 1, 4, 4)
+        engine = explorer.compile(layer, x, threads=threads)
+        for i in range(5000):
+            engine(x[: 1 + i % 2])
+        gc.collect()
+        # The list of all objects takes megabytes itself: made before the memory is measured.
+        tensors, before, alive = live_tensors(), resident_bytes(), threading.active_count()
+        for i in range(100_000 // threads):
+            engine(x if i % 10 else x[:1])
+        gc.collect()
+        assert resident_bytes() - before < 1 << 20, resident_bytes() - before
+        assert live_tensors() == tensors
+        assert threading.active_count() == alive
+
+
+def without_llvmlite() -> None:
+    """The same interface through torch, with one warning that says why."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = explorer.compile(network(), X, threads=2)
+    assert [w.category for w in caught] == [EngineWarning], [str(w.message) for w in caught]
+    assert "llvmlite" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert engine.isa == "torch"
+    assert len(engine.fallbacks) == 7
+    assert engine.choices == {}
+    for n in (4, 2, 1):
+        assert right(engine, X[:n])
+    rows = engine.profile(X, repeats=3)
+    assert len(rows) == 7
+    assert {row.kernel for row in rows} == {"torch"}
+    assert engine.benchmark(X, repeats=5).isa == "torch"
+    doubled = network()
+    doubled[6].weight.data *= 2
+    doubled[6].bias.data *= 2
+    engine.update_weights(doubled)
+    assert torch.allclose(engine(X), 2 * expected(X), atol=1e-4)
+    with pytest.raises(EngineError, match="compiled for"):
+        engine(X[:, :1])
+
+
+PROGRAMS = {p.__name__: p for p in (calls, forks, spawns, interrupts, ends, without_llvmlite)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PROGRAMS[sys.argv[1]]()
