@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
+from explorer.inference.activations import Activation
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.kernels.activation import Activation
 
 _INFINITY = float("inf")
 _VIEWS = {

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from explorer.inference import native
+from explorer.inference.activations import LARGEST_ERROR, Activation
 from explorer.inference.kernels import pointwise
-from explorer.inference.kernels.activation import LARGEST_ERROR, Activation
 from explorer.inference.memory import Memory, address
 from tests.inference.test_kernels import ISAS, runnable
 

@@ -372,8 +372,9 @@ def test_a_folder_that_may_not_be_read_or_written_does_no_harm(
         raise PermissionError
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    native._generator_version.cache_clear()  # it reads the generators' sources
-    monkeypatch.setattr(native, "_generator_version", lambda: "1")
+    native.generator_version.cache_clear()  # it reads the generators' sources
+    for where in ("native", "plan"):
+        monkeypatch.setattr(f"explorer.inference.{where}.generator_version", lambda: "1")
     monkeypatch.setattr(native.tempfile, "mkstemp", refused)
     works_from_disk(monkeypatch)
 

@@ -158,16 +158,19 @@ def interrupts() -> None:
         timer = threading.Timer(0.002 + 0.0005 * turn, signal.pthread_kill, (main, signal.SIGINT))
         try:
             timer.start()
-            for i in range(10**9):
+            until, i = time.monotonic() + 1, 0
+            while time.monotonic() < until:
                 if turn % 3 == 2:
                     engine.update_weights(other, choose=False)
                 engine(X[: 1 + i % 4])
+                i += 1
         except KeyboardInterrupt:
             seen += 1
         timer.join()
         for n in (4, 3, 1, 4):
             assert right(engine, X[:n]), (turn, n)
-    assert seen == 60
+    # Python drops an interrupt that falls into the callback of a weak reference, of which torch has some.
+    assert seen > 50
     helpers = [t for t in threading.enumerate() if t.name.startswith("explorer-helper")]
     assert len(helpers) == 1
     # Idle helpers sleep: an interrupted wake-up must not leave them spinning.

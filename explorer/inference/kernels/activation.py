@@ -11,34 +11,19 @@ relative to the function's value, also where that is tiny.
                would lose digits in proportion to its size.
   tanh GELU    x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the same function without the tanh
 
-`tests/inference/test_activations.py` measures the errors; `LARGEST_ERROR` states them.
+`tests/inference/test_activations.py` measures the errors; `explorer.inference.activations.LARGEST_ERROR` states them, and holds the numpy twins.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
-from numpy.typing import NDArray
 
+from explorer.inference.activations import Activation
 from explorer.inference.kernels.builder import Function, Value
-
-LARGEST_ERROR = {
-    "sigmoid": 2.5e-7,
-    "hard_sigmoid": 1.5e-7,
-    "hard_swish": 2.5e-7,
-    "silu": 3e-7,
-    "gelu": 6e-7,
-    "gelu_tanh": 1e-6,
-    "tanh": 2.5e-7,
-    "leaky_relu": 1e-7,
-    "elu": 3e-7,
-}
-"""Error relative to the value, for all float32 whose value is at least 1e-28; smaller ones may come out as zero. "gelu_tanh" is that
-exact where the value is at least 1e-3, and 1e-9 absolute below."""
 
 _LOG2_E = math.log2(math.e)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -54,42 +39,9 @@ _ROUND = 1.5 * 2**23
 """Adding it leaves a float32 rounded to a whole number, which its lowest bits then hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """A function of one number.
-
-    Attributes
-    ----------
-    kind : str
-        A key of `LARGEST_ERROR`.
-    parameters : tuple of float
-        "leaky_relu": the slope; "elu": alpha, scale and input scale, as torch orders them.
-    """
-
-    kind: str
-    parameters: tuple[float, ...] = ()
-
-    @property
-    def moves_zero(self) -> bool:
-        """Whether f(0) is not 0: then the gaps of planes must be masked."""
-        return self.kind in ("sigmoid", "hard_sigmoid")
-
-    @property
-    def is_short(self) -> bool:
-        """Whether it takes a few instructions, without an exponential.
-
-        These ride on convolutions. The others keep about twenty constants in registers, which a loop of their own loads once and the end of a
-        convolution would load again for each channel: measured, that costs what a step of its own does.
-        """
-        return self.kind in ("hard_sigmoid", "hard_swish", "leaky_relu")
-
-    def apply(self, f: Function, x: Value) -> Value:
-        """Instructions for one vector."""
-        return _WRITERS[self.kind](_Vector(f), x, *self.parameters)
-
-    def reference(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """The numpy twin: the definition, in float64."""
-        return _DEFINITIONS[self.kind](np.asarray(x, np.float64), *self.parameters)
+def apply(activation: Activation, f: Function, x: Value) -> Value:
+    """Instructions for one vector."""
+    return _WRITERS[activation.kind](_Vector(f), x, *activation.parameters)
 
 
 class _Vector:
@@ -223,26 +175,4 @@ _WRITERS: dict[str, Callable[..., Value]] = {
     "tanh": _tanh,
     "leaky_relu": _leaky_relu,
     "elu": _elu,
-}
-
-
-def _logistic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    e = np.exp(-np.abs(x))
-    return np.asarray(np.where(x < 0, e, 1.0) / (1 + e))
-
-
-_erfc = np.vectorize(math.erfc, otypes=[np.float64])
-
-_DEFINITIONS: dict[str, Callable[..., NDArray[np.float64]]] = {
-    "sigmoid": _logistic,
-    "hard_sigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
-    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
-    "silu": lambda x: x * _logistic(x),
-    "gelu": lambda x: x * _erfc(-x * math.sqrt(0.5)) / 2,
-    "gelu_tanh": lambda x: x * _logistic(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
-    "tanh": np.tanh,
-    "leaky_relu": lambda x, slope: np.where(x > 0, x, slope * x),
-    "elu": lambda x, alpha, scale, input_scale: (
-        scale * np.where(x > 0, x, alpha * np.expm1(np.minimum(x * input_scale, 0)))
-    ),
 }

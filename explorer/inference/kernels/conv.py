@@ -24,7 +24,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels.activation import Activation
+from explorer.inference.activations import Activation
+from explorer.inference.kernels.activation import apply
 from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
@@ -149,7 +150,8 @@ class _Generator:
             self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa.lanes
         )
         f.native.linkage = "internal"
-        for argument in (0, 1, 2, 3, 4, 8):
+        # The output is not among them: it may be where the residual is.
+        for argument in (0, 1, 2, 3, 8):
             f.native.args[argument].add_attribute("noalias")
         return f
 
@@ -178,14 +180,14 @@ class _Generator:
         to = f.at(out, f.b.mul(channel, out_plane))
         activation = self.k.activation
         if activation and not self.k.residual:
-            sums = [activation.apply(f, s) for s in sums]  # before the gaps are there
+            sums = [apply(activation, f, s) for s in sums]  # before the gaps are there
         if self.k.reach == "compact":
             sums = self._spread(f, sums)
         if self.k.residual:
             added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, len(sums))
             sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
             if activation:
-                sums = [activation.apply(f, s) for s in sums]
+                sums = [apply(activation, f, s) for s in sums]
         if not activation:
             sums = [f.clamp(s, low, high) for s in sums]
         if self.k.masked:

@@ -18,7 +18,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels.activation import Activation
+from explorer.inference.activations import Activation
+from explorer.inference.kernels.activation import apply
 from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
@@ -169,7 +170,7 @@ class _Generator:
 
     def _store(self, total: Value, i: Value, to: Value) -> None:
         f, k = self.f, self.k
-        total = k.activation.apply(f, total) if k.activation else f.clamp(total, self.low, self.high)
+        total = apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high)
         at = f.b.mul(i, I64(self.width))
         if k.masked:
             total = f.keep(total, f.load(f.at(self.mask, at), f.int_vector, 0, self.width))
