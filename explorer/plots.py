@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from explorer.errors import DistributionError
+from explorer.errors import DistributionError, EngineError
 from explorer.sensitivity import SensitivityTable
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["sensitivity"]
+    from explorer.inference import LayerTiming, MachinePeak
+
+__all__ = ["roofline", "sensitivity"]
 
 _TITLES = {
     "kl": "KL divergence from the dense outputs (nats)",
@@ -121,5 +124,85 @@ def sensitivity(table: SensitivityTable, kind: str = "kl", *, refreshed: bool = 
         )
     figure.update_layout(
         template="plotly_white", legend_title_text="Layer", margin={"t": 30, "r": 10, "b": 50, "l": 60}
+    )
+    return figure
+
+
+def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) -> Figure:
+    """Draw where each layer stands between what the memory and what the arithmetic of this machine allow.
+
+    Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model", doi:10.1145/1498765.1498785. To the right: useful
+    operations for each byte that a layer touches (weights, input and output, once each). Upwards: useful operations in a second; zeros do
+    not count. A layer near the sloping roof waits for memory, one near the level roof computes as fast as this machine can, and one well below both loses its time
+    elsewhere. The area of a mark is the layer's share of the time.
+
+    Parameters
+    ----------
+    profile : sequence of LayerTiming
+        From `SparseModule.profile`. What has no multiply-adds, or ran through torch, is not drawn.
+    peak : MachinePeak, optional
+        One core's best; measured now when not given. The level roof is that of as many cores as the profile's network used.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Raises
+    ------
+    EngineError
+        If nothing in the profile can be drawn.
+    """
+    rows = [row for row in profile if row.gflops > 0 and row.n_bytes > 0 and row.peak_gflops > 0]
+    if not rows:
+        raise EngineError(
+            "This profile holds no layer that ran in one of the engine's own kernels; there is nothing to draw."
+        )
+    import plotly.graph_objects as go
+
+    from explorer.inference import machine_peak
+
+    peak = machine_peak() if peak is None else peak
+    level = rows[0].peak_gflops
+    threads = max(1, round(level / peak.gflops))
+    slope = peak.gigabytes_per_s * threads
+    intensity = np.array([row.gflops * row.ms * 1e6 / row.n_bytes for row in rows])
+    speed = np.array([row.gflops for row in rows])
+    ms = np.array([row.ms for row in rows])
+    low, high = min(intensity.min(), level / slope) / 2, max(intensity.max(), level / slope) * 2
+    x = np.geomspace(low, high, 64)
+    figure = go.Figure()
+    roof = f"{level:.0f} GFLOP/s, {slope:.0f} GB/s ({threads} thread{'s' if threads > 1 else ''}, {peak.isa})"
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=np.minimum(level, x * slope),
+            mode="lines",
+            line={"color": "#000000"},
+            name=roof,
+            hoverinfo="skip",
+        )
+    )
+    for number, kernel in enumerate(sorted({row.kernel for row in rows})):
+        mine = np.array([row.kernel == kernel for row in rows])
+        figure.add_trace(
+            go.Scatter(
+                x=intensity[mine],
+                y=speed[mine],
+                mode="markers",
+                name=kernel,
+                marker={
+                    "color": _COLOURS[number % len(_COLOURS)],
+                    "size": np.clip(120 * np.sqrt(ms[mine] / ms.sum()), 5, 60),
+                    "opacity": 0.75,
+                },
+                customdata=[(r.name, r.ms, r.sparsity, r.share_of_peak) for r in rows if r.kernel == kernel],
+                hovertemplate="%{customdata[0]}<br>%{customdata[1]:.3f} ms, sparsity %{customdata[2]:.0%}<br>"
+                "%{y:.0f} GFLOP/s, %{customdata[3]:.0%} of peak<br>%{x:.1f} FLOP/byte<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title_text="Useful operations per byte (FLOP/byte)", type="log")
+    figure.update_yaxes(title_text="Useful GFLOP/s", type="log")
+    figure.update_layout(
+        template="plotly_white", legend_title_text="Kernel", margin={"t": 30, "r": 10, "b": 50, "l": 60}
     )
     return figure

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from explorer import plots
-from explorer.errors import DistributionError
+from explorer.errors import DistributionError, EngineError
+from explorer.inference import LayerTiming, MachinePeak
 from explorer.sensitivity import SensitivityPoint, SensitivityTable
 
 POINTS = [
@@ -52,3 +53,28 @@ def test_what_was_not_measured_cannot_be_drawn() -> None:
 def test_importing_the_module_does_not_import_plotly() -> None:
     code = "import sys, explorer.plots; assert 'plotly' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ROWS = (
+    LayerTiming("conv", "conv", 2.0, "sparse", 0.9, 400_000_000, True, 2_000_000, 100.0),
+    LayerTiming("fc", "linear", 0.5, "dense", 0.0, 1_000_000, True, 4_000_000, 100.0),
+    LayerTiming("pool", "max_pool", 0.1, "pool", 0.0, 0, False, 1_000_000, 100.0),
+    LayerTiming("norm", "layer_norm.default", 0.3, "torch", 0.0, 0, False),
+)
+
+
+def test_the_roofline_places_each_layer_by_useful_operations_per_byte_and_second() -> None:
+    figure = plots.roofline(ROWS, MachinePeak(50.0, 10.0, "avx2"))
+    roof, *kernels = figure.data
+    assert "100 GFLOP/s, 20 GB/s (2 threads, avx2)" in roof.name
+    np.testing.assert_allclose(roof.y, np.minimum(100.0, 20 * np.asarray(roof.x)))
+    drawn = {t.customdata[0][0]: (t.name, t.x[0], t.y[0]) for t in kernels}
+    assert drawn.keys() == {"conv", "fc"}
+    # 2 * 4e8 * 0.1 operations in 2 ms on 2e6 bytes; 2 * 1e6 in 0.5 ms on 4e6 bytes.
+    assert drawn["conv"] == ("sparse", pytest.approx(40.0), pytest.approx(40.0))
+    assert drawn["fc"] == ("dense", pytest.approx(0.5), pytest.approx(4.0))
+
+
+def test_a_profile_without_kernels_has_no_roofline() -> None:
+    with pytest.raises(EngineError, match="nothing to draw"):
+        plots.roofline(ROWS[2:], MachinePeak(50.0, 10.0, "avx2"))

@@ -7,15 +7,31 @@ driver's helpers), `module` (what the user holds), `timing`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from explorer.inference.module import SparseModule, compile
 from explorer.inference.timing import Benchmark, EngineCall, LayerTiming, compare_latency, dense_contestants
+
+if TYPE_CHECKING:
+    from explorer.inference.peak import MachinePeak, machine_peak
 
 __all__ = [
     "Benchmark",
     "EngineCall",
     "LayerTiming",
+    "MachinePeak",
     "SparseModule",
     "compare_latency",
     "compile",
     "dense_contestants",
+    "machine_peak",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What measures the machine needs llvmlite: imported when it is asked for.
+    if name in ("MachinePeak", "machine_peak"):
+        from explorer.inference import peak
+
+        return getattr(peak, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

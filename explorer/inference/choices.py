@@ -11,11 +11,11 @@ import contextlib
 import json
 import os
 import tempfile
-import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from explorer.inference.fork import EngineLock
 from explorer.inference.native import cache_folder
 
 _MOST_ANSWERS = 20_000
@@ -33,7 +33,7 @@ class ChoiceCache:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = EngineLock()
         self._answers: dict[str, str] = _read(path)
 
     def get(self, question: str) -> str | None:

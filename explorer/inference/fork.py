@@ -1,8 +1,8 @@
 """What a forked child needs: locks that it does not find held for ever, and threads that it can start again.
 
-A fork copies the memory of a process, but of its threads only the one that forked. A lock that another thread held at that moment would stay locked in
-the child; so the process takes all locks of the engine before it forks (it waits for inferences that are on, milliseconds) and gives them back
-afterwards, on both sides.
+A fork copies the memory of a process, but of its threads only the one that forked: a lock that another thread held at that moment would stay locked in
+the child, and what it was writing would stay half written. So a fork waits until no other thread is inside the engine, and lets none in
+meanwhile: milliseconds, since an inference is short. It takes none of the engine's locks itself, so that it cannot be part of a deadlock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import threading
 import weakref
 from typing import Any, Protocol
 
+_PATIENCE_S = 10.0
+"""How long a fork waits for others to leave. A thread that compiles a large network may take longer: the child then gets new locks."""
+
 
 class Revivable(Protocol):
     """Something that loses its threads in a forked child."""
@@ -20,17 +23,64 @@ class Revivable(Protocol):
         """Forget the threads of the parent. Called in the child, before anything else runs there."""
 
 
-_forking = threading.RLock()
-_locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+class _Depth(threading.local):
+    """How many of the engine's locks this thread holds."""
+
+    n = 0
+
+
+_depth = _Depth()
+_door = threading.Condition()
+_inside = 0
+_is_closed = False
+_locks: weakref.WeakValueDictionary[int, EngineLock] = weakref.WeakValueDictionary()
 _revivable: weakref.WeakValueDictionary[int, Revivable] = weakref.WeakValueDictionary()
-_held: list[Any] = []
 
 
-def lock() -> Any:
-    """A new reentrant lock that no forked child finds held by a thread that does not exist there."""
-    new = threading.RLock()
-    _locks[id(new)] = new
-    return new
+class EngineLock:
+    """A reentrant lock that no forked child finds held by a thread that does not exist there. For ``with``."""
+
+    __slots__ = ("__weakref__", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _locks[id(self)] = self
+
+    def __enter__(self) -> None:
+        _enter()
+        try:
+            self._lock.acquire()
+        except BaseException:
+            _leave()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        _leave()
+
+    def renew(self) -> None:
+        """Forget who held it."""
+        self._lock = threading.RLock()
+
+
+def _enter() -> None:
+    global _inside  # noqa: PLW0603  # the one count of this process
+    if _depth.n == 0:
+        with _door:
+            while _is_closed:
+                _door.wait()
+            _inside += 1
+    _depth.n += 1
+
+
+def _leave() -> None:
+    global _inside  # noqa: PLW0603
+    _depth.n -= 1
+    if _depth.n == 0:
+        with _door:
+            _inside -= 1
+            if _is_closed:
+                _door.notify_all()
 
 
 def revive_in_child(thing: Revivable) -> None:
@@ -39,24 +89,32 @@ def revive_in_child(thing: Revivable) -> None:
 
 
 def _before() -> None:
-    _forking.acquire()
-    # `valuerefs` copies at once: another thread may make a lock meanwhile.
-    for reference in _locks.valuerefs():
-        held = reference()
-        if held is not None:
-            held.acquire()
-            _held.append(held)
+    global _is_closed  # noqa: PLW0603
+    _door.acquire()
+    while _is_closed:  # another thread is about to fork
+        _door.wait()
+    _is_closed = True
+    mine = 1 if _depth.n else 0
+    _door.wait_for(lambda: _inside == mine, timeout=_PATIENCE_S)
+    # The door's own lock stays with this thread until the fork is over: nobody is in the middle of passing.
 
 
 def _after() -> None:
-    while _held:
-        _held.pop().release()
-    _forking.release()
+    global _is_closed  # noqa: PLW0603
+    _is_closed = False
+    _door.notify_all()
+    _door.release()
 
 
 def _after_in_child() -> None:
+    global _inside  # noqa: PLW0603
+    mine = 1 if _depth.n else 0
+    if _inside != mine:
+        _inside = mine
+        for lock in list(_locks.values()):
+            lock.renew()
     for reference in _revivable.valuerefs():
-        thing = reference()
+        thing: Any = reference()
         if thing is not None:
             thing.revive()
     _after()

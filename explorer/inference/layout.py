@@ -73,6 +73,11 @@ class Planes:
         return self.vectors * self.lanes != self.rows * self.columns
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes of the values themselves, without gaps and guards."""
+        return 4 * self.images * self.channels * self.rows * self.columns
+
+    @property
     def tiles_overlap(self) -> bool:
         """Whether the last tile computes some pixels of the one before it again."""
         return self.vectors > MAX_TILE and self.vectors % tile_of(self.vectors) != 0
@@ -132,6 +137,11 @@ class Vectors:
     images: int
     features: int
     stride: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the values themselves."""
+        return 4 * self.images * self.features
 
     @property
     def reuse_key(self) -> tuple[str, int]:

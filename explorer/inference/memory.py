@@ -52,7 +52,12 @@ def address(array: NDArray[Any]) -> int:
 
 def _map(n_bytes: int) -> NDArray[np.uint8]:
     """At least `n_bytes` zeroed bytes that start on a huge page."""
-    region = mmap.mmap(-1, -(-n_bytes // _HUGE) * _HUGE + _HUGE)
+    size = -(-n_bytes // _HUGE) * _HUGE + _HUGE
+    if hasattr(mmap, "MAP_PRIVATE"):
+        # Python's default is shared memory: a forked child would write into its parent's activations, and huge pages are another matter there.
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        region = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
             region.madvise(mmap.MADV_HUGEPAGE)

@@ -7,10 +7,12 @@ the cache).
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,7 +29,7 @@ from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import current_isa, why_torch
 from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
-from explorer.inference.timing import Benchmark, LayerTiming, summarise, torch_threads
+from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
 
 if TYPE_CHECKING:
     # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
@@ -46,7 +48,7 @@ def compile(
     module: nn.Module,
     example_input: Tensor | tuple[Any, ...],
     *,
-    threads: int | None = None,
+    threads: int | Literal["auto"] | None = None,
     sparse: Mode = "auto",
 ) -> SparseModule:
     """Compile a module for fast inference on this CPU, skipping the zeros in its weights.
@@ -57,8 +59,9 @@ def compile(
         In float32 on the CPU; captured in eval mode. Later changes to its weights are taken over by `SparseModule.update_weights`.
     example_input : Tensor or tuple
         Forward arguments; a first dimension of N means batches of up to N.
-    threads : int, optional
-        Threads per inference; 1 when not given.
+    threads : int or "auto", optional
+        Threads per inference; 1 when not given. "auto" times 1, 2, 4, ... as long as more are faster, and keeps the fastest: small networks gain nothing from
+        a second thread.
     sparse : {"auto", "dense", "sparse"}
         "auto" measures and picks a kernel per layer; the others force one kind (for comparisons).
 
@@ -96,9 +99,9 @@ def compile(
     >>> torch.allclose(fast(x), net(x), atol=1e-5)
     True
     """
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads not in (None, "auto") and (not isinstance(threads, int) or threads < 1):
         raise EngineError(
-            f"threads={threads!r} was passed; give a whole number of at least 1, or None for one thread."
+            f"threads={threads!r} was passed; give a whole number of at least 1, 'auto', or None for one thread."
         )
     if sparse not in ("auto", "dense", "sparse"):
         raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
@@ -116,7 +119,40 @@ def compile(
             EngineWarning,
             stacklevel=2,
         )
-    return SparseModule(capture(module, inputs), inputs, threads or 1, sparse)
+    graph = capture(module, inputs)
+    if threads == "auto":
+        return _fastest(graph, inputs, sparse)
+    return SparseModule(graph, inputs, threads or 1, sparse)
+
+
+_WORTH_MORE_THREADS = 1.05
+"""Twice the threads must be faster by this factor, or they are left to others."""
+
+
+def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode) -> SparseModule:
+    """The network with 1, 2, 4, ... threads, as long as that makes it faster."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    best, threads = SparseModule(graph, inputs, 1, mode), 2
+    while threads <= cores:
+        wider = SparseModule(graph, inputs, threads, mode)
+        pair = {"best": _Call(best, inputs), "wider": _Call(wider, inputs)}
+        times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.2)
+        if times["best"].latency_ms < _WORTH_MORE_THREADS * times["wider"].latency_ms:
+            break
+        best, threads = wider, 2 * threads
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A network on fixed inputs."""
+
+    engine: SparseModule
+    inputs: tuple[Any, ...]
+
+    def __call__(self) -> Any:
+        return self.engine(*self.inputs)
 
 
 class SparseModule:
@@ -139,14 +175,17 @@ class SparseModule:
     """
 
     def __init__(self, graph: Graph, example: tuple[Any, ...], threads: int, mode: Mode) -> None:
-        self._captured, self.threads, self._mode = graph, threads, mode
+        # A graph may be compiled more than once: what this one forgets (see `_let_go`) is its own.
+        self._captured = replace(graph, constants=dict(graph.constants))
+        self.threads, self._mode = threads, mode
         self._isa = current_isa()
         self.isa = self._isa.name
-        self._lock = fork.lock()
+        self._lock = fork.EngineLock()
         self._graph = self._lowered()
         self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
         self._choices: dict[int, Choice] = {}
+        self._densities: dict[int, float] = {}
         self._batch = self._plan.images
         self._runner: Runner | None = None
         self._steps: Steps | None = None
@@ -154,9 +193,29 @@ class SparseModule:
         self._separable: bool | None = None
         self._straight: _StraightPath | None = None
         self._choose()
+        self._let_go()
 
     def _lowered(self) -> Graph:
         return through_torch(self._captured) if self._isa.name == "torch" else lower(self._captured)
+
+    def _let_go(self) -> None:
+        """Forget the parameters that are packed by now, and keep copies of those that torch's part reads.
+
+        The module that they came from may go on training, or be dropped.
+        """
+        read = {output.name for output in self._graph.outputs if isinstance(output, Ref)}
+        for segment in self._plan.segments:
+            if isinstance(segment, TorchSegment):
+                read.update(segment.operation.references())
+            elif isinstance(segment, ImportSegment):
+                read.add(segment.value)
+        for graph in (self._captured, self._graph):
+            constants = graph.constants
+            for name in [n for n in constants if n in self._captured.parameter_names]:
+                if name in read:
+                    constants[name] = constants[name].clone()
+                else:
+                    del constants[name]
 
     def __reduce__(self) -> Any:
         raise EngineError(
@@ -182,7 +241,7 @@ class SparseModule:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of packed weights and activation buffers."""
+        """Bytes of packed weights and activation buffers: what a compiled network occupies besides its machine code and each thread's scratch."""
         return self._plan.memory.n_bytes + (self._steps.memory.n_bytes if self._steps else 0)
 
     def __repr__(self) -> str:
@@ -403,7 +462,7 @@ class SparseModule:
         from explorer.inference.steps import build_steps
 
         layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
-        densities = {i: self._density(i) for i in layers}
+        self._densities = densities = {i: self._density(i) for i in layers}
         candidates = {i: self._plan.candidates(self._graph, i, self._mode, densities[i]) for i in layers}
         cache = choice_cache()
         questions = {
@@ -424,7 +483,7 @@ class SparseModule:
     def _density(self, index: int) -> float:
         weight = self._graph.constants[self._graph.operations[index].weight or ""]
         # On booleans numpy counts ten times as fast as on floats.
-        return np.count_nonzero(weight.detach().numpy() != 0) / max(weight.numel(), 1)
+        return float(np.count_nonzero(weight.detach().numpy() != 0)) / max(weight.numel(), 1)
 
     def _time_candidates(
         self, candidates: Mapping[int, list[Choice]], packed: dict[tuple[str, Choice], Any]
@@ -489,23 +548,22 @@ class SparseModule:
         }
         fresh = {}
         for constant, name in self._captured.parameter_names.items():
-            old = self._captured.constants.get(constant)
-            new = state.get(name)
-            if old is None:
+            shape, new = self._captured.shapes.get(constant), state.get(name)
+            if shape is None:
                 continue
-            if new is None or new.shape != old.shape:
+            if new is None or tuple(new.shape) != shape:
                 found = "is missing" if new is None else f"has shape {tuple(new.shape)}"
                 raise EngineError(
-                    f"{name} {found}; the compiled network has {tuple(old.shape)}. Compile the new module instead."
+                    f"{name} {found}; the compiled network has {shape}. Compile the new module instead."
                 )
-            fresh[constant] = new.detach().clone()
+            fresh[constant] = new.detach()
         with self._lock:
-            before = dict(self._captured.constants), self._graph, self._choices, self._steps
+            before = dict(self._captured.constants), self._graph, self._choices, self._densities, self._steps
             try:
                 self._adopt(fresh, choose=choose)
             except BaseException:
                 # Also after Ctrl-C: all old weights or all new ones, never some of each.
-                self._captured.constants, self._graph, self._choices, steps = before
+                self._captured.constants, self._graph, self._choices, self._densities, steps = before
                 if steps is not None:
                     self._install(steps)
                 raise
@@ -517,15 +575,23 @@ class SparseModule:
         self._plan.adopt(self._graph)
         if choose or not self._plan.native:
             self._choose()
-            return
-        from explorer.inference.steps import build_steps
+        else:
+            from explorer.inference.steps import build_steps
 
-        self._install(build_steps(self._plan, self._graph, self._choices))
+            self._densities = {i: self._density(i) for i in self._choices}
+            self._install(build_steps(self._plan, self._graph, self._choices))
+        self._let_go()
 
     # ---- measuring
 
-    def benchmark(self, *inputs: Tensor, repeats: int = 50) -> Benchmark:
-        """Latency of whole calls: the median of `repeats`, with spread."""
+    def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:
+        """Latency of whole calls: the median of `repeats`, with spread.
+
+        Warns
+        -----
+        EngineWarning
+            When the spread is more than a tenth of the median: something else was running. `warn` switches it off, for callers that measure many times.
+        """
         times = []
         with torch_threads(self.threads), torch.inference_mode():
             for i in range(repeats + 5):
@@ -533,27 +599,44 @@ class SparseModule:
                 self(*inputs)
                 if i >= 5:
                     times.append((time.perf_counter() - start) * 1e3)
-        return summarise(times, threads=self.threads, batch_size=int(inputs[0].shape[0]), isa=self.isa)
+        result = summarise(times, threads=self.threads, batch_size=int(inputs[0].shape[0]), isa=self.isa)
+        if warn and result.is_noisy:
+            warnings.warn(
+                f"This machine is noisy: calls took {result.latency_ms:.3g} ± {result.spread_ms:.2g} ms. Close what else is running and measure again.",
+                EngineWarning,
+                stacklevel=2,
+            )
+        return result
 
     def profile(self, *inputs: Tensor, repeats: int = 30) -> tuple[LayerTiming, ...]:
         """What each step costs inside the network: medians over `repeats` runs, in execution order.
 
         Steps of native segments are timed by the CPU's own counter, without leaving native code; torch operators and copies by the
-        system's clock.
+        system's clock. The last row, "call", is what remains of the whole.
+
+        Returns
+        -------
+        tuple of LayerTiming
+            Their milliseconds add up to the time of a call; `explorer.plots.roofline` draws them.
         """
         images = self._check(inputs)
-        ticks, segments = [], []
+        ticks, segments, wholes = [], [], []
         with self._lock, torch_threads(self.threads), torch.inference_mode():
             for i in range(repeats + 3):
                 times: list[float] = []
+                start = time.perf_counter()
                 self._run(inputs, images, times)
+                whole = time.perf_counter() - start
                 if i >= 3:
                     ticks.append(self._ticks())
                     segments.append(times)
-        step_ms = np.zeros(0)
+                    wholes.append(whole)
+        step_ms, peak_gflops = np.zeros(0), 0.0
         if self._plan.native:
+            from explorer.inference.peak import machine_peak
             from explorer.inference.threads import cycles_per_ms
 
+            peak_gflops = machine_peak().gflops * self.threads
             step_ms = np.median(ticks, axis=0) / cycles_per_ms(self._isa)
         segment_ms = np.median(segments, axis=0) * 1e3
         rows = []
@@ -567,22 +650,36 @@ class SparseModule:
                 rows.append(LayerTiming(segment.value, "copy", float(ms), "copy", 0.0, 0, False))
             else:
                 rows += [
-                    self._row(step, float(step_ms[step]), images)
+                    self._row(step, float(step_ms[step]), images, peak_gflops)
                     for step in range(segment.first, segment.last)
                 ]
+        # Python between the segments, waking helpers, and copying the output: so that the parts make up the whole.
+        rest = float(np.median(wholes)) * 1e3 - sum(row.ms for row in rows)
+        rows.append(LayerTiming("call", "call", max(rest, 0.0), "python", 0.0, 0, False))
         return tuple(rows)
 
-    def _row(self, step: int, ms: float, images: int) -> LayerTiming:
+    def _row(self, step: int, ms: float, images: int, peak_gflops: float) -> LayerTiming:
         assert self._steps is not None
-        o = self._graph.operations[self._plan.native[step]]
+        index = self._plan.native[step]
+        o, shapes = self._graph.operations[index], self._graph.shapes
         sparsity, macs = 0.0, 0
         prunable = o.kind in ("conv", "linear")
         if prunable:
-            weight = self._graph.constants[o.weight or ""]
-            sparsity = float((weight == 0).float().mean())
-            outputs = int(np.prod(self._graph.shapes[o.output])) * images // self.batch_size
-            macs = outputs * weight[0].numel()
-        return LayerTiming(o.name or "model", o.kind, ms, self._steps.labels[step], sparsity, macs, prunable)
+            sparsity = 1 - self._densities[index]
+            macs = prod(shapes[o.output]) * images // self.batch_size * prod(shapes[o.weight or ""][1:])
+        places = {*self._plan.operands(o), o.output}
+        touched = sum(self._plan.places[place].layout.n_bytes for place in places) * images // self.batch_size
+        return LayerTiming(
+            o.name or "model",
+            o.kind,
+            ms,
+            self._steps.labels[step],
+            sparsity,
+            macs,
+            prunable,
+            self._steps.table_bytes[step] + touched,
+            float(peak_gflops),
+        )
 
 
 @dataclass(frozen=True, slots=True)

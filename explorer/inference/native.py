@@ -254,7 +254,7 @@ def prune(folder: Path, limit_bytes: int) -> None:
             total -= size
 
 
-_lock = fork.lock()
+_lock = fork.EngineLock()
 _loaded: dict[str, tuple[int, Any]] = {}
 
 

@@ -50,7 +50,10 @@ def _bits(value: float) -> int:
 
 @dataclass(slots=True)
 class Steps:
-    """The step tables for one set of weights and choices. Owns the memory that they point to."""
+    """The step tables for one set of weights and choices. Owns the memory that they point to.
+
+    `labels` and `table_bytes` (packed weights, tables and arguments) have one item per step.
+    """
 
     memory: Memory
     table: NDArray[np.int64]
@@ -58,7 +61,7 @@ class Steps:
     jobs_fixed: NDArray[np.int64]
     scratch_bytes: int
     labels: list[str]
-    graph: Graph
+    table_bytes: list[int]
 
     def set_batch(self, images: int) -> None:
         """Give each step the number of jobs that `images` images need."""
@@ -719,11 +722,13 @@ def build_steps(
     """
     memory = Memory()
     builder = _StepBuilder(plan, graph, memory, {} if packed is None else packed)
-    rows, per_image, fixed, labels = [], [], [], []
+    rows, per_image, fixed, labels, table_bytes = [], [], [], [], []
     for index in plan.native:
+        before = memory.n_bytes
         row = builder.step(graph.operations[index], choices.get(index, Choice(True)))
         rows.append([0, row.kernel, memory.put(row.arguments)])
         labels.append(row.label)
+        table_bytes.append(memory.n_bytes - before)
         layout = plan.places[graph.operations[index].output].layout
         follows = plan.follows_batch(layout)
         per_image.append(row.jobs if follows else 0)
@@ -731,7 +736,13 @@ def build_steps(
     table: NDArray[np.int64] = memory.zeros(len(rows) * 3, np.int64).reshape(-1, 3)
     table[:] = np.array(rows, np.int64).reshape(-1, 3)
     steps = Steps(
-        memory, table, np.array(per_image, np.int64), np.array(fixed, np.int64), builder.scratch_bytes, labels, graph
-    )  # fmt: skip
+        memory,
+        table,
+        np.array(per_image, np.int64),
+        np.array(fixed, np.int64),
+        builder.scratch_bytes,
+        labels,
+        table_bytes,
+    )
     steps.set_batch(plan.images)
     return steps

@@ -39,6 +39,10 @@ class LayerTiming:
         Multiply-adds that a dense kernel would need, for the whole batch.
     prunable : bool
         Whether the step has a weight that can be pruned.
+    n_bytes : int
+        Bytes that the step touches once: its packed weights and tables, what it reads and what it writes. 0 when unknown (torch).
+    peak_gflops : float
+        What this machine's cores can do at best, as many as the network was compiled for, see `explorer.inference.machine_peak`. 0 when unknown.
     """
 
     name: str
@@ -48,6 +52,18 @@ class LayerTiming:
     sparsity: float
     macs: int
     prunable: bool
+    n_bytes: int = 0
+    peak_gflops: float = 0.0
+
+    @property
+    def gflops(self) -> float:
+        """Useful operations in 1e9 per second: two for each nonzero weight and output, none for zeros and padding."""
+        return 2 * self.macs * (1 - self.sparsity) / self.ms / 1e6 if self.ms > 0 else 0.0
+
+    @property
+    def share_of_peak(self) -> float:
+        """`gflops` / `peak_gflops`; 0 when the peak is unknown."""
+        return self.gflops / self.peak_gflops if self.peak_gflops > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +90,14 @@ class Benchmark:
     threads: int
     batch_size: int
     isa: str
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the spread is more than a tenth of the median: something else was running, and the figures should not be trusted."""
+        return self.spread_ms > NOISY * self.latency_ms
+
+
+NOISY = 0.1
 
 
 def summarise(times_ms: list[float], *, threads: int, batch_size: int, isa: str) -> Benchmark:

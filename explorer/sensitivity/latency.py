@@ -167,7 +167,7 @@ class _Clock:
 
     def factor(self, repeats: int) -> float:
         """Return what a time measured now must be multiplied by to compare with one measured at the first call."""
-        ms = self._dense.benchmark(self._example_input, repeats=repeats).latency_ms
+        ms = self._dense.benchmark(self._example_input, repeats=repeats, warn=False).latency_ms
         if self._first_ms is None:
             self._first_ms = ms
         return self._first_ms / ms
@@ -188,12 +188,12 @@ class _Rounds:
     def add(self, program: SparseModule, example_input: Tensor, repeats: int | None, clock: _Clock) -> None:
         """Time the rounds of one more pass of `program`."""
         if repeats is None:
-            first = program.benchmark(example_input, repeats=_ROUNDS_A_PASS).latency_ms
+            first = program.benchmark(example_input, repeats=_ROUNDS_A_PASS, warn=False).latency_ms
             repeats = min(max(int(_MILLISECONDS_A_LEVEL / max(first, 1e-3)), 25), 500)
         each = -(-repeats // (LATENCY_PASSES * _ROUNDS_A_PASS))
         for _ in range(_ROUNDS_A_PASS):
             factor = clock.factor(max(1, each // 2))
-            timed = program.benchmark(example_input, repeats=each)
+            timed = program.benchmark(example_input, repeats=each, warn=False)
             self.whole_ms.append(timed.latency_ms * factor)
             self.spread_ms.append(timed.spread_ms * factor)
             total: dict[str, float] = {}

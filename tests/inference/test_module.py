@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import explorer
-from explorer.errors import EngineError
+from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native
 from tests.inference.graphs import relative_error
 
@@ -211,3 +211,84 @@ def test_the_cache_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_instruction_set_that_the_cpu_lacks_is_refused() -> None:
     with pytest.raises(EngineError, match="cannot run"):
         native.host_isa("sve2048")
+
+
+def test_a_profile_says_how_near_each_layer_comes_to_what_the_machine_can_do() -> None:
+    network = small_network()
+    for layer in (network[0], network[3]):
+        layer.weight.data[torch.rand_like(layer.weight) < 0.5] = 0
+    engine = explorer.compile(network, X, sparse="sparse")
+    rows = {row.name: row for row in engine.profile(X)}
+    for name, index in (("0", 0), ("3", 3)):
+        row, weight = rows[name], network[index].weight
+        pixels = 4 * (12 * 12 if name == "0" else 6 * 6)
+        assert row.macs == pixels * weight.numel()
+        nonzeros = int((weight != 0).sum())
+        assert row.gflops == pytest.approx(2 * pixels * nonzeros / row.ms / 1e6)
+        assert 0 < row.share_of_peak < 1
+        # Its nonzeros at 8 bytes each, its output, and more.
+        assert row.n_bytes > 8 * nonzeros + 4 * pixels * len(weight)
+
+
+def test_the_rows_of_a_profile_add_up_to_the_call() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(*[nn.Conv2d(32, 32, 3, padding=1) for _ in range(6)]).eval()
+    x = torch.randn(1, 32, 40, 40)
+    engine = explorer.compile(network, x)
+    # Both are medians of the same program at different moments: the nearest of a few pairs.
+    apart = []
+    for _ in range(6):
+        whole = engine.benchmark(x, repeats=30).latency_ms
+        apart.append(abs(sum(row.ms for row in engine.profile(x)) / whole - 1))
+    assert min(apart) < 0.05
+
+
+def test_a_benchmark_on_a_noisy_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = explorer.compile(small_network(), X)
+    ticks = iter(range(10_000))
+    # Calls that take 1, 2, 3 or 4 seconds in turn.
+    monkeypatch.setattr("time.perf_counter", lambda: (n := next(ticks)) // 2 + (n % 2) * (1 + n // 2 % 4))
+    with pytest.warns(EngineWarning, match="noisy"):
+        assert engine.benchmark(X, repeats=40).is_noisy
+    assert engine.benchmark(X, repeats=40, warn=False).is_noisy
+
+
+def test_the_number_of_threads_can_be_left_to_the_engine() -> None:
+    network = small_network()
+    engine = explorer.compile(network, X, threads="auto")
+    assert engine.threads >= 1
+    with torch.no_grad():
+        assert relative_error(engine(X), network(X)) < 1e-5
+    with pytest.raises(EngineError, match="'auto'"):
+        explorer.compile(network, X, threads="many")  # type: ignore[arg-type]
+
+
+def test_a_compiled_network_keeps_no_weights_but_the_packed_ones() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(64, 256, 1), nn.ReLU(), nn.Conv2d(256, 64, 1)).eval()
+    for layer in (network[0], network[2]):
+        layer.weight.data[torch.rand_like(layer.weight) < 0.9] = 0
+    x = torch.randn(1, 64, 8, 8)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        wanted = network(x)
+        for parameter in network.parameters():
+            parameter.zero_()  # what the module does later is no business of the compiled network
+    assert relative_error(engine(x), wanted) < 1e-5
+    nonzeros = 2 * 64 * 256 // 10
+    activations = 4 * 8 * 8 * (64 + 256 + 64)
+    assert engine.n_bytes < 1.3 * 8 * nonzeros + 4 * activations  # small planes have wide guards
+
+
+def test_torchs_part_of_a_network_reads_weights_of_its_own() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.PReLU(8), nn.Linear(8, 3)).eval()
+    x = torch.randn(4, 6)
+    engine = explorer.compile(network, x)
+    assert engine.fallbacks
+    with torch.no_grad():
+        wanted = network(x)
+        network[1].weight.fill_(7.0)
+        assert relative_error(engine(x), wanted) < 1e-5
+        engine.update_weights(network)
+        assert relative_error(engine(x), network(x)) < 1e-5

@@ -120,7 +120,7 @@ class TimedProgram:
     def __init__(self, ms: float) -> None:
         self.ms = ms
 
-    def benchmark(self, x: Tensor, repeats: int) -> Benchmark:
+    def benchmark(self, x: Tensor, repeats: int, *, warn: bool = True) -> Benchmark:
         return Benchmark(self.ms * Machine.slowness, 0.1 * Machine.slowness, 0.0, repeats, 1, 1, "test")
 
     def profile(self, x: Tensor, repeats: int) -> tuple[LayerTiming, ...]:

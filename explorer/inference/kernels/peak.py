@@ -1,0 +1,53 @@
+"""What this machine can do at best, so that a kernel's speed means something: fused multiply-adds in registers, and reading memory.
+
+fma    as many independent sums as registers allow, nothing else in the loop
+read   one pass over a buffer, vector by vector, into four sums
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
+from explorer.inference.native import Isa
+
+READ_VECTORS = 4
+"""Vectors that the reading loop takes at once."""
+
+
+def sums(isa: Isa) -> int:
+    """Independent sums of the multiply-add loop: enough to hide the latency of all FMA units, and two registers left for the operands."""
+    return min(isa.registers - 4, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class PeakKernel:
+    """`kind` is "fma" or "read". The entry takes a buffer and how often to go round; it adds what it computed to the buffer's first vector."""
+
+    kind: str
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("peak")
+        f = Function(module, "peak", VOID, [PTR, I64], isa.lanes)
+        b, (buffer, rounds), width = f.b, f.arguments, 4 * isa.lanes
+        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        if self.kind == "fma":
+            # Ordinary numbers: denormal ones would be slow. They come from memory, so that nothing is known of them beforehand.
+            x = f.load(buffer, f.vector, 0, width)
+            total = f.loop(rounds, lambda _, *t: [f.fma(x, x, s) for s in t], [zero] * sums(isa))
+        else:
+
+            def four(i: Value, *totals: Value) -> list[Value]:
+                at = f.at(buffer, b.mul(i, I64(READ_VECTORS * width)))
+                return [b.fadd(t, f.load(at, f.vector, width * k, width)) for k, t in enumerate(totals)]
+
+            total = f.loop(rounds, four, [zero] * READ_VECTORS)
+        result = total[0]
+        for one in total[1:]:
+            result = b.fadd(result, one)
+        f.store(result, buffer, width, width)
+        b.ret_void()
+        return module, "peak"
