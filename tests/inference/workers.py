@@ -239,8 +239,8 @@ def without_llvmlite() -> None:
     for n in (4, 2, 1):
         assert right(engine, X[:n])
     rows = engine.profile(X, repeats=3)
-    assert len(rows) == 7
-    assert {row.kernel for row in rows} == {"torch"}
+    assert len(rows) == 7 + 1  # the last is the call itself
+    assert {row.kernel for row in rows[:-1]} == {"torch"}
     assert engine.benchmark(X, repeats=5).isa == "torch"
     doubled = network()
     doubled[6].weight.data *= 2
