@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.activations import Activation
-from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.graph import Graph, Operation, Ref, bound_arguments
 
 _INFINITY = float("inf")
 _VIEWS = {
@@ -172,7 +172,7 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
     names = operation.references()
     floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (node.name, *names))
     if reader is not None and floats and node.name in graph.shapes:
-        reader(operation, _bound(target, args, kwargs), graph)
+        reader(operation, bound_arguments(target, args, kwargs), graph)
     return operation
 
 
@@ -187,17 +187,6 @@ class _OnCopy:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.target(x.clone(), *args, **kwargs)
-
-
-def _bound(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    bound = {}
-    for i, argument in enumerate(target._schema.arguments):  # noqa: SLF001 - the only way to name arguments
-        if i < len(args):
-            bound[argument.name] = args[i]
-        else:
-            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return bound
 
 
 def _pair(value: Any, default: int = 0) -> tuple[int, int]:
@@ -395,7 +384,7 @@ def _name_slices(graph: Graph) -> None:
         split = producer.get(whole)
         if split is None or _base(split.target) not in ("chunk", "split", "split_with_sizes"):
             continue
-        a = _bound(split.target, split.args, split.kwargs)
+        a = bound_arguments(split.target, split.args, split.kwargs)
         source = a["self"].name
         shape = graph.shapes.get(source, ())
         if len(shape) != 4 or a["dim"] % 4 != 1 or graph.dtypes[source] != torch.float32:

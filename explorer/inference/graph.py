@@ -117,3 +117,14 @@ class Graph:
             if isinstance(output, Ref):
                 count[output.name] = count.get(output.name, 0) + 1
         return count
+
+
+def bound_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    bound = {}
+    for i, argument in enumerate(target._schema.arguments):  # noqa: SLF001 - the only way to name arguments
+        if i < len(args):
+            bound[argument.name] = args[i]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.graph import Graph, Operation, Ref, bound_arguments
 
 _MOVES = {
     "view", "reshape", "unflatten", "transpose", "permute", "chunk", "split", "unbind", "getitem", "slice", "select", "squeeze", "unsqueeze",
@@ -67,16 +67,7 @@ def _name(operation: Operation) -> str:
 
 def _plain_arguments(operation: Operation, graph: Graph) -> list[str] | None:
     """The names of queries, keys and values, if there is no mask, no dropout and nothing else unusual."""
-    schema = getattr(operation.target, "_schema", None)
-    if schema is None:
-        return None
-    bound = {}
-    for i, argument in enumerate(schema.arguments):
-        bound[argument.name] = (
-            operation.args[i]
-            if i < len(operation.args)
-            else operation.kwargs.get(argument.name, argument.default_value)
-        )
+    bound = bound_arguments(operation.target, operation.args, operation.kwargs)
     plain = (
         bound.get("attn_mask") is None
         and not bound.get("dropout_p")
