@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["auto", "dense", "sparse"]
 
+_CACHED_BYTES = 8 << 20
+"""Activations of the images that go through the network together: what the outer caches of one core may be expected to hold."""
+
 _CHOICE_PASSES, _CHOICE_REPEATS = 3, 5
 """How often the candidates take turns, and the runs of one turn."""
 _CHOICE_S = 0.015
@@ -182,11 +185,17 @@ class SparseModule:
         self._isa = current_isa()
         self.isa = self._isa.name
         self._lock = fork.EngineLock()
+        self._at_once: int | None = None
         self._graph = self._lowered()
         self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
+        self._at_once = self._images_at_once()
+        if self._at_once is not None:
+            self._graph = self._lowered()
+            self._plan = Plan(self._graph, self._isa, threads)
         self._choices: dict[int, Choice] = {}
         self._densities: dict[int, float] = {}
+        self._cycles: NDArray[np.int64] = np.zeros(0, np.int64)
         self._batch = self._plan.images
         self._runner: Runner | None = None
         self._steps: Steps | None = None
@@ -197,7 +206,30 @@ class SparseModule:
         self._let_go()
 
     def _lowered(self) -> Graph:
-        return through_torch(self._captured) if self._isa.name == "torch" else lower(self._captured)
+        if self._isa.name == "torch":
+            return through_torch(self._captured)
+        graph = lower(self._captured)
+        if self._at_once is not None:
+            for name, shape in graph.shapes.items():
+                if name not in graph.parameter_names and shape[:1] == (self.batch_size,):
+                    graph.shapes[name] = (self._at_once, *shape[1:])
+        return graph
+
+    def _images_at_once(self) -> int | None:
+        """How many images of a large batch go through the whole network before the next ones begin; None for all of them.
+
+        Layer by layer, the activations of a large batch would travel to main memory and back between any two layers; those of a few images stay in
+        the caches, and in the same few buffers.
+        """
+        graph, plan, images = self._graph, self._plan, self.batch_size
+        returned = [output.name for output in graph.outputs if isinstance(output, Ref)]
+        follows = all(graph.shapes.get(name, ())[:1] == (images,) for name in (*graph.inputs, *returned))
+        if not plan.is_dynamic or not plan.native or not follows:
+            return None
+        fitting = int(_CACHED_BYTES * images // max(plan.memory.n_bytes, 1))
+        # Whole rounds of the threads: each then has images of its own.
+        fitting = max(fitting // self.threads, 1) * self.threads
+        return fitting if fitting < images else None
 
     def _let_go(self) -> None:
         """Forget the parameters that are packed by now, and keep copies of those that torch's part reads.
@@ -278,7 +310,7 @@ class SparseModule:
                 and not x.requires_grad
             ):
                 with self._lock:
-                    if self._batch == self.batch_size:
+                    if self._batch == self._plan.images:
                         return straight.run(x)
         images = self._check(inputs)
         with self._lock, torch.no_grad():
@@ -290,7 +322,7 @@ class SparseModule:
             raise EngineError(f"{len(inputs)} inputs were passed; this network takes {len(names)}.")
         images = self.batch_size
         for position, (name, value) in enumerate(zip(names, inputs, strict=True)):
-            wanted = self._graph.shapes[name]  # `capture` refuses arguments that are no tensors
+            wanted = self._captured.shapes[name]  # `capture` refuses arguments that are no tensors
             if not isinstance(value, Tensor):
                 raise EngineError(
                     f"Input {position} is a {type(value).__name__}; this network takes a tensor of shape {wanted}. Convert it with torch.as_tensor."
@@ -328,7 +360,30 @@ class SparseModule:
         return images
 
     def _run(self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None) -> Any:
-        """Run all segments; with `times`, append the seconds of each."""
+        """Run the network; with `times`, append the seconds of each segment, and keep the cycles of each step for `_ticks`."""
+        if self._at_once is None or images <= self._at_once:
+            return self._graph.unflatten(self._run_together(inputs, images, times))
+        parts, seconds, cycles = [], [], []
+        for first in range(0, images, self._at_once):
+            some = tuple(value[first : first + self._at_once] for value in inputs)
+            mine: list[float] | None = None if times is None else []
+            parts.append(self._run_together(some, len(some[0]), mine))
+            if mine is not None:
+                seconds.append(mine)
+                cycles.append(self._ticks())
+        if times is not None:
+            times += np.sum(seconds, axis=0).tolist()
+            self._cycles = np.sum(cycles, axis=0)
+        joined = [
+            torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+            for values in zip(*parts, strict=True)
+        ]
+        return self._graph.unflatten(joined)
+
+    def _run_together(
+        self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None
+    ) -> list[Any]:
+        """The outputs of at most as many images as the plan has room for."""
         plan = self._plan
         if images != self._batch or (images != plan.images and not plan.is_dynamic):
             inputs = self._adapt(inputs, images)
@@ -349,8 +404,9 @@ class SparseModule:
                 values[o.output] = o.target(*self._resolve(o.args, values), **self._resolve(o.kwargs, values))
             if times is not None:
                 times.append(time.perf_counter() - start)
-        outputs = [self._output(o, values, images) for o in self._graph.outputs]
-        return self._graph.unflatten(outputs)
+        if times is not None and runner is not None:
+            self._cycles = runner.stamps[:, 1] - runner.stamps[:, 0]
+        return [self._output(o, values, images) for o in self._graph.outputs]
 
     def _adapt(self, inputs: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
         """A batch of another size: fewer jobs when every step is native, else zeros up to the size that torch's part was traced for."""
@@ -424,7 +480,7 @@ class SparseModule:
         value = self._value(output.name, values)
         if not isinstance(value, Tensor):
             return value
-        if images != self.batch_size and value.dim() > 0 and value.shape[0] == self.batch_size:
+        if images != self._plan.images and value.dim() > 0 and value.shape[0] == self._plan.images:
             value = value[:images]
         return value.clone(memory_format=torch.contiguous_format)
 
@@ -509,11 +565,14 @@ class SparseModule:
 
     def _step_times(self) -> NDArray[np.float64]:
         """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""
-        runs = []
+        runs, images = [], self._plan.images
+        example = self._example
+        if self._at_once is not None:
+            example = tuple(value[:images] for value in example)
         with torch_threads(self.threads), torch.no_grad():
             start = time.perf_counter()
             for turn in range(_CHOICE_REPEATS + 1):
-                self._run(self._example, self.batch_size)
+                self._run_together(example, images, [])
                 if turn > 0:
                     runs.append(self._ticks())
                 if turn > 0 and time.perf_counter() - start > _CHOICE_S:
@@ -524,10 +583,8 @@ class SparseModule:
         return fastest / cycles_per_ms(self._isa)
 
     def _ticks(self) -> NDArray[np.int64]:
-        """Cycles of each step in the last run."""
-        if self._runner is None:
-            return np.zeros(0, np.int64)
-        return self._runner.stamps[:, 1] - self._runner.stamps[:, 0]
+        """Cycles of each step in the last run that was timed."""
+        return self._cycles
 
     def update_weights(self, module: nn.Module, *, choose: bool = True) -> None:
         """Take over the weights of `module`, which must have the structure that was compiled.
@@ -667,9 +724,11 @@ class SparseModule:
         prunable = o.kind in ("conv", "linear")
         if prunable:
             sparsity = 1 - self._densities[index]
-            macs = prod(shapes[o.output]) * images // self.batch_size * prod(shapes[o.weight or ""][1:])
+            macs = prod(shapes[o.output]) * images // self._plan.images * prod(shapes[o.weight or ""][1:])
         places = {*self._plan.operands(o), o.output}
-        touched = sum(self._plan.places[place].layout.n_bytes for place in places) * images // self.batch_size
+        touched = (
+            sum(self._plan.places[place].layout.n_bytes for place in places) * images // self._plan.images
+        )
         return LayerTiming(
             o.name or "model",
             o.kind,

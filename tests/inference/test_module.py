@@ -292,3 +292,70 @@ def test_torchs_part_of_a_network_reads_weights_of_its_own() -> None:
         assert relative_error(engine(x), wanted) < 1e-5
         engine.update_weights(network)
         assert relative_error(engine(x), network(x)) < 1e-5
+
+
+class TwoOutputs(nn.Module):
+    """Two inputs, two outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = torch.relu(self.a(x) + self.b(y))
+        return {"image": z, "mean": z.mean((2, 3))}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    network = TwoOutputs().eval()
+    x, y = torch.randn(7, 2, 9, 11), torch.randn(7, 3, 9, 11)
+    whole, engine = (
+        explorer.compile(network, (x[:1], y[:1])),
+        explorer.compile(network, (x, y), threads=threads),
+    )
+    assert engine.batch_size == 7
+    for n in (7, 1, 2, 3, 6, 7):
+        got = engine(x[:n], y[:n])
+        with torch.no_grad():
+            wanted = network(x[:n], y[:n])
+        assert got.keys() == wanted.keys()
+        assert all(relative_error(got[k], wanted[k]) < 1e-5 for k in wanted)
+    # Buffers for as many images as there are threads, not for seven.
+    assert engine._plan.memory.n_bytes < 3 * whole._plan.memory.n_bytes
+    one = {row.name: row for row in whole.profile(x[:1], y[:1], repeats=3)}
+    for row in engine.profile(x, y, repeats=3):
+        assert row.macs == 7 * one[row.name].macs
+        assert row.ms > 0 or row.kind == "call"
+    with pytest.raises(EngineError, match=r"compiled for \(7, 2, 9, 11\)"):
+        engine(torch.randn(8, 2, 9, 11), torch.randn(8, 3, 9, 11))
+    doubled = copy.deepcopy(network)
+    doubled.a.weight.data *= 2
+    engine.update_weights(doubled)
+    with torch.no_grad():
+        assert relative_error(engine(x, y)["image"], doubled(x, y)["image"]) < 1e-5
+
+
+def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+
+    class Centred(nn.Module):
+        """Subtracts the mean of the batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y - y.mean(0, keepdim=True)
+
+    network, x = Centred().eval(), torch.randn(5, 2, 8, 8)
+    with torch.no_grad():
+        assert relative_error(explorer.compile(network, x)(x), network(x)) < 1e-5
