@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,23 +141,12 @@ def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode) -> SparseModule:
     best, threads = SparseModule(graph, inputs, 1, mode), 2
     while threads <= cores:
         wider = SparseModule(graph, inputs, threads, mode)
-        pair = {"best": _Call(best, inputs), "wider": _Call(wider, inputs)}
+        pair = {"best": partial(best, *inputs), "wider": partial(wider, *inputs)}
         times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.2)
         if times["best"].latency_ms < _WORTH_MORE_THREADS * times["wider"].latency_ms:
             break
         best, threads = wider, 2 * threads
     return best
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A network on fixed inputs."""
-
-    engine: SparseModule
-    inputs: tuple[Any, ...]
-
-    def __call__(self) -> Any:
-        return self.engine(*self.inputs)
 
 
 class SparseModule:
