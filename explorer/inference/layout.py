@@ -175,6 +175,27 @@ def tile_of(vectors: int) -> int:
     return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
 
 
+def channel_tile(columns: int, channels: int, lanes: int, registers: int) -> tuple[int, int] | None:
+    """Pixels P and vectors of output channels R of a tile with channels in the lanes (see kernels/conv_channels.py); None where no P divides a row.
+
+    The fewest cycles for each product that is wanted: channels that do not exist waste lanes.
+    """
+    best, best_cost = None, float("inf")
+    # Beside sums and weights, a pixel; without broadcasts as memory operands (four lanes: NEON) LLVM loads some ahead.
+    held = 1 if lanes > 4 else 4
+    for pixels in (p for p in range(4, 15) if columns % p == 0):
+        for vectors in range(1, 5):
+            if pixels * vectors + vectors + held > registers:
+                continue
+            sums, width = pixels * vectors, vectors * lanes
+            # Of a core with two FMA units of four cycles and two loads a cycle; half a cycle for the loop.
+            cycles = max(sums / 2, 4, (pixels + vectors) / 2) + 0.5
+            cost = cycles * (-(-channels // width) * width / channels) / sums
+            if cost < best_cost:
+                best, best_cost = (pixels, vectors), cost
+    return best
+
+
 def _tiled_cost(rows: int, pitch: int, lanes: int) -> float:
     vectors = -(-rows * pitch // lanes)
     return _cost(vectors, tile_of(vectors))

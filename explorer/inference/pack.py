@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explorer.inference.kernels import conv
+from explorer.inference.kernels import conv, conv_channels
+from explorer.inference.kernels.builder import Record
 from explorer.inference.memory import Memory
 
 
@@ -100,23 +101,25 @@ class PackedConv:
     Attributes
     ----------
     tables : dict of ndarray
-        What the fields "sources", "offsets", "entries", "rows" and "groups" of `explorer.inference.kernels.conv.BLOCK` point into. A missing one
-        is a plain number in `blocks`.
+        What fields of `record` point into, by their names. Other fields are plain numbers in `blocks`.
     blocks : (parts * n_blocks, fields) int64
-        Rows of BLOCK, part by part; pointers are still element numbers in their table.
+        Rows of `record`, part by part; pointers are still element numbers in their table.
     n_blocks : int
         Of each part.
+    record : Record
+        What a row of `blocks` is.
     """
 
     tables: dict[str, NDArray[Any]]
     blocks: NDArray[np.int64]
     n_blocks: int
+    record: Record = conv.BLOCK
 
     def place(self, memory: Memory) -> int:
-        """Copy everything to `memory`; the address of the rows of BLOCK, which then hold addresses."""
+        """Copy everything to `memory`; the address of the rows of `record`, which then hold addresses."""
         placed = self.blocks.copy()
         for name, table in self.tables.items():
-            column = conv.BLOCK.index(name)
+            column = self.record.index(name)
             # Weights are prefetched past their end, which never faults: no table needs padding.
             placed[:, column] = memory.put(table) + placed[:, column] * table.strides[0]
         return memory.put(placed)
@@ -409,6 +412,42 @@ def conv_dense(
         "sources": np.concatenate(sources),
     }
     return PackedConv(tables, np.array(rows_of_blocks), n_blocks)
+
+
+def conv_channels_dense(
+    weight: NDArray[np.float32], offsets: NDArray[np.int64], width: int, block_bytes: int
+) -> PackedConv:
+    """Dense weights with output channels in the lanes: in each block [group][k][channel], padded with channels of zeros.
+
+    Parameters
+    ----------
+    weight : (M, K) float32
+    offsets : (K,) int64
+        Byte offset of each operand from the pixel.
+    width : int
+        Channels of a group.
+    block_bytes : int
+        Weights of one group and K block: what stays in the L1 cache.
+    """
+    m, depth = weight.shape
+    groups = -(-m // width)
+    n_blocks = max(1, -(-depth * width * 4 // block_bytes))
+    edges = [depth * i // n_blocks for i in range(n_blocks + 1)]
+    padded = np.zeros((groups * width, depth), np.float32)
+    padded[:m] = weight
+    by_group = padded.reshape(groups, width, depth).transpose(0, 2, 1)
+    blocks = np.zeros((n_blocks, len(conv_channels.BLOCK.fields)), np.int64)
+    for name, column in {
+        "depth": np.diff(edges),
+        "offsets": edges[:-1],
+        "weights": np.array(edges[:-1]) * groups * width,
+    }.items():
+        blocks[:, conv_channels.BLOCK.index(name)] = column
+    tables = {
+        "offsets": offsets.astype(np.int32),
+        "weights": np.concatenate([by_group[:, low:high].reshape(-1) for low, high in pairwise(edges)]),
+    }
+    return PackedConv(tables, blocks, n_blocks, conv_channels.BLOCK)
 
 
 def conv_grouped(

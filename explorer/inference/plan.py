@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors
+from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version
 
@@ -434,7 +434,7 @@ class Plan:
         if operation.kind not in ("conv", "linear"):
             return [Choice(True)]
         taps = graph.shapes[operation.weight or ""][2:]
-        forms = ["direct"]
+        forms, dense_forms = ["direct"], None
         a = operation.attributes
         if operation.kind == "conv" and self._family[operation.output] == "planes":
             if a.get("depthwise"):
@@ -442,11 +442,16 @@ class Plan:
             if a["groups"] > 1:
                 return [Choice(False)]
             out = self.places[operation.output].layout
-            if isinstance(out, Planes) and out.is_compactable:
+            assert isinstance(out, Planes)
+            if out.is_compactable:
                 forms = ["compact", "direct"]
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
-        dense = [Choice(True, form) for form in forms]
+            channels = graph.shapes[operation.output][1]
+            if out.has_gaps and channel_tile(out.columns, channels, self.isa.lanes, self.isa.registers):
+                # It has been the fastest nearly everywhere: one other is enough to compare with.
+                dense_forms = ["channels", forms[0]]
+        dense = [Choice(True, form) for form in dense_forms or forms]
         sparse = [Choice(False, form) for form in forms]
         if mode == "dense":
             return dense

@@ -14,6 +14,7 @@ from explorer.inference.heads import Heads
 from explorer.inference.kernels import (
     attention,
     conv,
+    conv_channels,
     copy_planes,
     depthwise,
     driver,
@@ -26,12 +27,13 @@ from explorer.inference.kernels import (
     split,
 )
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import Planes, Vectors, tile_of
+from explorer.inference.layout import Planes, Vectors, channel_tile, tile_of
 from explorer.inference.memory import Memory
 from explorer.inference.native import l1_bytes, machine_code
 from explorer.inference.pack import (
     PackedConv,
     SparseWeights,
+    conv_channels_dense,
     conv_dense,
     conv_grouped,
     conv_sparse,
@@ -74,6 +76,10 @@ class _Row:
     arguments: NDArray[np.int64]
     jobs: int  # per image
     label: str
+
+
+_SUMS_BYTES = 128 << 10
+"""Sums that one job of a convolution with channels in the lanes keeps between K blocks."""
 
 
 def _fill(record: Record, **values: int) -> NDArray[np.int64]:
@@ -175,7 +181,6 @@ class _StepBuilder:
         elif weight.ndim == 3:
             weight = weight[:, :, None, :]
         m, _, kh, kw = weight.shape
-        kernel, tiles, parts = self._conv_kernel(y, weight, choice, residual=len(places) > 1)
         phases = a.get("phases", ((0, 0),))
         taps = [
             (row * a["dilation"][0] - a["padding"][0], column * a["dilation"][1] - a["padding"][1])
@@ -187,6 +192,9 @@ class _StepBuilder:
         shifts = np.array([dy // sy * x.pitch + dx // sx for dy, dx in taps])
         channels = x.channels // len(phases)
         planes = np.arange(channels)[:, None] * len(phases) + which
+        if choice.reach == "channels":
+            return self._conv_channels(operation, places, out, planes * x.plane + shifts, choice)
+        kernel, tiles, parts = self._conv_kernel(y, weight, choice, residual=len(places) > 1)
         lanes = self.plan.isa.lanes
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % lanes))
@@ -202,21 +210,9 @@ class _StepBuilder:
 
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, lanes))
-        residual = places[1] if len(places) > 1 else None
         arguments = _fill(
             conv.ARGUMENTS,
-            x=places[0].address,
-            x_image=4 * x.image,
-            out=out.address,
-            out_image=4 * y.image,
-            out_plane=4 * y.plane,
-            residual=residual.address if residual else 0,
-            residual_image=4 * residual.layout.image
-            if residual and isinstance(residual.layout, Planes)
-            else 0,
-            residual_plane=4 * residual.layout.plane
-            if residual and isinstance(residual.layout, Planes)
-            else 0,
+            **_tensors(places, out),
             bias=self.memory.put(bias),
             tiles=tiles,
             parts=parts,
@@ -227,6 +223,66 @@ class _StepBuilder:
             **self._bounds(operation),
         )
         return _Row(self._code(kernel), arguments, tiles * parts, choice.label)
+
+    def _conv_channels(
+        self,
+        operation: Operation,
+        places: list[Place],
+        out: Place,
+        operands: NDArray[np.int64],
+        choice: Choice,
+    ) -> _Row:
+        """A dense convolution with output channels in the lanes; `operands`, (C, taps): elements from a pixel to what each weight reads."""
+        weight, bias = self._constants(operation)
+        m, isa, y = len(weight), self.plan.isa, out.layout
+        assert isinstance(y, Planes)
+        form = channel_tile(y.columns, m, isa.lanes, isa.registers)
+        assert form is not None
+        pixels, vectors = form
+        kernel = conv_channels.ConvChannelsKernel(
+            pixels, vectors, len(places) > 1, operation.attributes.get("activation")
+        )
+        width = vectors * isa.lanes
+        groups = -(-m // width)
+        rows, columns = np.arange(y.rows)[:, None] * y.pitch, np.arange(0, y.columns, pixels)
+        positions = ((rows + columns) * 4).reshape(-1).astype(np.int32)
+        # The sums of a job should stay in the L2 cache, beside the pixels that it reads.
+        most = max(1, _SUMS_BYTES // (groups * kernel.sums_bytes(isa.lanes)))
+        chunks = -(-len(positions) // most)
+        tiles_per_job = -(-len(positions) // chunks)
+        chunks = -(-len(positions) // tiles_per_job)
+        parts = _parts(chunks, m, self.plan.threads, y.images)
+        groups_per_job = -(-groups // parts)
+        packed = self._once(
+            operation,
+            choice,
+            lambda: conv_channels_dense(
+                self._dense(operation), operands.reshape(-1) * 4, width, l1_bytes() // 2
+            ),
+        )
+        padded = np.zeros(groups * width, np.float32)
+        padded[:m] = bias
+        self.scratch_bytes = max(
+            self.scratch_bytes,
+            kernel.turned_bytes(isa.lanes) + groups_per_job * tiles_per_job * kernel.sums_bytes(isa.lanes),
+        )
+        arguments = _fill(
+            conv_channels.ARGUMENTS,
+            **_tensors(places, out),
+            bias=self.memory.put(padded),
+            positions=self.memory.put(positions),
+            tiles=len(positions),
+            tiles_per_job=tiles_per_job,
+            chunks=chunks,
+            parts=parts,
+            groups=groups,
+            groups_per_job=groups_per_job,
+            channels=m,
+            blocks=packed.place(self.memory),
+            n_blocks=packed.n_blocks,
+            **self._bounds(operation),
+        )
+        return _Row(self._code(kernel), arguments, chunks * parts, choice.label)
 
     def _conv_kernel(
         self, y: Planes, weight: NDArray[np.float32], choice: Choice, *, residual: bool
@@ -650,6 +706,18 @@ class _StepBuilder:
         scale = np.zeros(y.vectors * y.lanes, np.float32)
         scale[at] = (1.0 / ((bottom - top)[:, None] * (right - left))).reshape(-1)
         return self.memory.put(table), len(taps), self.memory.put(scale)
+
+
+def _tensors(places: list[Place], out: Place) -> dict[str, int]:
+    """Addresses and strides, in bytes, of a convolution's input, output and residual (when there is a second operand)."""
+    values: dict[str, int] = {}
+    for name, place in zip(("x", "residual"), places, strict=False):
+        assert isinstance(place.layout, Planes)
+        values |= {name: place.address, f"{name}_image": 4 * place.layout.image}
+        if name == "residual":
+            values["residual_plane"] = 4 * place.layout.plane
+    assert isinstance(out.layout, Planes)
+    return values | {"out": out.address, "out_image": 4 * out.layout.image, "out_plane": 4 * out.layout.plane}
 
 
 def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32]:

@@ -85,6 +85,15 @@ class Function:
         name = f"llvm.masked.store.v{self.lanes}f32.p0"
         self.call(name, VOID, [value, self.at(pointer, offset), I32(4), mask])
 
+    def store_first(self, count: int, value: Value, pointer: Value, offset: int | Value = 0) -> None:
+        """Store the first `count` lanes (a number known now) and leave the memory of the others alone."""
+        self.store_where(
+            ir.Constant(ir.VectorType(I1, self.lanes), [int(i < count) for i in range(self.lanes)]),
+            value,
+            pointer,
+            offset,
+        )
+
     def field(self, row: Value, record: Record, name: str, type_: Value = I64) -> Value:
         """Field `name` of the record at `row`."""
         return self.load(row, type_, 8 * record.index(name), 8)
@@ -153,6 +162,24 @@ class Function:
             result.append(total)
         return result
 
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """Columns of a square of `lanes` vectors: lane i of vector j becomes lane j of vector i.
+
+        Blocks off the diagonal change places, first of half the vectors and lanes, then of a quarter, and so on.
+        """
+        n, vectors = self.lanes, list(rows)
+        size = n // 2
+        while size:
+            # The lower vector of a pair keeps its lanes whose block number is even, and takes the upper vector's in their place for the odd ones.
+            low = [lane if not lane & size else n + lane - size for lane in range(n)]
+            high = [lane + size if not lane & size else n + lane for lane in range(n)]
+            masks = [ir.Constant(ir.VectorType(I32, n), take) for take in (low, high)]
+            for i in (i for i in range(n) if not i & size):
+                a, b = vectors[i], vectors[i + size]
+                vectors[i], vectors[i + size] = (self.b.shuffle_vector(a, b, mask) for mask in masks)
+            size //= 2
+        return vectors
+
     def gather(
         self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None
     ) -> Value:
@@ -178,8 +205,9 @@ class Function:
         suffix = f"v{type_.count}f32" if isinstance(type_, ir.VectorType) else "f32"
         return self.call(f"llvm.{name}.{suffix}", type_, arguments)
 
-    def prefetch(self, pointer: Value, offset: int) -> None:
-        self.call("llvm.prefetch.p0", VOID, [self.at(pointer, offset), I32(0), I32(3), I32(1)])
+    def prefetch(self, pointer: Value, offset: int, locality: int = 3) -> None:
+        """Fetch a cache line without waiting for it; never faults. `locality`: 3 into the L1 cache, 2 into the L2 cache."""
+        self.call("llvm.prefetch.p0", VOID, [self.at(pointer, offset), I32(0), I32(locality), I32(1)])
 
     def opaque(self, pointer: Value) -> Value:
         """The same pointer, behind a wall: keeps LLVM from merging offsets, so that each load stays one [register + constant]."""

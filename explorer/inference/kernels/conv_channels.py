@@ -1,0 +1,233 @@
+"""Dense convolution with output channels in the lanes: no lane is spent on the gap between image rows.
+
+The other dense kernel (conv.py) has neighbouring pixels in its lanes: of rows of 14 pixels that lie 16 apart, an eighth of its work goes to gaps, and of
+planes of 7 x 7 pixels almost a quarter. Here a lane is an output channel, so that the size of the image does not matter.
+
+The algorithm in plain words
+  A tile is P neighbouring pixels of one image row, a group is R vectors of output channels; P x R sums stay in registers. For each k (input channel x
+  kernel tap): load R vectors of weights, broadcast P pixels one after the other, P x R FMAs.
+  A job is a few tiles of one image times a part of the groups. K is cut into blocks; each block goes through all groups, and the weights of one
+  group and block stay in the L1 cache while all tiles pass by. The first block starts from the bias, the last one turns the sums of a tile so that the
+  lanes become pixels, adds the residual, clamps or applies another activation, and stores the P pixels of each channel.
+
+Vectors of output channels and broadcast pixels are the usual form of direct convolution, see Georganas et al., "Anatomy of High-Performance Deep
+Learning Convolutions on SIMD Architectures" (2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.activations import Activation
+from explorer.inference.kernels.activation import apply
+from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    (
+        "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
+        "positions", "tiles", "tiles_per_job", "chunks", "parts", "groups", "groups_per_job", "channels", "blocks", "n_blocks",
+    )
+)  # fmt: skip
+"""`positions`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to."""
+
+BLOCK = Record(("depth", "offsets", "weights"))
+"""One K block: byte offsets of the operands (int32) from a tile's first pixel, and weights [group][k][R * lanes]."""
+
+_LEVEL_2 = 2
+"""As `Function.prefetch` counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvChannelsKernel:
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    pixels : int
+        Pixels in a tile (P).
+    vectors : int
+        Vectors of output channels in a group (R).
+    residual : bool
+        Whether a residual is added.
+    activation : Activation or None
+        Applied last, instead of the clamp.
+    """
+
+    pixels: int
+    vectors: int
+    residual: bool
+    activation: Activation | None = None
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        return _Generator(self, isa).module()
+
+    def sums_bytes(self, lanes: int) -> int:
+        """Bytes of the sums of one tile and group."""
+        return 4 * self.pixels * self.vectors * lanes
+
+    def turned_bytes(self, lanes: int) -> int:
+        """Bytes of one tile and group with pixels in the lanes."""
+        return 4 * self.vectors * lanes * _pixel_vectors(self.pixels, lanes) * lanes
+
+
+def _pixel_vectors(pixels: int, lanes: int) -> int:
+    return -(-pixels // lanes)
+
+
+class _Generator:
+    def __init__(self, kernel: ConvChannelsKernel, isa: Isa) -> None:
+        self.k, self.isa = kernel, isa
+        self.ir = ir.Module("convolution")
+        self.width = 4 * isa.lanes
+        self.n_pixel_vectors = _pixel_vectors(kernel.pixels, isa.lanes)
+
+    def module(self) -> tuple[Value, str]:
+        self._tile()
+        self._finish()
+        self._job()
+        return self.ir, "convolution"
+
+    def _tile(self) -> None:
+        """One tile and group through one K block: (depth, offsets, weights, x, sums, soon, pace); `sums` is read, and written at the end.
+
+        `soon`: what to fetch meanwhile, `pace` bytes further in each step: the weights of the next group.
+        """
+        k, width = self.k, self.width
+        f = Function(self.ir, "tile", VOID, [I64, PTR, PTR, PTR, PTR, PTR, I64], self.isa.lanes)
+        f.native.linkage = "internal"
+        for argument in f.native.args[1:5]:
+            argument.add_attribute("noalias")
+        depth, offsets, weights, x, sums, soon, pace = f.arguments
+        places = [width * i for i in range(k.pixels * k.vectors)]
+
+        def step(_: Value, offset: Value, weight: Value, soon: Value, *totals: Value) -> list[Value]:
+            pointer = f.opaque(f.at(x, f.b.sext(f.load(offset, I32), I64)))
+            held = [f.load(weight, f.vector, width * r, width) for r in range(k.vectors)]
+            new = []
+            for p in range(k.pixels):
+                pixel = f.splat(f.load(pointer, F32, 4 * p))
+                new += [
+                    f.fma(pixel, w, total)
+                    for w, total in zip(held, totals[p * k.vectors : (p + 1) * k.vectors], strict=True)
+                ]
+            f.prefetch(soon, 0, _LEVEL_2)
+            return [f.at(offset, 4), f.at(weight, width * k.vectors), f.at(soon, pace), *new]
+
+        start = [f.load(sums, f.vector, place, width) for place in places]
+        _, _, _, *totals = f.loop(depth, step, [offsets, weights, soon, *start])
+        for total, place in zip(totals, places, strict=True):
+            f.store(total, sums, place, width)
+        f.b.ret_void()
+
+    def _finish(self) -> None:
+        """The epilogue of one tile and group: (sums, turned, channels, out, out_plane, residual, residual_plane, low, high).
+
+        `turned` is scratch for the sums with pixels in the lanes; `channels`: how many of the group exist.
+        """
+        k, width, lanes = self.k, self.width, self.isa.lanes
+        f = Function(self.ir, "finish", VOID, [PTR, PTR, I64, PTR, I64, PTR, I64, F32, F32], lanes)
+        f.native.linkage = "internal"
+        sums, turned, channels, out, out_plane, residual, residual_plane, low, high = f.arguments
+        row = width * self.n_pixel_vectors
+        zero = ir.Constant(f.vector, [0.0] * lanes)
+        for r in range(k.vectors):
+            for v in range(self.n_pixel_vectors):
+                mine = range(v * lanes, min((v + 1) * lanes, k.pixels))
+                square = [f.load(sums, f.vector, width * (p * k.vectors + r), width) for p in mine]
+                for lane, vector in enumerate(f.transpose([*square, *[zero] * (lanes - len(square))])):
+                    f.store(vector, turned, row * (r * lanes + lane) + width * v, width)
+        low, high = f.splat(low), f.splat(high)
+
+        def one_channel(_: Value, values: Value, to: Value, added: Value) -> list[Value]:
+            for v in range(self.n_pixel_vectors):
+                value = f.load(values, f.vector, width * v, width)
+                if k.residual:
+                    value = f.b.fadd(value, f.load(added, f.vector, width * v))
+                value = apply(k.activation, f, value) if k.activation else f.clamp(value, low, high)
+                count = min(lanes, k.pixels - v * lanes)
+                if count == lanes:
+                    f.store(value, to, width * v)
+                else:
+                    f.store_first(count, value, to, width * v)
+            return [f.at(values, row), f.at(to, out_plane), f.at(added, residual_plane)]
+
+        f.loop(channels, one_channel, [turned, out, residual])
+        f.b.ret_void()
+
+    def _job(self) -> None:
+        k, width, lanes = self.k, self.width, self.isa.lanes
+        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], lanes)
+        b, (args, job, scratch) = f.b, f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        parts, chunks = field("parts"), field("chunks")
+        part, rest = b.srem(job, parts), b.sdiv(job, parts)
+        chunk, image = b.srem(rest, chunks), b.sdiv(rest, chunks)
+        first_tile = b.mul(chunk, field("tiles_per_job"))
+        n_tiles = f.minimum(field("tiles_per_job"), b.sub(field("tiles"), first_tile))
+        first_group = b.mul(part, field("groups_per_job"))
+        n_groups = f.minimum(field("groups_per_job"), b.sub(field("groups"), first_group))
+
+        def tensor(name: str) -> Value:
+            return f.at(field(name, PTR), b.mul(image, field(f"{name}_image")))
+
+        x, out = tensor("x"), tensor("out")
+        residual = tensor("residual") if k.residual else out
+        positions = f.at(field("positions", PTR), b.mul(first_tile, I64(4)))
+        bias, blocks, n_blocks = field("bias", PTR), field("blocks", PTR), field("n_blocks")
+        low, high = f.to_float(field("low")), f.to_float(field("high"))
+        out_plane, residual_plane, channels = field("out_plane"), field("residual_plane"), field("channels")
+        tile_bytes = width * k.pixels * k.vectors
+        turned, all_sums = scratch, f.at(scratch, k.turned_bytes(lanes))
+
+        def one_block(index: Value) -> None:
+            block = f.row(blocks, BLOCK, index)
+            depth, offsets, weights = (
+                f.field(block, BLOCK, name, type_)
+                for name, type_ in (("depth", I64), ("offsets", PTR), ("weights", PTR))
+            )
+            group_bytes = b.mul(depth, I64(width * k.vectors))
+            is_first = b.icmp_signed("==", index, I64(0))
+            is_last = b.icmp_signed("==", b.add(index, I64(1)), n_blocks)
+
+            def one_group(g: Value) -> None:
+                group = b.add(first_group, g)
+                mine = f.at(weights, b.mul(group, group_bytes))
+                channel = b.mul(group, I64(k.vectors * lanes))
+                left = f.minimum(b.sub(channels, channel), I64(k.vectors * lanes))
+                mine_bias = f.at(bias, b.mul(channel, I64(4)))
+
+                def one_tile(t: Value) -> None:
+                    at = b.sext(f.load(f.at(positions, b.mul(t, I64(4))), I32), I64)
+                    sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
+                    with b.if_then(is_first):
+                        for r in range(k.vectors):
+                            value = f.load(mine_bias, f.vector, width * r, width)
+                            for p in range(k.pixels):
+                                f.store(value, sums, width * (p * k.vectors + r), width)
+                    # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
+                    line, lines = 64, -(-width * k.vectors // 64)
+                    soon = f.at(mine, b.add(group_bytes, b.mul(b.mul(t, depth), I64(line))))
+                    pace = b.select(b.icmp_signed("<", t, I64(lines)), I64(line), I64(0))
+                    b.call(self.ir.globals["tile"], [depth, offsets, mine, f.at(x, at), sums, soon, pace])
+                    with b.if_then(is_last):
+                        b.call(
+                            self.ir.globals["finish"],
+                            [
+                                sums, turned, left, f.at(f.at(out, at), b.mul(channel, out_plane)), out_plane,
+                                f.at(f.at(residual, at), b.mul(channel, residual_plane)), residual_plane, low, high,
+                            ],
+                        )  # fmt: skip
+
+                f.loop(n_tiles, one_tile)
+
+            f.loop(n_groups, one_group)
+
+        f.loop(n_blocks, one_block)
+        b.ret_void()

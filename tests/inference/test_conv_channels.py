@@ -1,0 +1,230 @@
+"""Dense convolution with output channels in the lanes, against the numpy twin of convolution, and when it is a candidate at all."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from explorer.inference import native, steps
+from explorer.inference.kernels import conv
+from explorer.inference.kernels.conv_channels import ConvChannelsKernel
+from explorer.inference.layout import channel_tile
+from explorer.inference.module import SparseModule
+from explorer.inference.plan import Choice, Plan
+from tests.inference.graphs import conv_graph, relative_error
+from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
+
+ACROSS = Choice(True, "channels")
+
+
+@pytest.fixture
+def across(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take this kernel wherever it is a candidate."""
+    offered = Plan.candidates
+
+    def forced(self: Plan, graph: object, index: int, mode: str, density: float) -> list[Choice]:
+        several = offered(self, graph, index, mode, density)  # type: ignore[arg-type]
+        return [ACROSS] if ACROSS in several else several
+
+    monkeypatch.setattr(Plan, "candidates", forced)
+
+
+def check(
+    size: tuple[int, int],
+    outputs: int,
+    *,
+    images: int = 1,
+    channels: int = 5,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    bounds: tuple[float, float] | None = None,
+    residual: bool = False,
+    threads: int = 1,
+) -> None:
+    """Compile one convolution, see that this kernel runs it, and compare."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((images, channels, *size), np.float32)
+    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
+    bias = generator.standard_normal(outputs).astype(np.float32)
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
+    graph = conv_graph(
+        x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
+    )
+    wanted = torch.from_numpy(conv.reference(x, weight, bias, **attributes))
+    inputs = [torch.from_numpy(x)]
+    if residual:
+        inputs.append(torch.from_numpy(generator.standard_normal(wanted.shape, np.float32)))
+        wanted = wanted + inputs[1]
+    if bounds:
+        graph.operations[0].attributes |= dict(zip(("low", "high"), bounds, strict=True))
+        wanted = wanted.clamp(*bounds)
+    module = SparseModule(graph, tuple(inputs), threads, "dense")
+    assert module.choices == {"conv": "dense, channels"}
+    for _ in range(2):  # the second call finds what the first has left in the buffers
+        assert relative_error(module(*inputs), wanted) < TOLERANCE
+    if images > 1:
+        fewer = [value[: images - 1] for value in inputs]
+        assert relative_error(module(*fewer), wanted[: images - 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("size", "outputs"), [((7, 7), 40), ((14, 14), 16), ((5, 35), 3), ((3, 8), 65)])
+@pytest.mark.usefixtures("across")
+def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
+    isa: str, size: tuple[int, int], outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    check(size, outputs, images=2, residual=True, bounds=(0.0, math.inf))
+
+
+@given(
+    rows=st.integers(1, 20),
+    columns=st.sampled_from([4, 5, 7, 10, 12, 14, 18, 28]),
+    outputs=st.integers(1, 70),
+    channels=st.integers(1, 40),
+    images=st.integers(1, 3),
+    kernel=st.sampled_from([(1, 1), (3, 3), (5, 3), (2, 4)]),
+    stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]),
+    dilation=st.integers(1, 2),
+    bounds=st.sampled_from([None, (0.0, 6.0)]),
+    residual=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_equals_the_numpy_twin(
+    rows: int,
+    columns: int,
+    outputs: int,
+    channels: int,
+    images: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: int,
+    bounds: tuple[float, float] | None,
+    residual: bool,
+    threads: int,
+) -> None:
+    # As much padding as leaves so many columns, and a column more to the input, which makes sure of a gap.
+    reach = [dilation * (k - 1) for k in kernel]
+    padding = (reach[0] // 2, max(1, reach[1] // 2))
+    width = (columns - 1) * stride[1] + reach[1] + 1 - 2 * padding[1]
+    height = max(1, (rows - 1) * stride[0] + reach[0] + 1 - 2 * padding[0])
+    if width < 1:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        offered = Plan.candidates
+        patch.setattr(
+            Plan, "candidates", lambda *args: [c for c in offered(*args) if c == ACROSS] or offered(*args)
+        )
+        check(
+            (height, width),
+            outputs,
+            channels=channels,
+            images=images,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=(dilation, dilation),
+            bounds=bounds,
+            residual=residual,
+            threads=threads,
+        )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("across")
+def test_many_blocks_jobs_and_groups_add_up(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K in blocks of a few operands, the tiles of an image in several jobs, and a last group with few channels."""
+    monkeypatch.setattr(steps, "l1_bytes", lambda: 2048)
+    monkeypatch.setattr(steps, "_SUMS_BYTES", 1)
+    check((14, 28), 70, channels=37, images=3, residual=True, threads=threads)
+
+
+def test_it_is_a_candidate_where_rows_have_gaps_and_tiles_fit() -> None:
+    isa = native.current_isa()
+    if isa.name == "torch":
+        pytest.skip("no machine code on this machine")
+
+    def offered(columns: int, padding: int) -> bool:
+        weight = torch.ones(4, 3, 1, 1 + 2 * padding)
+        graph = conv_graph(
+            (1, 3, 6, columns), weight, None, stride=(1, 1), padding=(0, padding), dilation=(1, 1), groups=1
+        )
+        return ACROSS in Plan(graph, isa, 1).candidates(graph, 0, "auto", 1.0)
+
+    assert offered(14, 1)
+    assert offered(7, 1)
+    assert not offered(64, 0)  # whole vectors without gaps: neighbouring pixels in the lanes waste nothing
+    assert not offered(17, 1)  # no tile divides a row
+
+
+@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (8, 16), (4, 32), (4, 16)])
+@pytest.mark.parametrize("channels", [1, 24, 64, 512])
+def test_tiles_divide_rows_and_fit_the_registers(lanes: int, registers: int, channels: int) -> None:
+    for columns in range(1, 120):
+        tile = channel_tile(columns, channels, lanes, registers)
+        # The smallest tile of a row is one vector of channels: even it must find room.
+        held = 1 if lanes > 4 else 4
+        fitting = [p for p in range(4, 15) if columns % p == 0 and p + 1 + held <= registers]
+        assert (tile is None) == (not fitting)
+        if tile is not None:
+            pixels, vectors = tile
+            assert columns % pixels == 0
+            assert pixels * vectors + vectors + held <= registers
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_hot_loop_holds_vector_fmas_and_never_touches_the_stack(cpu: str) -> None:
+    isa, triple, instruction, register = CPUS[cpu]
+    for columns, channels in ((14, 256), (7, 512), (8, 512), (5, 96)):
+        tile = channel_tile(columns, channels, isa.lanes, isa.registers)
+        assert tile is not None
+        pixels, vectors = tile
+        kernel = ConvChannelsKernel(pixels, vectors, residual=True)
+        text = native.assembly(isa, kernel.build(isa)[0], triple)
+        hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
+        assert len(hot) == 1
+        fmas = [line for line in hot[0] if instruction in line]
+        assert len(fmas) == pixels * vectors
+        assert all(register in line for line in fmas)
+        assert [line for line in hot[0] if re.search(r"%rsp|\bsp\b", line)] == []
+
+
+def test_columns_of_a_square_of_vectors_become_its_rows() -> None:
+    """The transposition alone, run on every instruction set that this machine has, against numpy's."""
+    import ctypes
+
+    from llvmlite import ir
+
+    from explorer.inference.kernels.builder import PTR, VOID, Function
+
+    for name in filter(runnable, ISAS):
+        isa = native.host_isa(name)
+
+        def build(isa: native.Isa = isa) -> tuple[ir.Module, str]:
+            module = ir.Module("transpose")
+            f = Function(module, "transpose", VOID, [PTR, PTR], isa.lanes)
+            source, to = f.arguments
+            rows = [f.load(source, f.vector, 4 * isa.lanes * i) for i in range(isa.lanes)]
+            for i, row in enumerate(f.transpose(rows)):
+                f.store(row, to, 4 * isa.lanes * i)
+            f.b.ret_void()
+            return module, "transpose"
+
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(
+            native.machine_code(isa, f"test transposition {isa.name}", build)
+        )
+        square = np.arange(isa.lanes**2, dtype=np.float32).reshape(isa.lanes, isa.lanes)
+        got = np.zeros_like(square)
+        call(square.ctypes.data, got.ctypes.data)
+        np.testing.assert_array_equal(got, square.T)
