@@ -344,6 +344,7 @@ def conv_sparse(
         tables.append((entries, rows + np.int32(low), groups, reach.sources[sources]))
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
+    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, 2), np.int32)])
     named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups", "sources"), joined, strict=True))
     return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
 
@@ -486,6 +487,7 @@ def conv_grouped(
         tables.append((entries, rows + np.int32(low), runs))
         before += starts[-1]
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
+    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, 2), np.int32)])
     named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups"), joined, strict=True))
     return PackedConv(named, np.array(rows_of_blocks), 1)
 

@@ -50,6 +50,10 @@ FIRST_BLOCK, LAST_BLOCK = 1, 2
 BUFFER_BYTES = 1 << 16
 """Start of the sums in a thread's scratch; the packed operands lie before it."""
 
+OFFSETS_AHEAD = 3
+"""Nonzeros whose offset is loaded before their turn. Cores serve loads by age: the offset of a nonzero would wait behind the operands of those before it,
+and its own operands for the offset. (ResNet-50 at 90 %: 1.05 x on AMD Zen 5, 1 to 4 alike.) As many entries may be read past the last one."""
+
 _WEIGHT_PREFETCH_BYTES = 3072
 """How far ahead of their use weights are fetched: of a large network they come from the outermost cache or from memory."""
 
@@ -244,36 +248,38 @@ class _Generator:
         groups, rows, entries = (f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "entries"))
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
 
-        def one_row(count: Value, entry: Value, row: Value) -> list[Value]:
+        def offset_of(entry: Value, i: int) -> Value:
+            return b.sext(f.load(entry, I32, 8 * i), I64)
+
+        def one_row(count: Value, entry: Value, row: Value, *ahead: Value) -> list[Value]:
             for line in (0, 64):
                 f.prefetch(entry, _WEIGHT_PREFETCH_BYTES + line)
             channel = b.sext(f.load(row, I32), I64)
             start = self._start(f, is_first, [channel])
             zeros = [ir.Constant(f.vector, [0.0] * f.lanes)] * (k.tile * (k.unroll - 1))
 
-            def nonzeros(_: Value, entry: Value, *sets: Value) -> list[Value]:
-                new = []
+            def nonzeros(_: Value, entry: Value, *carried: Value) -> list[Value]:
+                new, offsets, sets = [], list(carried[:OFFSETS_AHEAD]), carried[OFFSETS_AHEAD:]
+                offsets += [offset_of(entry, OFFSETS_AHEAD + u) for u in range(k.unroll)]
                 for u in range(k.unroll):
-                    offset, weight = (
-                        b.sext(f.load(entry, I32, 8 * u), I64),
-                        f.splat(f.load(entry, F32, 8 * u + 4)),
-                    )
-                    pointer = f.opaque(f.at(operands, offset))
+                    weight = f.splat(f.load(entry, F32, 8 * u + 4))
+                    pointer = f.opaque(f.at(operands, offsets[u]))
                     for i in range(k.tile):
                         total = sets[u * k.tile + i]
                         new.append(f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total))
-                return [f.at(entry, 8 * k.unroll), *new]
+                return [f.at(entry, 8 * k.unroll), *offsets[k.unroll :], *new]
 
-            entry, *sets = f.loop(count, nonzeros, [entry, *start, *zeros])
-            self._end(f, is_last, [channel], self._sum_of_sets(f, sets))
-            return [entry, f.at(row, 4)]
+            entry, *carried = f.loop(count, nonzeros, [entry, *ahead, *start, *zeros])
+            self._end(f, is_last, [channel], self._sum_of_sets(f, carried[OFFSETS_AHEAD:]))
+            return [entry, f.at(row, 4), *carried[:OFFSETS_AHEAD]]
 
-        def one_group(index: Value, entry: Value, row: Value) -> list[Value]:
+        def one_group(index: Value, entry: Value, row: Value, *ahead: Value) -> list[Value]:
             group = f.at(groups, b.mul(index, I64(8)))
             count, n_rows = (b.zext(f.load(group, I32, o), I64) for o in (0, 4))
-            return f.loop(n_rows, lambda _, e, r: one_row(count, e, r), [entry, row])
+            return f.loop(n_rows, lambda _, e, r, *a: one_row(count, e, r, *a), [entry, row, *ahead])
 
-        f.loop(f.field(block, BLOCK, "n_groups"), one_group, [entries, rows])
+        ahead = [offset_of(entries, i) for i in range(OFFSETS_AHEAD)]
+        f.loop(f.field(block, BLOCK, "n_groups"), one_group, [entries, rows, *ahead])
         b.ret_void()
         return name
 
