@@ -22,7 +22,7 @@ from llvmlite import ir
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply
-from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import F32, I1, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -92,17 +92,26 @@ class _Generator:
         return self.ir, "convolution"
 
     def _tile(self) -> None:
-        """One tile and group through one K block: (depth, offsets, weights, x, sums, soon, pace); `sums` is read, and written at the end.
+        """One tile and group through one K block: (depth, offsets, weights, x, is_first, bias, sums, is_last, turned, soon, pace).
 
+        The first block starts from `bias`, others from `sums`; the last leaves its result in `turned`, with pixels in the lanes, others leave theirs in `sums`.
         `soon`: what to fetch meanwhile, `pace` bytes further in each step: the weights of the next group.
         """
         k, width = self.k, self.width
-        f = Function(self.ir, "tile", VOID, [I64, PTR, PTR, PTR, PTR, PTR, I64], self.isa.lanes)
+        f = Function(
+            self.ir, "tile", VOID, [I64, PTR, PTR, PTR, I1, PTR, PTR, I1, PTR, PTR, I64], self.isa.lanes
+        )
         f.native.linkage = "internal"
-        for argument in f.native.args[1:5]:
+        depth, offsets, weights, x, is_first, bias, sums, is_last, turned, soon, pace = f.arguments
+        for argument in (offsets, weights, x, bias, sums, turned):
             argument.add_attribute("noalias")
-        depth, offsets, weights, x, sums, soon, pace = f.arguments
         places = [width * i for i in range(k.pixels * k.vectors)]
+
+        def from_bias() -> list[Value]:
+            return [f.load(bias, f.vector, width * r, width) for r in range(k.vectors)] * k.pixels
+
+        def from_sums() -> list[Value]:
+            return [f.load(sums, f.vector, place, width) for place in places]
 
         def step(_: Value, offset: Value, weight: Value, soon: Value, *totals: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.b.sext(f.load(offset, I32), I64)))
@@ -117,29 +126,34 @@ class _Generator:
             f.prefetch(soon, 0, _LEVEL_2)
             return [f.at(offset, 4), f.at(weight, width * k.vectors), f.at(soon, pace), *new]
 
-        start = [f.load(sums, f.vector, place, width) for place in places]
+        start = f.either(is_first, from_bias, from_sums)
         _, _, _, *totals = f.loop(depth, step, [offsets, weights, soon, *start])
-        for total, place in zip(totals, places, strict=True):
-            f.store(total, sums, place, width)
+        with f.b.if_else(is_last) as (yes, no):
+            with yes:
+                self._turn(f, totals, turned)
+            with no:
+                for total, place in zip(totals, places, strict=True):
+                    f.store(total, sums, place, width)
         f.b.ret_void()
 
-    def _finish(self) -> None:
-        """The epilogue of one tile and group: (sums, turned, channels, out, out_plane, residual, residual_plane, low, high).
-
-        `turned` is scratch for the sums with pixels in the lanes; `channels`: how many of the group exist.
-        """
+    def _turn(self, f: Function, totals: list[Value], turned: Value) -> None:
+        """Store the sums [pixel][channel] as [channel][pixel], each channel's pixels in whole vectors."""
         k, width, lanes = self.k, self.width, self.isa.lanes
-        f = Function(self.ir, "finish", VOID, [PTR, PTR, I64, PTR, I64, PTR, I64, F32, F32], lanes)
-        f.native.linkage = "internal"
-        sums, turned, channels, out, out_plane, residual, residual_plane, low, high = f.arguments
-        row = width * self.n_pixel_vectors
         zero = ir.Constant(f.vector, [0.0] * lanes)
         for r in range(k.vectors):
             for v in range(self.n_pixel_vectors):
-                mine = range(v * lanes, min((v + 1) * lanes, k.pixels))
-                square = [f.load(sums, f.vector, width * (p * k.vectors + r), width) for p in mine]
-                for lane, vector in enumerate(f.transpose([*square, *[zero] * (lanes - len(square))])):
-                    f.store(vector, turned, row * (r * lanes + lane) + width * v, width)
+                square = [totals[p * k.vectors + r] for p in range(k.pixels)[v * lanes : (v + 1) * lanes]]
+                columns = f.transpose([*square, *[zero] * (lanes - len(square))])
+                for lane, column in enumerate(columns):
+                    row = r * lanes + lane
+                    f.store(column, turned, width * (row * self.n_pixel_vectors + v), width)
+
+    def _finish(self) -> None:
+        """The epilogue of one tile and group: (turned, channels, out, out_plane, residual, residual_plane, low, high); `channels`: how many of the group exist."""
+        k, width, lanes = self.k, self.width, self.isa.lanes
+        f = Function(self.ir, "finish", VOID, [PTR, I64, PTR, I64, PTR, I64, F32, F32], lanes)
+        f.native.linkage = "internal"
+        turned, channels, out, out_plane, residual, residual_plane, low, high = f.arguments
         low, high = f.splat(low), f.splat(high)
 
         def one_channel(_: Value, values: Value, to: Value, added: Value) -> list[Value]:
@@ -153,7 +167,11 @@ class _Generator:
                     f.store(value, to, width * v)
                 else:
                     f.store_first(count, value, to, width * v)
-            return [f.at(values, row), f.at(to, out_plane), f.at(added, residual_plane)]
+            return [
+                f.at(values, width * self.n_pixel_vectors),
+                f.at(to, out_plane),
+                f.at(added, residual_plane),
+            ]
 
         f.loop(channels, one_channel, [turned, out, residual])
         f.b.ret_void()
@@ -206,21 +224,31 @@ class _Generator:
                 def one_tile(t: Value) -> None:
                     at = b.sext(f.load(f.at(positions, b.mul(t, I64(4))), I32), I64)
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
-                    with b.if_then(is_first):
-                        for r in range(k.vectors):
-                            value = f.load(mine_bias, f.vector, width * r, width)
-                            for p in range(k.pixels):
-                                f.store(value, sums, width * (p * k.vectors + r), width)
                     # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
                     line, lines = 64, -(-width * k.vectors // 64)
                     soon = f.at(mine, b.add(group_bytes, b.mul(b.mul(t, depth), I64(line))))
                     pace = b.select(b.icmp_signed("<", t, I64(lines)), I64(line), I64(0))
-                    b.call(self.ir.globals["tile"], [depth, offsets, mine, f.at(x, at), sums, soon, pace])
+                    b.call(
+                        self.ir.globals["tile"],
+                        [
+                            depth,
+                            offsets,
+                            mine,
+                            f.at(x, at),
+                            is_first,
+                            mine_bias,
+                            sums,
+                            is_last,
+                            turned,
+                            soon,
+                            pace,
+                        ],
+                    )
                     with b.if_then(is_last):
                         b.call(
                             self.ir.globals["finish"],
                             [
-                                sums, turned, left, f.at(f.at(out, at), b.mul(channel, out_plane)), out_plane,
+                                turned, left, f.at(f.at(out, at), b.mul(channel, out_plane)), out_plane,
                                 f.at(f.at(residual, at), b.mul(channel, residual_plane)), residual_plane, low, high,
                             ],
                         )  # fmt: skip
