@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m explorer.bench", description="Time this engine beside the alternatives."
     )
     add_options(parser)
+    parsed = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded, see `explorer.cli.main`
     try:
-        return run(parser.parse_args(arguments))
+        return run(parsed)
     except ExplorerError as error:
         print(f"Error: {error}", file=sys.stderr)
         return FAILED

@@ -252,6 +252,12 @@ def _machine_rows(results: Results) -> list[list[str]]:
     )
     rows.append(["memory", f"{known['memory_gib']} GiB" if "memory_gib" in known else "unknown"])
     rows.append(["system", str(known.get("system", "unknown"))])
+    rows.append(
+        [
+            "OMP_WAIT_POLICY (PASSIVE: idle threads of torch and others sleep)",
+            str(known.get("omp_wait_policy", "unknown")),
+        ]
+    )
     kernels = dict.fromkeys(
         one.benchmark.isa for record in results.records for one in record.timings if one.contestant == SPARSE
     )

@@ -115,6 +115,7 @@ def machine() -> dict[str, Any]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     found["system"] = machine_and_versions()["system"]
+    found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "not set")
     return found
 
 

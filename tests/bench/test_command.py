@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +264,18 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
     assert cli.main(["bench", "--model", "demo:nothing"]) == 2
 
 
-def test_torch_s_threads_wait_as_torch_wants_while_it_is_timed(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("main", [lambda given: cli.main(["bench", *given]), module.main])
+def test_torch_s_idle_threads_sleep_while_others_are_timed_unless_the_user_decided(
+    main: Callable[[list[str]], int], measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back
     monkeypatch.delenv("OMP_WAIT_POLICY")
-    assert cli.main(["bench", "--sparsity", "0.9"]) == 0
-    assert "OMP_WAIT_POLICY" not in os.environ
+    assert main(["--sparsity", "0.9"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert surroundings.machine()["omp_wait_policy"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main(["--sparsity", "0.9"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(
