@@ -45,3 +45,10 @@ def test_the_machine_has_a_name_and_the_versions_are_those_installed() -> None:
     assert torch.__version__ in summary()
     assert version("torch") == torch.__version__
     assert version("sparsity-explorer").startswith(explorer.__version__)
+
+
+def test_the_machine_says_how_idle_threads_of_torch_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert machine()["omp_wait_policy"] == "PASSIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert machine()["omp_wait_policy"] == "not set"
