@@ -161,7 +161,7 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
 
     from explorer.inference import machine_peak
 
-    peak = machine_peak() if peak is None else peak
+    peak = machine_peak(rows[0].precision) if peak is None else peak
     level = rows[0].peak_gflops
     threads = max(1, round(level / peak.gflops))
     slope = peak.gigabytes_per_s * threads

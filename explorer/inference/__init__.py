@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from explorer.inference.deviation import Deviation
 from explorer.inference.module import SparseModule, compile
 from explorer.inference.timing import Benchmark, EngineCall, LayerTiming, compare_latency, dense_contestants
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Benchmark",
+    "Deviation",
     "EngineCall",
     "LayerTiming",
     "MachinePeak",

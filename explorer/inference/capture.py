@@ -7,7 +7,8 @@ functional: after ``relu_(x)``, whoever reads x reads the result.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,10 +43,8 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
         When torch.export cannot capture the module; the message carries torch's reason and the line.
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             exported = torch.export.export(module, args, strict=False)
             if _writes_through_views(exported.graph):
                 exported = exported.run_decompositions({})
@@ -55,10 +54,19 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
             "Control flow that depends on values, and calls into other libraries, cannot be captured. Replace that line, "
             "or compile the largest submodule that does not contain it."
         ) from error
-    finally:
-        for m, training in modes.items():
-            m.training = training
     return _read(exported)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All of a module's parts in eval mode, and back as they were."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _reason(error: Exception) -> str:

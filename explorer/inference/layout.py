@@ -9,7 +9,7 @@ at rows and columns that leave the same remainders), each of which is such a pla
 
 **Tokens** (linear layers on (..., tokens, features)) use the same planes, with features as channels and one long row of tokens.
 
-**Vectors** hold one value per channel (after pooling), one image after another.
+**Vectors** hold one value per channel (after pooling), one image after another. They are small, and float32 also where planes are float16.
 
 Every layout is also a torch view of the same memory, so that operators without a native kernel read and write it in place.
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+
+from explorer.inference.native import Isa
 
 MAX_TILE = 8
 """Vectors of pixels that a job takes at most."""
@@ -48,6 +50,8 @@ class Planes:
     tokens : bool
     of_channels : int
         Channels of the tensor that these planes are a range of; 0 when they stand alone.
+    element_bytes : int
+        4 for float32, 2 for float16.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +65,7 @@ class Planes:
     lanes: int
     tokens: bool = False
     of_channels: int = 0
+    element_bytes: int = 4
 
     @property
     def vectors(self) -> int:
@@ -75,7 +80,7 @@ class Planes:
     @property
     def n_bytes(self) -> int:
         """Bytes of the values themselves, without gaps and guards."""
-        return 4 * self.images * self.channels * self.rows * self.columns
+        return self.element_bytes * self.images * self.channels * self.rows * self.columns
 
     @property
     def tiles_overlap(self) -> bool:
@@ -91,6 +96,26 @@ class Planes:
     def image(self) -> int:
         """Elements from one image to the next."""
         return (self.of_channels or self.channels) * self.plane
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes from one image to the next."""
+        return self.element_bytes * self.image
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes from one plane to the next."""
+        return self.element_bytes * self.plane
+
+    @property
+    def pitch_bytes(self) -> int:
+        """Bytes from one row to the next."""
+        return self.element_bytes * self.pitch
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a vector."""
+        return self.element_bytes * self.lanes
 
     @property
     def reuse_key(self) -> tuple[str, int, int, int, int, int]:
@@ -131,7 +156,7 @@ class Planes:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """One value per channel and image; `stride` elements from one image to the next."""
+    """One value per channel and image, always float32; `stride` elements from one image to the next."""
 
     shape: tuple[int, ...]
     images: int
@@ -139,9 +164,18 @@ class Vectors:
     stride: int
 
     @property
+    def element_bytes(self) -> int:
+        return 4
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes from one image to the next."""
+        return self.element_bytes * self.stride
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the values themselves."""
-        return 4 * self.images * self.features
+        return self.element_bytes * self.images * self.features
 
     @property
     def reuse_key(self) -> tuple[str, int]:
@@ -175,17 +209,16 @@ def tile_of(vectors: int) -> int:
     return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
 
 
-def channel_tile(columns: int, channels: int, lanes: int, registers: int) -> tuple[int, int] | None:
+def channel_tile(columns: int, channels: int, isa: Isa) -> tuple[int, int] | None:
     """Pixels P and vectors of output channels R of a tile with channels in the lanes (see kernels/conv_channels.py); None where no P divides a row.
 
     The fewest cycles for each product that is wanted: channels that do not exist waste lanes.
     """
     best, best_cost = None, float("inf")
-    # Beside sums and weights, a pixel; without broadcasts as memory operands (four lanes: NEON) LLVM loads some ahead.
-    held = 1 if lanes > 4 else 4
+    held, lanes = channel_tile_held(isa), isa.lanes
     for pixels in (p for p in range(4, 15) if columns % p == 0):
         for vectors in range(1, 5):
-            if pixels * vectors + vectors + held > registers:
+            if pixels * vectors + vectors + held > isa.registers:
                 continue
             sums, width = pixels * vectors, vectors * lanes
             # Of a core with two FMA units of four cycles and two loads a cycle; half a cycle for the loop.
@@ -194,6 +227,11 @@ def channel_tile(columns: int, channels: int, lanes: int, registers: int) -> tup
             if cost < best_cost:
                 best, best_cost = (pixels, vectors), cost
     return best
+
+
+def channel_tile_held(isa: Isa) -> int:
+    """Registers beside sums and weights: one for a pixel; without broadcasts as memory operands (NEON, 16 bytes wide) LLVM loads some ahead."""
+    return 1 if isa.width > 16 else 4
 
 
 def _tiled_cost(rows: int, pitch: int, lanes: int) -> float:
@@ -249,11 +287,11 @@ class PitchClasses:
         channels: int,
         rows: int,
         columns: int,
-        lanes: int,
+        isa: Isa,
         tokens: bool = False,
     ) -> Planes:
         """The layout of tensor `name`, once all ties and paddings are known."""
-        root = self.find(name)
+        root, lanes = self.find(name), isa.lanes
         gap = self.gap[root]
         pitch = self.columns[root] + gap
         # Rows of whole vectors leave only three kinds of misaligned taps in a 3 x 3 convolution, see `explorer.inference.pack.operands`.
@@ -267,4 +305,6 @@ class PitchClasses:
         plane = _round_up(vectors * lanes + guard, lanes)
         if plane // lanes % 2 == 0:
             plane += lanes
-        return Planes(shape, images, channels, rows, columns, pitch, plane, guard, lanes, tokens)
+        return Planes(
+            shape, images, channels, rows, columns, pitch, plane, guard, lanes, tokens, 0, isa.element_bytes
+        )

@@ -26,9 +26,10 @@ from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
+from explorer.inference.deviation import Deviation, Source, answers, deviation
 from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower, through_torch
-from explorer.inference.native import current_isa, why_torch
+from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
 from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from explorer.inference.threads import Runner
 
 Mode = Literal["auto", "dense", "sparse"]
+Precision = Literal["fp32", "fp16"]
 
 _CACHED_BYTES = 8 << 20
 """Activations of the images that go through the network together: what the outer caches of one core may be expected to hold."""
@@ -54,6 +56,7 @@ def compile(
     *,
     threads: int | Literal["auto"] | None = None,
     sparse: Mode = "auto",
+    precision: Precision = "fp32",
 ) -> SparseModule:
     """Compile a module for fast inference on this CPU, skipping the zeros in its weights.
 
@@ -68,6 +71,11 @@ def compile(
         a second thread.
     sparse : {"auto", "dense", "sparse"}
         "auto" measures and picks a kernel per layer; the others force one kind (for comparisons).
+    precision : {"fp32", "fp16"}
+        "fp16": images and tokens, their weights and their sums are float16, on CPUs that compute with it (AVX512-FP16, or ARM's FP16); what is sensitive
+        (layer norm, softmax, smooth activations, averages, and everything after the pooling) is still computed in float32, and inputs and outputs stay
+        float32. Twice as many numbers fit a register and a cache. See `SparseModule.compare` for what it costs in accuracy; activations beyond 65504 become
+        infinite.
 
     Returns
     -------
@@ -76,12 +84,13 @@ def compile(
     Raises
     ------
     EngineError
-        When torch.export cannot capture the module, or it is not float32 on the CPU.
+        When torch.export cannot capture the module, it is not float32 on the CPU, or a weight is too large for float16 that was asked for.
 
     Warns
     -----
     EngineWarning
-        When this machine has no llvmlite, or a CPU without AVX2 and NEON: the module then runs through torch (`isa` is "torch").
+        When this machine has no llvmlite, or a CPU without AVX2 and NEON: the module then runs through torch (`isa` is "torch"). When float16 was asked for
+        on a CPU that does not compute with it: the module then runs in float32.
 
     Notes
     -----
@@ -110,6 +119,8 @@ def compile(
         )
     if sparse not in ("auto", "dense", "sparse"):
         raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
+    if precision not in ("fp32", "fp16"):
+        raise EngineError(f"precision={precision!r} was passed; it can be 'fp32' or 'fp16'.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise EngineError(
@@ -124,23 +135,38 @@ def compile(
             EngineWarning,
             stacklevel=2,
         )
+    isa = current_isa()
+    if precision == "fp16" and isa.name != "torch":
+        half = half_isa(isa)
+        if half is None:
+            warnings.warn(
+                "This CPU does not compute in float16 (AVX512-FP16, or ARM's FP16): the network runs in float32, which is exact, and slower than float16 "
+                "would be on a CPU that does.",
+                EngineWarning,
+                stacklevel=2,
+            )
+        isa = half or isa
     graph = capture(module, inputs)
-    if threads == "auto":
-        return _fastest(graph, inputs, sparse)
-    return SparseModule(graph, inputs, threads or 1, sparse)
+    compiled = (
+        _fastest(graph, inputs, sparse, isa)
+        if threads == "auto"
+        else SparseModule(graph, inputs, threads or 1, sparse, isa)
+    )
+    compiled.remember(module)
+    return compiled
 
 
 _WORTH_MORE_THREADS = 1.05
 """Twice the threads must be faster by this factor, or they are left to others."""
 
 
-def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode) -> SparseModule:
+def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode, isa: Isa) -> SparseModule:
     """The network with 1, 2, 4, ... threads, as long as that makes it faster."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    best, threads = SparseModule(graph, inputs, 1, mode), 2
+    best, threads = SparseModule(graph, inputs, 1, mode, isa), 2
     while threads <= cores:
-        wider = SparseModule(graph, inputs, threads, mode)
+        wider = SparseModule(graph, inputs, threads, mode, isa)
         pair = {"best": partial(best, *inputs), "wider": partial(wider, *inputs)}
         times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.2)
         if times["best"].latency_ms < _WORTH_MORE_THREADS * times["wider"].latency_ms:
@@ -160,6 +186,8 @@ class SparseModule:
     threads : int
     isa : str
         "avx512", "avx2", "neon" or "generic"; "torch" where there is no machine code, see `compile`.
+    precision : str
+        "fp32" or "fp16": what it computes in.
     batch_size : int
         The largest batch it takes.
     fallbacks : tuple of str
@@ -168,12 +196,15 @@ class SparseModule:
         Layer name -> kernel chosen.
     """
 
-    def __init__(self, graph: Graph, example: tuple[Any, ...], threads: int, mode: Mode) -> None:
+    def __init__(
+        self, graph: Graph, example: tuple[Any, ...], threads: int, mode: Mode, isa: Isa | None = None
+    ) -> None:
         # A graph may be compiled more than once: what this one forgets (see `_let_go`) is its own.
         self._captured = replace(graph, constants=dict(graph.constants))
         self.threads, self._mode = threads, mode
-        self._isa = current_isa()
-        self.isa = self._isa.name
+        self._isa = isa or current_isa()
+        self.isa, self.precision = self._isa.name, self._isa.precision
+        self._source: Source | None = None
         self._lock = fork.EngineLock()
         self._at_once: int | None = None
         self._graph = self._lowered()
@@ -270,7 +301,7 @@ class SparseModule:
     def __repr__(self) -> str:
         return (
             f"SparseModule({len(self._plan.native)} native steps, {len(self.fallbacks)} through torch, "
-            f"batch <= {self.batch_size}, {self.threads} thread(s), {self.isa})"
+            f"batch <= {self.batch_size}, {self.threads} thread(s), {self.isa}, {self.precision})"
         )
 
     # ---- running
@@ -448,12 +479,18 @@ class SparseModule:
     def _value(self, name: str, values: Mapping[str, Any]) -> Any:
         if name in values:
             return values[name]
+        home = self._home(name)
+        # What torch computes, and what the caller gets, is float32 whatever planes hold.
+        return self._graph.constants[name] if home is None else home.float()
+
+    def _home(self, name: str) -> Tensor | None:
+        """The value where native code keeps it."""
         place = self._plan.places.get(self._plan.root(name))
-        if place is not None and place.view is not None:
-            # A value that is (N, C) to one reader and (N, C, 1, 1) to another is one place.
-            wanted = self._graph.shapes[name]
-            return place.view if tuple(place.view.shape) == wanted else place.view.reshape(wanted)
-        return self._graph.constants[name]
+        if place is None or place.view is None:
+            return None
+        # A value that is (N, C) to one reader and (N, C, 1, 1) to another is one place.
+        wanted = self._graph.shapes[name]
+        return place.view if tuple(place.view.shape) == wanted else place.view.reshape(wanted)
 
     def _resolve(self, item: Any, values: Mapping[str, Any]) -> Any:
         if isinstance(item, Ref):
@@ -497,8 +534,8 @@ class SparseModule:
             return None
         if self._graph.unflatten([leaf]) is not leaf:
             return None
-        view, result = self._plan.places[place].view, self._value(outputs[0].name, {})
-        if view is None or view.shape != self._graph.shapes[value]:
+        view, result = self._plan.places[place].view, self._home(outputs[0].name)
+        if view is None or result is None or view.shape != self._graph.shapes[value]:
             return None
         return _StraightPath(view.shape, view, runner, last, result)
 
@@ -605,6 +642,8 @@ class SparseModule:
                     f"{name} {found}; the compiled network has {shape}. Compile the new module instead."
                 )
             fresh[constant] = new.detach()
+        # Before the weights are read: what changes them meanwhile is noticed.
+        source = Source(module)
         with self._lock:
             before = dict(self._captured.constants), self._graph, self._choices, self._densities, self._steps
             try:
@@ -615,6 +654,7 @@ class SparseModule:
                 if steps is not None:
                     self._install(steps)
                 raise
+            self._source = source
 
     def _adopt(self, constants: Mapping[str, Tensor], *, choose: bool) -> None:
         """Run with these weights from now on."""
@@ -630,7 +670,46 @@ class SparseModule:
             self._install(build_steps(self._plan, self._graph, self._choices))
         self._let_go()
 
+    def remember(self, module: nn.Module) -> None:
+        """Know `module`, whose weights these are, for `compare`. It is not kept alive."""
+        self._source = Source(module)
+
     # ---- measuring
+
+    def compare(self, *inputs: Tensor, module: nn.Module | None = None) -> Deviation:
+        """How far this network's outputs are from its module's own, computed by torch in float32.
+
+        Parameters
+        ----------
+        inputs : Tensor
+            As for a call; real images tell more than noise.
+        module : nn.Module, optional
+            One with the same weights; when not given, the module that was compiled (or last passed to `update_weights`), which must still exist
+            unchanged.
+
+        Returns
+        -------
+        Deviation
+
+        Raises
+        ------
+        EngineError
+            When there is no module to compare with, or no floating-point output.
+
+        Examples
+        --------
+        >>> import torch, explorer
+        >>> net, x = torch.nn.Conv2d(3, 8, 3).eval(), torch.ones(1, 3, 8, 8)
+        >>> explorer.compile(net, x).compare(x).relative_l2 < 1e-5
+        True
+        """
+        if module is None:
+            if self._source is None:
+                raise EngineError(
+                    "No module is known to compare with. Pass one with the same weights: sparse.compare(x, module=net)."
+                )
+            module = self._source.module()
+        return deviation(self(*inputs), answers(module, inputs), self.precision)
 
     def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:
         """Latency of whole calls: the median of `repeats`, with spread.
@@ -647,7 +726,13 @@ class SparseModule:
                 self(*inputs)
                 if i >= 5:
                     times.append((time.perf_counter() - start) * 1e3)
-        result = summarise(times, threads=self.threads, batch_size=int(inputs[0].shape[0]), isa=self.isa)
+        result = summarise(
+            times,
+            threads=self.threads,
+            batch_size=int(inputs[0].shape[0]),
+            isa=self.isa,
+            precision=self.precision,
+        )
         if warn and result.is_noisy:
             warnings.warn(
                 f"This machine is noisy: calls took {result.latency_ms:.3g} ± {result.spread_ms:.2g} ms. Close what else is running and measure again.",
@@ -681,10 +766,10 @@ class SparseModule:
                     wholes.append(whole)
         step_ms, peak_gflops = np.zeros(0), 0.0
         if self._plan.native:
-            from explorer.inference.peak import machine_peak
+            from explorer.inference.peak import peak_of
             from explorer.inference.threads import cycles_per_ms
 
-            peak_gflops = machine_peak().gflops * self.threads
+            peak_gflops = peak_of(self._isa).gflops * self.threads
             step_ms = np.median(ticks, axis=0) / cycles_per_ms(self._isa)
         segment_ms = np.median(segments, axis=0) * 1e3
         rows = []
@@ -729,6 +814,7 @@ class SparseModule:
             prunable,
             self._steps.table_bytes[step] + touched,
             float(peak_gflops),
+            self.precision,
         )
 
 
@@ -749,7 +835,7 @@ class _StraightPath:
     def run(self, x: Tensor) -> Tensor:
         self.input.copy_(x)
         self.runner.run(0, self.n_steps)
-        return self.output.clone(memory_format=torch.contiguous_format)
+        return self.output.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _operator(target: Any) -> str:

@@ -16,10 +16,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from explorer.errors import EngineError
 from explorer.inference import fork
@@ -47,11 +49,13 @@ class Isa:
     name : str
         "avx512", "avx2", "neon", "generic", or "torch": no machine code at all.
     lanes : int
-        float32 values in one vector register.
+        Values in one vector register.
     registers : int
         Vector registers.
     cpu, features : str
         As LLVM wants them. The features are passed beside the name, since LLVM knows some virtual CPUs by a wrong name.
+    precision : str
+        "fp32", or "fp16": activations, weights and sums of planes are float16.
     """
 
     name: str
@@ -59,6 +63,27 @@ class Isa:
     registers: int
     cpu: str
     features: str
+    precision: str = "fp32"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one value in planes."""
+        return 2 if self.precision == "fp16" else 4
+
+    @property
+    def width(self) -> int:
+        """Bytes of one vector register."""
+        return self.lanes * self.element_bytes
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of values in planes."""
+        return np.dtype(f"f{self.element_bytes}")
+
+    @property
+    def single(self) -> Isa:
+        """The same CPU, computing in float32."""
+        return replace(self, lanes=self.width // 4, precision="fp32")
 
 
 @cache
@@ -110,6 +135,22 @@ def host_isa(override: str | None = None) -> Isa:
             f"This CPU ({cpu}) cannot run {wanted!r} code. It can run: {', '.join(possible)}. Unset {ISA_VARIABLE} to use the widest."
         )
     return possible[wanted]
+
+
+_HALF_FEATURES = {"avx512": "avx512fp16", "neon": "fullfp16"}
+
+
+def half_isa(isa: Isa, *, emulated: bool = False) -> Isa | None:
+    """The same CPU computing in float16, with twice as many values in a register; None for a CPU without such arithmetic.
+
+    Parameters
+    ----------
+    isa : Isa
+    emulated : bool
+        Also for a CPU without: LLVM then converts to float32 and back around each operation, which is slow, and right (for tests).
+    """
+    has_it = f"+{_HALF_FEATURES.get(isa.name)}" in isa.features.split(",")
+    return replace(isa, lanes=2 * isa.lanes, precision="fp16") if has_it or emulated else None
 
 
 def why_torch() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 from explorer.inference.kernels import conv, conv_channels
 from explorer.inference.kernels.builder import Record
 from explorer.inference.memory import Memory
+from explorer.inference.native import Isa
+
+Words = Callable[[NDArray[np.float32]], NDArray[np.int32]]
+"""`weight_words` for a CPU and precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Operands:
 
 
 def operands(
-    planes: NDArray[np.int64], shifts: NDArray[np.int64], plane: int, kernel: conv.ConvKernel, lanes: int
+    planes: NDArray[np.int64], shifts: NDArray[np.int64], plane: int, kernel: conv.ConvKernel, isa: Isa
 ) -> Operands:
     """Plan how operands are reached.
 
@@ -50,19 +55,19 @@ def operands(
     plane : int
         Elements from one plane to the next.
     kernel : ConvKernel
-    lanes : int
+    isa : Isa
     """
     channels, taps = planes.shape
-    width = 4 * lanes
+    lanes, size, width = isa.lanes, isa.element_bytes, isa.width
     row_bytes = width * kernel.tile
-    place = (planes * plane + shifts) * 4
+    place = (planes * plane + shifts) * size
     if kernel.reach != "shift":
         each = np.arange(channels * taps)
         sources = np.stack([place.reshape(-1), np.zeros(channels * taps, np.int64)], 1)
         if kernel.reach == "compact":
             return Operands(sources, each, np.zeros_like(each), np.full(len(each), row_bytes))
         # Taps of one channel overlap in the cache: together they occupy a tile and the distance between the outermost of them.
-        channel_bytes = row_bytes + 4 * int(np.ptp(shifts))
+        channel_bytes = row_bytes + size * int(np.ptp(shifts))
         return Operands(sources, each, place.reshape(-1), np.full(len(each), -(-channel_bytes // taps)))
     # Taps that read the same plane, at shifts that differ by whole vectors, share a source. All channels are alike.
     groups: list[list[int]] = []
@@ -84,10 +89,18 @@ def operands(
     first = np.array([members[0] for members in groups])
     extra = np.array([(shifts[members[-1]] - shifts[members[0]]) // lanes for members in groups])
     source = np.arange(channels)[:, None] * len(groups) + group
-    within = np.broadcast_to((shifts - shifts[first][group]) * 4, (channels, taps))
+    within = np.broadcast_to((shifts - shifts[first][group]) * size, (channels, taps))
     sources = np.stack([place[:, first], np.broadcast_to(extra, (channels, len(groups)))], 2)
     n_bytes = np.tile(row_bytes + extra * width, channels)
     return Operands(sources.reshape(-1, 2), source.reshape(-1), within.reshape(-1), n_bytes)
+
+
+def weight_words(weights: NDArray[np.float32], isa: Isa) -> NDArray[np.int32]:
+    """Weights that are broadcast one by one, four bytes each: float32, or the same float16 twice, see `Function.weight`."""
+    if isa.precision == "fp32":
+        return np.ascontiguousarray(weights, np.float32).view(np.int32)
+    half = weights.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return (half << 16 | half).view(np.int32)
 
 
 _LONGEST_SHARE = 2
@@ -170,6 +183,7 @@ def sparse_entries(
     block: NDArray[np.int64],
     n_blocks: int,
     unroll: int,
+    words: Words,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
     """The nonzeros of some rows, in the order in which the sparse kernel takes them.
 
@@ -183,11 +197,12 @@ def sparse_entries(
     n_blocks : int
     unroll : int
         A row's entries in a block are filled up to a multiple of this.
+    words : callable
 
     Returns
     -------
     entries : (padded nonzeros, 2) int32
-        Byte offset, and the bits of the float32 weight; block by block, row by row.
+        Byte offset, and the weight as `words` gives it; block by block, row by row.
     rows : (rows kept,) int32
         Rows with equally many entries stand next to one another. All rows are kept in the first block (it brings the bias) and in the last (it
         writes the result); others keep those that have a nonzero.
@@ -222,11 +237,11 @@ def sparse_entries(
     first = np.cumsum(counts) - counts
     at = np.arange(len(key)) + (first_entry - first)[key]
     entries[at, 0] = where
-    entries[at, 1] = values.view(np.int32)
+    entries[at, 1] = words(values)
     slots, row, share = _fill_up(counts[cell], padded)
     source = (first + counts - 1)[cell[row]]
     entries[slots, 0] = where[source]
-    entries[slots, 1] = (values[source] * share).view(np.int32)
+    entries[slots, 1] = words(values[source] * share)
     turns_now = turns[cell]
     is_new = np.ones(len(cell), bool)
     is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
@@ -290,7 +305,12 @@ def part_bounds(channels: int, parts: int, step: int = 1) -> list[int]:
 
 
 def conv_sparse(
-    weights: SparseWeights, reach: Operands, kernel: conv.ConvKernel, parts: int, block_bytes: int
+    weights: SparseWeights,
+    reach: Operands,
+    kernel: conv.ConvKernel,
+    parts: int,
+    block_bytes: int,
+    words: Words,
 ) -> PackedConv:
     """Sparse weights of a convolution, (M, K), see `SparseWeights`.
 
@@ -303,6 +323,7 @@ def conv_sparse(
         Parts of the output channels that run as separate jobs.
     block_bytes : int
         Operands of one K block, in bytes: what stays in the L1 cache.
+    words : callable
     """
     n_sources = len(reach.sources)
     pieces, needed = [], []
@@ -327,7 +348,7 @@ def conv_sparse(
             row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
         where = (reach.within + row_start[reach.source])[piece.columns]
         block = block_of[reach.source][piece.columns]
-        entries, rows, groups, starts = sparse_entries(piece, where, block, n_blocks, kernel.unroll)
+        entries, rows, groups, starts = sparse_entries(piece, where, block, n_blocks, kernel.unroll, words)
         cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
         blocks = np.zeros((n_blocks, len(conv.BLOCK.fields)), np.int64)
         for name, column in {
@@ -359,14 +380,19 @@ def _blocks_of(reach: Operands, sources: NDArray[np.int64], n_blocks: int) -> ND
 
 
 def conv_dense(
-    weight: NDArray[np.float32], reach: Operands, kernel: conv.ConvKernel, parts: int, block_bytes: int
+    weight: NDArray[np.float32],
+    reach: Operands,
+    kernel: conv.ConvKernel,
+    parts: int,
+    block_bytes: int,
+    words: Words,
 ) -> PackedConv:
     """Dense weights of a convolution: in each block [group of R channels][k][R], then [k][channels left over].
 
     Parameters
     ----------
     weight : (M, K) float32
-    reach, kernel, parts, block_bytes
+    reach, kernel, parts, block_bytes, words
         As for `conv_sparse`.
     """
     m, step = len(weight), kernel.dense_rows
@@ -408,7 +434,7 @@ def conv_dense(
                 row[conv.BLOCK.index(name)] = value
             rows_of_blocks.append(row)
     tables: dict[str, NDArray[Any]] = {
-        "entries": np.concatenate(weights).astype(np.float32, copy=False),
+        "entries": words(np.concatenate(weights)),
         "offsets": np.concatenate(offsets),
         "sources": np.concatenate(sources),
     }
@@ -416,13 +442,14 @@ def conv_dense(
 
 
 def conv_channels_dense(
-    weight: NDArray[np.float32], offsets: NDArray[np.int64], width: int, block_bytes: int
+    weight: NDArray[np.floating], offsets: NDArray[np.int64], width: int, block_bytes: int
 ) -> PackedConv:
     """Dense weights with output channels in the lanes: in each block [group][k][channel], padded with channels of zeros.
 
     Parameters
     ----------
-    weight : (M, K) float32
+    weight : (M, K) float32 or float16
+        As the kernel reads them.
     offsets : (K,) int64
         Byte offset of each operand from the pixel.
     width : int
@@ -432,9 +459,9 @@ def conv_channels_dense(
     """
     m, depth = weight.shape
     groups = -(-m // width)
-    n_blocks = max(1, -(-depth * width * 4 // block_bytes))
+    n_blocks = max(1, -(-depth * width * weight.itemsize // block_bytes))
     edges = [depth * i // n_blocks for i in range(n_blocks + 1)]
-    padded = np.zeros((groups * width, depth), np.float32)
+    padded = np.zeros((groups * width, depth), weight.dtype)
     padded[:m] = weight
     by_group = padded.reshape(groups, width, depth).transpose(0, 2, 1)
     blocks = np.zeros((n_blocks, len(conv_channels.BLOCK.fields)), np.int64)
@@ -452,7 +479,12 @@ def conv_channels_dense(
 
 
 def conv_grouped(
-    weights: SparseWeights, groups: int, reach: Operands, kernel: conv.ConvKernel, parts: int
+    weights: SparseWeights,
+    groups: int,
+    reach: Operands,
+    kernel: conv.ConvKernel,
+    parts: int,
+    words: Words,
 ) -> PackedConv:
     """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only, read where they lie.
 
@@ -466,6 +498,7 @@ def conv_grouped(
     kernel : ConvKernel
     parts : int
         Parts of the groups that run as separate jobs.
+    words : callable
     """
     m, depth = weights.shape
     per_group = m // groups
@@ -477,7 +510,7 @@ def conv_grouped(
         piece = weights.rows(low, high)
         group = np.repeat(np.arange(low, high) // per_group, np.diff(piece.starts))
         entries, rows, runs, starts = sparse_entries(
-            piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll
+            piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll, words
         )
         row = np.zeros(len(conv.BLOCK.fields), np.int64)
         fields = {"stage": _stages(1)[0], "entries": before[0], "rows": before[1], "groups": before[2]}

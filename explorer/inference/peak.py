@@ -7,11 +7,10 @@ import time
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-
+from explorer.errors import EngineError
 from explorer.inference.kernels import peak
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Isa, current_isa, machine_code
+from explorer.inference.native import Isa, current_isa, half_isa, machine_code
 
 _TURNS = 7
 _FMA_ROUNDS = 100_000
@@ -25,7 +24,7 @@ class MachinePeak:
     Attributes
     ----------
     gflops : float
-        Fused multiply-adds of float32 in registers, two operations each, in 1e9 per second.
+        Fused multiply-adds in registers, two operations each, in 1e9 per second.
     gigabytes_per_s : float
         Reading a buffer of 64 MiB once, in 1e9 bytes per second.
     isa : str
@@ -36,16 +35,26 @@ class MachinePeak:
     isa: str
 
 
-def machine_peak() -> MachinePeak:
-    """Measure once per process (a tenth of a second), for the instruction set that the engine uses."""
-    return _measure(current_isa())
+def machine_peak(precision: str = "fp32") -> MachinePeak:
+    """Measure once per process (a tenth of a second), for the instruction set that the engine uses, in "fp32" or "fp16" arithmetic.
+
+    Raises
+    ------
+    EngineError
+        When this CPU has no arithmetic of that precision.
+    """
+    isa = current_isa() if precision == "fp32" else half_isa(current_isa())
+    if isa is None:
+        raise EngineError(f"This CPU has no {precision} arithmetic, and thus no peak of it.")
+    return peak_of(isa)
 
 
 @cache
-def _measure(isa: Isa) -> MachinePeak:
+def peak_of(isa: Isa) -> MachinePeak:
+    """Measure for code of this kind."""
     memory = Memory()
-    buffer = memory.zeros(_READ_BYTES // 4)
-    buffer[:] = np.float32(1e-3)
+    buffer = memory.zeros(_READ_BYTES // isa.element_bytes, isa.dtype)
+    buffer[:] = 1e-3
 
     def fastest(kind: str, rounds: int) -> float:
         kernel = peak.PeakKernel(kind)
@@ -59,7 +68,7 @@ def _measure(isa: Isa) -> MachinePeak:
         return min(times)
 
     operations = 2 * isa.lanes * peak.sums(isa) * _FMA_ROUNDS
-    rounds = _READ_BYTES // (4 * isa.lanes * peak.READ_VECTORS)
+    rounds = _READ_BYTES // (isa.width * peak.READ_VECTORS)
     return MachinePeak(
         operations / fastest("fma", _FMA_ROUNDS) / 1e9, _READ_BYTES / fastest("read", rounds) / 1e9, isa.name
     )

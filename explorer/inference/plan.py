@@ -79,7 +79,7 @@ class Place:
     @property
     def address(self) -> int:
         """Address of the first pixel of the first plane, or of the first value."""
-        return self.start + 4 * self.layout.before
+        return self.start + self.layout.element_bytes * self.layout.before
 
 
 class Plan:
@@ -280,7 +280,7 @@ class Plan:
         return place, first
 
     def _lay_out(self, graph: Graph) -> None:
-        lanes, classes = self.isa.lanes, PitchClasses()
+        classes = PitchClasses()
         sizes: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {}
         vectors: dict[str, tuple[tuple[int, ...], int]] = {}
 
@@ -324,7 +324,7 @@ class Plan:
                     classes.tie(place, out)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
             self.places[place] = Place(
-                classes.planes(place, shape, images, channels, rows, columns, lanes, tokens)
+                classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens)
             )
         for place in self._range_of:
             home, whole = self.places[place], self.places[self.located(place)[0]].layout
@@ -333,12 +333,10 @@ class Plan:
             assert home.layout.plane == whole.plane
             home.layout = replace(home.layout, of_channels=whole.channels)
         for place, (shape, _) in vectors.items():
-            # Dense kernels write whole groups of vectors: leave room for the widest group.
-            stride = (
-                -(-shape[1] // (8 * lanes)) * 8 * lanes
-                if shape[1] > 8 * lanes
-                else -(-shape[1] // lanes) * lanes
-            )
+            # Dense kernels write whole groups of vectors: leave room for the widest group. What comes from planes is written in vectors as long as theirs.
+            lanes, group = self.isa.lanes, 8 * self.isa.single.lanes
+            step = max(group, lanes) if shape[1] > group else lanes
+            stride = -(-shape[1] // step) * step
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
     # ---- buffers
@@ -384,7 +382,7 @@ class Plan:
                 owners.append(slots[-1][1])
         for names in owners:
             size = max(self.places[name].layout.elements for name in names)
-            array = self.memory.zeros(size)
+            array = self.memory.zeros(size, f"f{self.places[names[0]].layout.element_bytes}")
             storage = torch.from_numpy(array)
             for home in (self.places[name] for name in names):
                 home.start, home.view = address(array), home.layout.view(storage)
@@ -394,7 +392,7 @@ class Plan:
                     home = self.places[place]
                     assert isinstance(home.layout, Planes)
                     skipped = first * home.layout.plane
-                    home.start = address(array) + 4 * skipped
+                    home.start = address(array) + home.layout.element_bytes * skipped
                     home.view = home.layout.view(storage, skipped)
 
     def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
@@ -448,7 +446,7 @@ class Plan:
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
             channels = graph.shapes[operation.output][1]
-            if out.has_gaps and channel_tile(out.columns, channels, self.isa.lanes, self.isa.registers):
+            if out.has_gaps and channel_tile(out.columns, channels, self.isa):
                 # It has been the fastest nearly everywhere: one other is enough to compare with.
                 dense_forms = ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
@@ -466,4 +464,4 @@ class Plan:
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from explorer.errors import EngineError
 from explorer.inference.graph import Graph, Operation
 from explorer.inference.heads import Heads
 from explorer.inference.kernels import (
@@ -29,7 +31,7 @@ from explorer.inference.kernels import (
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import Planes, Vectors, channel_tile, tile_of
 from explorer.inference.memory import Memory
-from explorer.inference.native import l1_bytes, machine_code
+from explorer.inference.native import Isa, l1_bytes, machine_code
 from explorer.inference.pack import (
     PackedConv,
     SparseWeights,
@@ -40,6 +42,7 @@ from explorer.inference.pack import (
     linear_dense,
     linear_sparse,
     operands,
+    weight_words,
 )
 from explorer.inference.plan import Choice, Place, Plan
 
@@ -128,8 +131,9 @@ class _StepBuilder:
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
-    def _code(self, kernel: Any) -> int:
-        return machine_code(self.plan.isa, repr(kernel), lambda: kernel.build(self.plan.isa))
+    def _code(self, kernel: Any, isa: Isa | None = None) -> int:
+        isa = isa or self.plan.isa
+        return machine_code(isa, repr(kernel), lambda: kernel.build(isa))
 
     def _once(self, operation: Operation, choice: Choice, pack: Callable[[], Any]) -> Any:
         """Packed weights, from an earlier round with the same choice when there was one."""
@@ -146,9 +150,8 @@ class _StepBuilder:
     def _constants(self, operation: Operation) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Weight and bias; the gain of a folded batch norm is not yet in the weight, see `_dense` and `_sparse`."""
         weight = self._array(operation.weight)
-        return weight, np.zeros(len(weight), np.float32) if operation.bias is None else self._array(
-            operation.bias
-        )
+        bias = np.zeros(len(weight), np.float32) if operation.bias is None else self._array(operation.bias)
+        return weight, self._fitting(operation, bias)
 
     def _array(self, name: str | None) -> NDArray[Any]:
         array: NDArray[Any] = self.graph.constants[name or ""].detach().cpu().contiguous().numpy()
@@ -160,13 +163,28 @@ class _StepBuilder:
         weight = weight.reshape(len(weight), -1)
         if operation.gain is not None:
             weight = (weight * self._array(operation.gain)[:, None]).astype(np.float32)
-        return weight
+        return self._fitting(operation, weight)
 
     def _sparse(self, operation: Operation) -> SparseWeights:
         """The nonzeros of the weight as a matrix (M, K)."""
         weight = self._array(operation.weight)
         gain = None if operation.gain is None else self._array(operation.gain)
-        return SparseWeights.of(weight.reshape(len(weight), -1), gain)
+        weights = SparseWeights.of(weight.reshape(len(weight), -1), gain)
+        self._fitting(operation, weights.values)
+        return weights
+
+    def _fitting(self, operation: Operation, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The values of a weight or bias, none of which becomes infinite in the precision of the plan."""
+        if self.plan.isa.precision == "fp32" or self.plan.step_family(operation) == "vectors":
+            return values
+        most = np.finfo(self.plan.isa.dtype).max
+        largest = np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(initial=0.0)
+        if largest > most:
+            raise EngineError(
+                f"{operation.name or 'The model'} has a weight or bias of {largest:.6g} (after its batch norm has been folded in); the largest float16 is "
+                f"{most:.0f}. Compile with precision='fp32'."
+            )
+        return values
 
     # ---- convolutions, and linear layers over tokens
 
@@ -195,28 +213,29 @@ class _StepBuilder:
         if choice.reach == "channels":
             return self._conv_channels(operation, places, out, planes * x.plane + shifts, choice)
         kernel, tiles, parts = self._conv_kernel(y, weight, choice, residual=len(places) > 1)
-        lanes = self.plan.isa.lanes
         if choice.reach == "direct":
-            kernel = replace(kernel, aligned=not np.any(shifts % lanes))
+            kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
         kernel = replace(kernel, activation=a.get("activation"))
-        reach = operands(planes, shifts, x.plane, kernel, lanes)
+        reach = operands(planes, shifts, x.plane, kernel, self.plan.isa)
+
+        words = partial(weight_words, isa=self.plan.isa)
 
         def pack() -> PackedConv:
             if a["groups"] > 1:
-                return conv_grouped(self._sparse(operation), a["groups"], reach, kernel, parts)
+                return conv_grouped(self._sparse(operation), a["groups"], reach, kernel, parts, words)
             if choice.dense:
-                return conv_dense(self._dense(operation), reach, kernel, parts, self.block_bytes)
-            return conv_sparse(self._sparse(operation), reach, kernel, parts, self.block_bytes)
+                return conv_dense(self._dense(operation), reach, kernel, parts, self.block_bytes, words)
+            return conv_sparse(self._sparse(operation), reach, kernel, parts, self.block_bytes, words)
 
         packed = self._once(operation, choice, pack)
-        self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, lanes))
+        self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))
         arguments = _fill(
             conv.ARGUMENTS,
             **_tensors(places, out),
-            bias=self.memory.put(bias),
+            bias=self.memory.put(words(bias)),
             tiles=tiles,
             parts=parts,
-            last_tile=0 if choice.reach == "compact" else 4 * lanes * (y.vectors - kernel.tile),
+            last_tile=0 if choice.reach == "compact" else y.vector_bytes * (y.vectors - kernel.tile),
             mask=self._mask(y),
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
@@ -236,7 +255,7 @@ class _StepBuilder:
         weight, bias = self._constants(operation)
         m, isa, y = len(weight), self.plan.isa, out.layout
         assert isinstance(y, Planes)
-        form = channel_tile(y.columns, m, isa.lanes, isa.registers)
+        form = channel_tile(y.columns, m, isa)
         assert form is not None
         pixels, vectors = form
         kernel = conv_channels.ConvChannelsKernel(
@@ -245,9 +264,9 @@ class _StepBuilder:
         width = vectors * isa.lanes
         groups = -(-m // width)
         rows, columns = np.arange(y.rows)[:, None] * y.pitch, np.arange(0, y.columns, pixels)
-        positions = ((rows + columns) * 4).reshape(-1).astype(np.int32)
+        positions = ((rows + columns) * y.element_bytes).reshape(-1).astype(np.int32)
         # The sums of a job should stay in the L2 cache, beside the pixels that it reads.
-        most = max(1, _SUMS_BYTES // (groups * kernel.sums_bytes(isa.lanes)))
+        most = max(1, _SUMS_BYTES // (groups * kernel.sums_bytes(isa)))
         chunks = -(-len(positions) // most)
         tiles_per_job = -(-len(positions) // chunks)
         chunks = -(-len(positions) // tiles_per_job)
@@ -257,14 +276,17 @@ class _StepBuilder:
             operation,
             choice,
             lambda: conv_channels_dense(
-                self._dense(operation), operands.reshape(-1) * 4, width, l1_bytes() // 2
+                self._dense(operation).astype(isa.dtype),
+                operands.reshape(-1) * isa.element_bytes,
+                width,
+                l1_bytes() // 2,
             ),
         )
-        padded = np.zeros(groups * width, np.float32)
+        padded = np.zeros(groups * width, isa.dtype)
         padded[:m] = bias
         self.scratch_bytes = max(
             self.scratch_bytes,
-            kernel.turned_bytes(isa.lanes) + groups_per_job * tiles_per_job * kernel.sums_bytes(isa.lanes),
+            kernel.turned_bytes(isa) + groups_per_job * tiles_per_job * kernel.sums_bytes(isa),
         )
         arguments = _fill(
             conv_channels.ARGUMENTS,
@@ -325,38 +347,41 @@ class _StepBuilder:
             rows, vectors = y.rows, -(-y.pitch // y.lanes)
             masked = vectors * y.lanes != y.columns
             inside = np.arange(vectors * y.lanes) < y.columns
-            mask = self.memory.put(-inside.astype(np.int32))
+            mask = self._mask_of(inside)
         kernel = depthwise.DepthwiseKernel(taps, sx, x.pitch, masked, a.get("activation"))
         jobs = self._channel_jobs(y.channels)
         arguments = _fill(
             depthwise.ARGUMENTS,
             x=place.address,
-            x_image=4 * x.image,
-            x_plane=4 * x.plane,
+            x_image=x.image_bytes,
+            x_plane=x.plane_bytes,
             out=out.address,
-            out_image=4 * y.image,
-            out_plane=4 * y.plane,
-            weights=self.memory.put(self._dense(operation)),
-            bias=self.memory.put(bias),
+            out_image=y.image_bytes,
+            out_plane=y.plane_bytes,
+            weights=self.memory.put(weight_words(self._dense(operation), self.plan.isa)),
+            bias=self.memory.put(weight_words(bias, self.plan.isa)),
             mask=mask,
             rows=rows,
             vectors=vectors,
-            x_row=4 * sy * x.pitch,
-            out_row=4 * y.pitch,
+            x_row=sy * x.pitch_bytes,
+            out_row=y.pitch_bytes,
             **jobs,
             **self._bounds(operation),
         )
         return _Row(self._code(kernel), arguments, jobs["jobs"], choice.label)
 
     def _mask(self, y: Planes) -> int:
-        """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) int32."""
+        """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) integers as wide as a pixel."""
         key = ("mask", y.rows, y.columns, y.pitch)
         if key not in self._tables:
-            mask = np.zeros(y.vectors * y.lanes, np.int32)
+            inside = np.zeros(y.vectors * y.lanes, bool)
             at = np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)
-            mask[at.reshape(-1)] = -1
-            self._tables[key] = self.memory.put(mask)
+            inside[at.reshape(-1)] = True
+            self._tables[key] = self._mask_of(inside)
         return self._tables[key]
+
+    def _mask_of(self, inside: NDArray[np.bool_]) -> int:
+        return self.memory.put(-inside.astype(f"i{self.plan.isa.element_bytes}"))
 
     def _taps(self, x: Planes, y: Planes, taps: Sequence[tuple[int, int]], stride: tuple[int, int]) -> int:
         """For each tap (rows, columns) and output element, the element of the input plane; -1 where there is none.
@@ -380,11 +405,12 @@ class _StepBuilder:
     def _vector_linear(self, operation: Operation, place: Place, out: Place, choice: Choice) -> _Row:
         weight, bias = self._constants(operation)
         m, f = len(weight), weight[0].size
-        x, y, lanes = place.layout, out.layout, self.plan.isa.lanes
+        isa = self.plan.isa.single
+        x, y, lanes = place.layout, out.layout, isa.lanes
         assert isinstance(x, Vectors)
         assert isinstance(y, Vectors)
         common = {
-            "x": place.address, "x_image": 4 * x.stride, "out": out.address, "out_image": 4 * y.stride, "n_in": f, "n_out": m,
+            "x": place.address, "x_image": x.image_bytes, "out": out.address, "out_image": y.image_bytes, "n_in": f, "n_out": m,
             **self._bounds(operation),
         }  # fmt: skip
         if choice.dense:
@@ -399,7 +425,7 @@ class _StepBuilder:
             arguments = _fill(
                 linear.ARGUMENTS, jobs=jobs, weights=weights, bias=self.memory.put(padded), **common
             )
-            return _Row(self._code(linear.LinearKernel(group)), arguments, jobs, choice.label)
+            return _Row(self._code(linear.LinearKernel(group), isa), arguments, jobs, choice.label)
         starts, indices, values = self._once(
             operation, choice, lambda: linear_sparse(self._sparse(operation), lanes)
         )
@@ -415,7 +441,7 @@ class _StepBuilder:
             bias=self.memory.put(bias),
             **common,
         )
-        return _Row(self._code(linear.LinearKernel(0)), arguments, jobs, choice.label)
+        return _Row(self._code(linear.LinearKernel(0), isa), arguments, jobs, choice.label)
 
     # ---- tokens
 
@@ -432,21 +458,21 @@ class _StepBuilder:
         arguments = _fill(
             layer_norm.ARGUMENTS,
             x=place.address,
-            x_plane=4 * x.plane,
+            x_plane=x.plane_bytes,
             out=out.address,
-            out_plane=4 * y.plane,
+            out_plane=y.plane_bytes,
             weight=self.memory.put(weight),
             bias=self.memory.put(bias),
             features=n,
             one_over_features=_bits(1 / n),
             epsilon=_bits(a["eps"]),
-            last_tile=4 * y.lanes * (y.vectors - tile),
+            last_tile=y.vector_bytes * (y.vectors - tile),
             mask=self._mask(y),
         )
         return _Row(self._code(kernel), arguments, jobs, "layer norm")
 
     def _attention(self, operation: Operation, places: list[Place], out: Place) -> _Row:
-        a, lanes = operation.attributes, self.plan.isa.lanes
+        a, isa, lanes = operation.attributes, self.plan.isa, self.plan.isa.lanes
         samples, queries = self.graph.shapes[operation.inputs[0]][:2]
         keys = self.graph.shapes[operation.inputs[1]][1]
         heads = (*a["operands"], Heads(0, a["value_features"]))
@@ -457,16 +483,16 @@ class _StepBuilder:
         ):
             layout = place.layout
             assert isinstance(layout, Planes)
-            values[name] = place.address + 4 * where.first * layout.plane
-            values[f"{name}_image"] = 4 * count
-            values[f"{name}_head"] = 4 * where.step * layout.plane
-            values[f"{name}_plane"] = 4 * layout.plane
+            values[name] = place.address + where.first * layout.plane_bytes
+            values[f"{name}_image"] = layout.element_bytes * count
+            values[f"{name}_head"] = where.step * layout.plane_bytes
+            values[f"{name}_plane"] = layout.plane_bytes
         vectors = -(-queries // lanes)
         tile = min(range(1, min(4, vectors) + 1), key=lambda t: (-(-vectors // t) * (t + 1), -t))
         tiles = -(-vectors // tile)
-        kernel = attention.AttentionKernel(
-            tile, min(8, conv.dense_rows(tile, self.plan.isa)), queries % lanes != 0
-        )
+        # It computes in float32: a vector of float16 fills two registers.
+        rows = conv.dense_rows(tile * 4 // isa.element_bytes, isa)
+        kernel = attention.AttentionKernel(tile, min(8, rows), queries % lanes != 0)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(keys, lanes))
         arguments = _fill(
             attention.ARGUMENTS,
@@ -476,7 +502,7 @@ class _StepBuilder:
             keys=keys,
             features=a["features"],
             value_features=a["value_features"],
-            last_tile=4 * lanes * (vectors - tile),
+            last_tile=isa.width * (vectors - tile),
             scale=_bits(a["scale"]),
             **values,
         )
@@ -494,8 +520,8 @@ class _StepBuilder:
         jobs = self._channel_jobs(x.channels)
         common = {
             "x": place.address,
-            "x_image": 4 * x.image,
-            "x_plane": 4 * x.plane,
+            "x_image": x.image_bytes,
+            "x_plane": x.plane_bytes,
             "out": out.address,
             **jobs,
         }
@@ -504,16 +530,21 @@ class _StepBuilder:
             assert isinstance(y, Vectors)
             scale = self.memory.put(np.array([1.0 / (x.rows * x.columns)], np.float32))
             arguments = _fill(
-                pool.ARGUMENTS, out_image=4 * y.stride, out_plane=4, vectors=x.vectors, scale=scale, **common
-            )  # fmt: skip
+                pool.ARGUMENTS,
+                out_image=y.image_bytes,
+                out_plane=y.element_bytes,
+                vectors=x.vectors,
+                scale=scale,
+                **common,
+            )
             return _Row(self._code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
         assert isinstance(y, Planes)
         if operation.kind == "adaptive_average":
             table, n_taps, scale = self._adaptive(x, y)
             arguments = _fill(
                 pool.ARGUMENTS,
-                out_image=4 * y.image,
-                out_plane=4 * y.plane,
+                out_image=y.image_bytes,
+                out_plane=y.plane_bytes,
                 vectors=y.vectors,
                 n_taps=n_taps,
                 table=table,
@@ -538,8 +569,8 @@ class _StepBuilder:
                 y.pitch,
                 y.vectors,
             )
-            self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(y.lanes))
-            arguments = _fill(max_pool.ARGUMENTS, out_image=4 * y.image, out_plane=4 * y.plane, **common)
+            self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(self.plan.isa))
+            arguments = _fill(max_pool.ARGUMENTS, out_image=y.image_bytes, out_plane=y.plane_bytes, **common)
             return _Row(self._code(kernel), arguments, jobs["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         scale = 0
@@ -547,8 +578,8 @@ class _StepBuilder:
             scale = self.memory.put(_window_scale(x, y, a))
         arguments = _fill(
             pool.ARGUMENTS,
-            out_image=4 * y.image,
-            out_plane=4 * y.plane,
+            out_image=y.image_bytes,
+            out_plane=y.plane_bytes,
             vectors=y.vectors,
             n_taps=len(window),
             table=self._taps(x, y, window, a["stride"]),
@@ -567,8 +598,8 @@ class _StepBuilder:
         phases, stride = operation.attributes["phases"], operation.attributes["stride"]
         lanes = y.lanes
         common = {
-            "x": place.address, "x_image": 4 * x.image, "x_plane": 4 * x.plane, "out": out.address, "out_image": 4 * y.image,
-            "out_plane": 4 * y.plane, "n_phases": len(phases), **self._channel_jobs(x.channels),
+            "x": place.address, "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
+            "out_plane": y.plane_bytes, "n_phases": len(phases), **self._channel_jobs(x.channels),
         }  # fmt: skip
         if stride[1] > split.LARGEST_SHUFFLED:
             kernel = split.SplitKernel(0, ())
@@ -578,7 +609,7 @@ class _StepBuilder:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
             kernel = split.SplitKernel(stride[1], tuple(columns))
             source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
-            offsets = np.where(source < x.rows, source * x.pitch * 4, -1).astype(np.int64)
+            offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
             chunks = -(-y.columns // lanes)
             inside = np.arange(chunks * lanes) * stride[1] + np.array(columns)[:, None] < x.columns
             arguments = _fill(
@@ -586,9 +617,9 @@ class _StepBuilder:
                 table=self.memory.put(offsets),
                 rows=y.rows,
                 row_phases=len(rows),
-                pitch=4 * y.pitch,
+                pitch=y.pitch_bytes,
                 chunks=chunks,
-                mask=self.memory.put(-inside.astype(np.int32)),
+                mask=self._mask_of(inside),
                 **common,
             )
         return _Row(self._code(kernel), arguments, common["jobs"], "split")
@@ -599,19 +630,20 @@ class _StepBuilder:
         values: dict[str, int] = {}
         a, y = operation.attributes, out.layout
         is_plane = isinstance(y, Planes)
+        isa = self.plan.isa if is_plane else self.plan.isa.single
         for name, place, layout in zip(names, (*places, out), layouts, strict=True):
             values[name] = place.address
-            values[f"{name}_image"] = 4 * (layout.image if isinstance(layout, Planes) else layout.stride)
+            values[f"{name}_image"] = layout.image_bytes
             # Where one value serves all pixels, the channels' values follow one another.
-            values[f"{name}_plane"] = 4 * layout.plane if isinstance(layout, Planes) else 4 * is_plane
+            values[f"{name}_plane"] = layout.plane_bytes if isinstance(layout, Planes) else 4 * is_plane
         if isinstance(y, Planes):
             jobs, vectors = self._channel_jobs(y.channels), y.vectors
         else:
             jobs = {"jobs": 1, "channels": 1, "channels_per_job": 1}
-            vectors = -(-y.features // self.plan.isa.lanes)
+            vectors = -(-y.features // isa.lanes)
         activation, moves_zero = a.get("activation"), False
         if operation.kind == "affine":
-            n = y.channels if isinstance(y, Planes) else vectors * self.plan.isa.lanes
+            n = y.channels if isinstance(y, Planes) else vectors * isa.lanes
             for name in ("scale", "shift"):
                 constant = self.graph.constants[a[name]].numpy()
                 table = np.full(n, constant[0] if len(constant) == 1 else 0, np.float32)
@@ -634,7 +666,7 @@ class _StepBuilder:
             activation=activation,
             masked=bool(masked),
         )
-        return _Row(self._code(kernel), arguments, jobs["jobs"], operation.kind)
+        return _Row(self._code(kernel, isa), arguments, jobs["jobs"], operation.kind)
 
     # ---- moving
 
@@ -645,11 +677,11 @@ class _StepBuilder:
         for place in places if operation.kind == "concat" else []:
             x = place.layout
             assert isinstance(x, Planes)
-            target = out.address + 4 * first * y.plane
+            target = out.address + first * y.plane_bytes
             first += x.channels
             if place.address != target:
                 rows += [
-                    [place.address + 4 * c * x.plane, 4 * x.image, target + 4 * c * y.plane]
+                    [place.address + c * x.plane_bytes, x.image_bytes, target + c * y.plane_bytes]
                     for c in range(x.channels)
                 ]
         if not rows:
@@ -658,7 +690,7 @@ class _StepBuilder:
         jobs = self._channel_jobs(len(rows))
         arguments = _fill(
             copy_planes.ARGUMENTS,
-            out_image=4 * y.image,
+            out_image=y.image_bytes,
             vectors=y.vectors,
             table=self.memory.put(np.array(rows, np.int64)),
             **jobs,
@@ -679,9 +711,9 @@ class _StepBuilder:
         arguments = _fill(
             flatten.ARGUMENTS,
             x=place.address,
-            x_image=4 * x.image,
+            x_image=x.image_bytes,
             out=out.address,
-            out_image=4 * y.stride,
+            out_image=y.image_bytes,
             jobs=jobs,
             vectors=vectors,
             vectors_per_job=size,
@@ -713,11 +745,12 @@ def _tensors(places: list[Place], out: Place) -> dict[str, int]:
     values: dict[str, int] = {}
     for name, place in zip(("x", "residual"), places, strict=False):
         assert isinstance(place.layout, Planes)
-        values |= {name: place.address, f"{name}_image": 4 * place.layout.image}
+        values |= {name: place.address, f"{name}_image": place.layout.image_bytes}
         if name == "residual":
-            values["residual_plane"] = 4 * place.layout.plane
+            values["residual_plane"] = place.layout.plane_bytes
     assert isinstance(out.layout, Planes)
-    return values | {"out": out.address, "out_image": 4 * out.layout.image, "out_plane": 4 * out.layout.plane}
+    layout = out.layout
+    return values | {"out": out.address, "out_image": layout.image_bytes, "out_plane": layout.plane_bytes}
 
 
 def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32]:
@@ -749,7 +782,7 @@ def _sparse_tile(y: Planes, weight: NDArray[np.float32], usual: int, block_bytes
     nonzeros = np.count_nonzero(weight != 0)
 
     def cost(tile: int) -> float:
-        n_blocks = -(-depth * tile * 4 * y.lanes // block_bytes)
+        n_blocks = -(-depth * tile * y.vector_bytes // block_bytes)
         padding = (conv.unroll(tile) - 1) / 2
         rows = channels * n_blocks
         return ((nonzeros + rows * padding) * (tile + 0.8) + rows * (3 * tile + 6)) / tile

@@ -43,6 +43,8 @@ class LayerTiming:
         Bytes that the step touches once: its packed weights and tables, what it reads and what it writes. 0 when unknown (torch).
     peak_gflops : float
         What this machine's cores can do at best, as many as the network was compiled for, see `explorer.inference.machine_peak`. 0 when unknown.
+    precision : str
+        What the network computes in.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LayerTiming:
     prunable: bool
     n_bytes: int = 0
     peak_gflops: float = 0.0
+    precision: str = "fp32"
 
     @property
     def gflops(self) -> float:
@@ -81,6 +84,8 @@ class Benchmark:
     repeats, threads, batch_size : int
     isa : str
         Instruction set of the engine's kernels, or "torch".
+    precision : str
+        "fp32" or "fp16".
     """
 
     latency_ms: float
@@ -90,6 +95,7 @@ class Benchmark:
     threads: int
     batch_size: int
     isa: str
+    precision: str = "fp32"
 
     @property
     def is_noisy(self) -> bool:
@@ -100,10 +106,14 @@ class Benchmark:
 NOISY = 0.1
 
 
-def summarise(times_ms: list[float], *, threads: int, batch_size: int, isa: str) -> Benchmark:
+def summarise(
+    times_ms: list[float], *, threads: int, batch_size: int, isa: str, precision: str = "fp32"
+) -> Benchmark:
     """Median and spread of single runs, in milliseconds."""
     low, middle, high = statistics.quantiles(times_ms, n=4) if len(times_ms) > 1 else (times_ms[0],) * 3
-    return Benchmark(middle, (high - low) / 2, min(times_ms), len(times_ms), threads, batch_size, isa)
+    return Benchmark(
+        middle, (high - low) / 2, min(times_ms), len(times_ms), threads, batch_size, isa, precision
+    )
 
 
 @contextmanager

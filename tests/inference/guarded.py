@@ -2,6 +2,7 @@
 
     python -m tests.inference.guarded end all       each buffer ends where a forbidden page begins
     python -m tests.inference.guarded start conv    each buffer begins where a forbidden page ends; only networks with "conv" in their name
+    python -m tests.inference.guarded end all fp16  in float16, emulated where the CPU cannot compute with it
 
 What lies between a buffer and the end of its page is filled with a pattern that is checked after the runs, and that reads as NaN.
 Prefetches past the end are harmless, and stay so here: they never fault.
@@ -13,6 +14,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError
+from explorer.inference import module, native
 from explorer.inference.memory import Memory
 
 PATTERN = 0xFF
@@ -147,8 +150,11 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     yield "line", lambda: nn.Sequential(nn.Conv1d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 41)
 
 
-def check(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], guards: Guards) -> int:
+def check(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], guards: Guards, precision: str
+) -> int:
     """Run one network, sparse and dense, on one thread and on two; how many engines ran."""
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
     torch.manual_seed(0)
     network, x = build().eval(), torch.randn(shape)
     for parameter in network.parameters():
@@ -160,19 +166,26 @@ def check(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], gua
         return 0  # the image is smaller than the window
     ran = 0
     for mode, threads in (("sparse", 1), ("dense", 1), ("auto", 2)):
-        engine = explorer.compile(network, x, sparse=mode, threads=threads)
+        engine = explorer.compile(network, x, sparse=mode, threads=threads, precision=precision)
+        assert engine.precision == precision
         assert engine.fallbacks == (), (name, engine.fallbacks)
         for images in {1, shape[0]}:
             got = engine(x[:images])
             for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):
-                assert torch.allclose(a, b[:images], rtol=1e-4, atol=1e-4), (name, mode, threads, images)
+                assert torch.allclose(a, b[:images], rtol=tolerance, atol=tolerance), (
+                    name,
+                    mode,
+                    threads,
+                    images,
+                )
         guards.check()
         ran += 1
     return ran
 
 
-def main(side: str, pattern: str) -> None:
+def main(side: str, pattern: str, precision: str = "fp32") -> None:
     """Run all networks whose name holds `pattern` ("all": every one)."""
+    module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     guards = Guards(side)
     guards.install()
     torch.set_num_threads(1)
@@ -182,7 +195,7 @@ def main(side: str, pattern: str) -> None:
             sys.stdout.write(f"{name}\n")
             sys.stdout.flush()  # the last line of a process that crashes says where
             try:
-                ran += check(name, build, shape, guards)
+                ran += check(name, build, shape, guards, precision)
             except EngineError as error:
                 raise SystemExit(f"{name}: {error}") from error
     assert ran, f"no network has {pattern!r} in its name"

@@ -168,13 +168,13 @@ def test_it_is_a_candidate_where_rows_have_gaps_and_tiles_fit() -> None:
     assert not offered(17, 1)  # no tile divides a row
 
 
-@pytest.mark.parametrize(("lanes", "registers"), [(16, 32), (8, 16), (4, 32), (4, 16)])
+@pytest.mark.parametrize("isa", [*(cpu[0] for cpu in CPUS.values()), native.Isa("generic", 4, 16, "", "")])
 @pytest.mark.parametrize("channels", [1, 24, 64, 512])
-def test_tiles_divide_rows_and_fit_the_registers(lanes: int, registers: int, channels: int) -> None:
+def test_tiles_divide_rows_and_fit_the_registers(isa: native.Isa, channels: int) -> None:
     for columns in range(1, 120):
-        tile = channel_tile(columns, channels, lanes, registers)
+        tile, registers = channel_tile(columns, channels, isa), isa.registers
         # The smallest tile of a row is one vector of channels: even it must find room.
-        held = 1 if lanes > 4 else 4
+        held = 1 if isa.width > 16 else 4
         fitting = [p for p in range(4, 15) if columns % p == 0 and p + 1 + held <= registers]
         assert (tile is None) == (not fitting)
         if tile is not None:
@@ -187,7 +187,7 @@ def test_tiles_divide_rows_and_fit_the_registers(lanes: int, registers: int, cha
 def test_the_hot_loop_holds_vector_fmas_and_never_touches_the_stack(cpu: str) -> None:
     isa, triple, instruction, register = CPUS[cpu]
     for columns, channels in ((14, 256), (7, 512), (8, 512), (5, 96)):
-        tile = channel_tile(columns, channels, isa.lanes, isa.registers)
+        tile = channel_tile(columns, channels, isa)
         assert tile is not None
         pixels, vectors = tile
         kernel = ConvChannelsKernel(pixels, vectors, residual=True)
@@ -213,7 +213,7 @@ def test_columns_of_a_square_of_vectors_become_its_rows() -> None:
 
         def build(isa: native.Isa = isa) -> tuple[ir.Module, str]:
             module = ir.Module("transpose")
-            f = Function(module, "transpose", VOID, [PTR, PTR], isa.lanes)
+            f = Function(module, "transpose", VOID, [PTR, PTR], isa)
             source, to = f.arguments
             rows = [f.load(source, f.vector, 4 * isa.lanes * i) for i in range(isa.lanes)]
             for i, row in enumerate(f.transpose(rows)):

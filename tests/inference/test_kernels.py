@@ -174,7 +174,7 @@ def test_shared_copies_hold_the_operand_of_every_tap(
     taps, plane, start = len(shifts), 1000, 200
     memory = np.arange(channels * plane + 2 * start)  # each element holds its own place
     planes = np.tile(np.arange(channels)[:, None], (1, taps))
-    reach = operands(planes, np.array(shifts), plane, kernel, lanes)
+    reach = operands(planes, np.array(shifts), plane, kernel, native.Isa("test", lanes, 16, "", ""))
     buffer: list[int] = []
     rows = []
     for offset, extra in reach.sources:
@@ -193,7 +193,7 @@ def test_shared_copies_hold_the_operand_of_every_tap(
 def test_in_rows_of_whole_vectors_three_copies_serve_nine_taps() -> None:
     kernel = conv.ConvKernel(7, "shift", 0, 0, False, False, False)
     shifts = np.array([dy * 16 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
-    reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, kernel, 16)
+    reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, kernel, native.Isa("test", 16, 32, "", ""))
     assert reach.sources.tolist() == [[-4 * 16, 2], [4 * (1 - 16), 2], [4 * (-1 - 16), 2]]
 
 
@@ -437,6 +437,13 @@ CPUS = {
     ),
     "avx2": (native.Isa("avx2", 8, 16, "haswell", ""), X86, "vfmadd", "ymm"),
     "neon": (native.Isa("neon", 4, 32, "cortex-a76", "+neon"), ARM, "fmla", ".4s"),
+    "avx512 fp16": (
+        native.Isa("avx512", 32, 32, "sapphirerapids", "-prefer-256-bit", "fp16"),
+        X86,
+        "vfmadd231ph",
+        "zmm",
+    ),
+    "neon fp16": (native.Isa("neon", 8, 32, "cortex-a76", "+neon,+fullfp16", "fp16"), ARM, "fmla", ".8h"),
 }
 
 
@@ -472,7 +479,8 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> None:
     isa, triple, instruction, register = CPUS[cpu]
-    for kernel in [*conv_kernels(isa), linear.LinearKernel(0), linear.LinearKernel(8)]:
+    vectors = [linear.LinearKernel(0), linear.LinearKernel(8)] if isa.precision == "fp32" else []
+    for kernel in [*conv_kernels(isa), *vectors]:
         text = native.assembly(isa, kernel.build(isa)[0], triple)
         hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
         assert hot, kernel

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from explorer.inference import native
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory
 from explorer.inference.module import SparseModule
-from explorer.inference.pack import SparseWeights, linear_sparse, sparse_entries
+from explorer.inference.pack import SparseWeights, linear_sparse, sparse_entries, weight_words
 from tests.inference.graphs import conv_graph, relative_error
 from tests.inference.workers import X, expected, network, right
 
@@ -185,7 +186,12 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     weights = SparseWeights.of(weight)
     block = np.arange(33) * 3 // 33  # three blocks of columns
     entries, rows, groups, starts = sparse_entries(
-        weights, weights.columns * 4, block[weights.columns], 3, unroll
+        weights,
+        weights.columns * 4,
+        block[weights.columns],
+        3,
+        unroll,
+        partial(weight_words, isa=native.Isa("test", 16, 32, "", "")),
     )
     values = entries[:, 1].copy().view(np.float32)
     assert (values != 0).all()
@@ -441,12 +447,17 @@ def test_a_process_that_compiles_holds_the_cache_below_its_limit(
         pytest.param("start", "all", marks=pytest.mark.slow),
     ],
 )
-def test_no_kernel_reads_or_writes_outside_its_buffers(isa: str, side: str, networks: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_kernel_reads_or_writes_outside_its_buffers(
+    isa: str, side: str, networks: str, precision: str
+) -> None:
+    if precision == "fp16" and isa != native.current_isa().name:
+        pytest.skip("emulated for the widest instruction set only")
     try:
         native.host_isa(isa)
     except EngineError:
         pytest.skip(f"this CPU does not run {isa}")
-    done = python("-m", "tests.inference.guarded", side, networks, seconds=280, EXPLORER_ISA=isa)
+    done = python("-m", "tests.inference.guarded", side, networks, precision, seconds=280, EXPLORER_ISA=isa)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
     assert "ran within their buffers" in done.stdout
 

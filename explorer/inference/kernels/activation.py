@@ -23,7 +23,7 @@ import numpy as np
 from llvmlite import ir
 
 from explorer.inference.activations import Activation
-from explorer.inference.kernels.builder import Function, Value
+from explorer.inference.kernels.builder import F32, Function, Value
 
 _LOG2_E = math.log2(math.e)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -40,8 +40,11 @@ _ROUND = 1.5 * 2**23
 
 
 def apply(activation: Activation, f: Function, x: Value) -> Value:
-    """Instructions for one vector."""
-    return _WRITERS[activation.kind](_Vector(f), x, *activation.parameters)
+    """Instructions for one vector; float16 is computed in float32 and rounded once."""
+    write, v = _WRITERS[activation.kind], _Vector(f)
+    if x.type == v.type:
+        return write(v, x, *activation.parameters)
+    return f.b.fptrunc(write(v, f.b.fpext(x, v.type), *activation.parameters), x.type)
 
 
 class _Vector:
@@ -49,9 +52,10 @@ class _Vector:
 
     def __init__(self, f: Function) -> None:
         self.f, self.b = f, f.b
+        self.type = ir.VectorType(F32, f.lanes)
 
     def constant(self, value: float) -> Value:
-        return ir.Constant(self.f.vector, [float(np.float32(value))] * self.f.lanes)
+        return ir.Constant(self.type, [float(np.float32(value))] * self.f.lanes)
 
     def bits(self, value: int) -> Value:
         return ir.Constant(self.f.int_vector, [value] * self.f.lanes)
@@ -60,7 +64,7 @@ class _Vector:
         return self.b.bitcast(x, self.f.int_vector)
 
     def as_floats(self, x: Value) -> Value:
-        return self.b.bitcast(x, self.f.vector)
+        return self.b.bitcast(x, self.type)
 
     def times(self, x: Value, factor: float) -> Value:
         return self.b.fmul(x, self.constant(factor))
@@ -75,7 +79,7 @@ class _Vector:
         return self.b.select(self.b.fcmp_ordered("<", x, self.constant(0.0)), yes, no)
 
     def absolute(self, x: Value) -> Value:
-        return self.f.intrinsic("fabs", self.f.vector, [x])
+        return self.f.intrinsic("fabs", self.type, [x])
 
     def polynomial(self, x: Value, coefficients: tuple[float, ...]) -> Value:
         """By Horner's rule, highest power first."""
@@ -134,7 +138,7 @@ def _silu(v: _Vector, x: Value) -> Value:
 def _tanh(v: _Vector, x: Value) -> Value:
     m = v.expm1(v.times(v.absolute(x), -2.0))
     y = v.b.fdiv(v.b.fneg(m), v.plus(m, 2.0))
-    return v.f.intrinsic("copysign", v.f.vector, [y, x])
+    return v.f.intrinsic("copysign", v.type, [y, x])
 
 
 def _gelu(v: _Vector, x: Value) -> Value:

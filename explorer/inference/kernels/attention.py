@@ -21,7 +21,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.activation import exponential
-from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
 _OPERANDS = ("q", "k", "v", "out")
@@ -65,10 +65,12 @@ class AttentionKernel:
 
 class _Generator:
     def __init__(self, kernel: AttentionKernel, isa: Isa) -> None:
-        self.k, self.width = kernel, 4 * isa.lanes
-        self.row_bytes = self.width * kernel.tile
+        self.k = kernel
+        # Scores are float32 whatever planes hold.
+        self.score_bytes = 4 * isa.lanes
+        self.score_row_bytes = kernel.scratch_bytes(1, isa.lanes)
         self.ir = ir.Module("attention")
-        self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa.lanes)
+        self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa, wide=True)
 
     def field(self, name: str, type_: Value = I64) -> Value:
         return self.f.field(self.f.arguments[0], ARGUMENTS, name, type_)
@@ -79,7 +81,7 @@ class _Generator:
         tiles, heads = self.field("tiles"), self.field("heads")
         tile, rest = b.srem(job, tiles), b.sdiv(job, tiles)
         head, image = b.srem(rest, heads), b.sdiv(rest, heads)
-        position = f.minimum(b.mul(tile, I64(self.row_bytes)), self.field("last_tile"))
+        position = f.minimum(b.mul(tile, I64(f.width * self.k.tile)), self.field("last_tile"))
         q, k, v, out = (
             f.at(
                 self.field(name, PTR),
@@ -93,11 +95,12 @@ class _Generator:
         b.ret_void()
         return self.ir, "attention"
 
-    def _vectors(self, pointer: Value, align: int) -> list[Value]:
-        return [self.f.load(pointer, self.f.vector, self.width * i, align) for i in range(self.k.tile)]
+    def _read(self, pointer: Value) -> list[Value]:
+        return [self.f.read(pointer, self.f.width * i) for i in range(self.k.tile)]
 
-    def _constant(self, value: float) -> Value:
-        return ir.Constant(self.f.vector, [value] * self.f.lanes)
+    def _read_scores(self, row: Value) -> list[Value]:
+        size = self.score_bytes
+        return [self.f.load(row, self.f.vector, size * i, size) for i in range(self.k.tile)]
 
     def _groups(
         self, count: Value, body: Callable[[int, Value, list[Value]], Sequence[Value]], carried: list[Value]
@@ -111,24 +114,29 @@ class _Generator:
         return f.loop(count, lambda i, *c: body(1, i, list(c)), carried, start=b.mul(full, I64(rows)))
 
     def _products(
-        self, count: Value, pointers: list[Value], steps: list[Value], align: int, weights: list[Value]
+        self,
+        count: Value,
+        pointers: list[Value],
+        steps: list[Value],
+        read: Callable[[Value], list[Value]],
+        weights: list[Value],
     ) -> list[Value]:
-        """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, the second of the scalars.
+        """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, which `read` reads, the second of the scalars.
 
         Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row.
         """
         f, tile = self.f, self.k.tile
 
         def one(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
-            vectors = self._vectors(x, align)
+            vectors = read(x)
             new = list(sums)
             for r, offset in enumerate(weights):
-                scalar = f.splat(f.load(w, F32, offset))
+                scalar = f.read_one(w, offset)
                 for i, vector in enumerate(vectors):
                     new[r * tile + i] = f.fma(scalar, vector, new[r * tile + i])
             return [f.at(x, steps[0]), f.at(w, steps[1]), *new]
 
-        zeros = [self._constant(0.0)] * (tile * len(weights))
+        zeros = [f.constant(0.0)] * (tile * len(weights))
         return f.loop(count, one, [*pointers, *zeros])[2:]
 
     def _scores(self, q: Value, k: Value, scores: Value) -> list[Value]:
@@ -139,17 +147,18 @@ class _Generator:
         features = self.field("features")
 
         def group(rows: int, first: Value, largest: list[Value]) -> list[Value]:
-            pointers = [q, f.at(k, b.mul(first, I64(4)))]
-            sums = self._products(features, pointers, steps, 4, [I64(4 * r) for r in range(rows)])
-            to = f.at(scores, b.mul(first, I64(self.row_bytes)))
+            size = f.element_bytes
+            pointers = [q, f.at(k, b.mul(first, I64(size)))]
+            sums = self._products(features, pointers, steps, self._read, [I64(size * r) for r in range(rows)])
+            to = f.at(scores, b.mul(first, I64(self.score_row_bytes)))
             for i, total in enumerate(sums):
                 score = b.fmul(total, scale)
-                f.store(score, to, self.width * i, self.width)
+                f.store(score, to, self.score_bytes * i, self.score_bytes)
                 larger = b.fcmp_ordered(">", score, largest[i % tile])
                 largest[i % tile] = b.select(larger, score, largest[i % tile])
             return largest
 
-        return self._groups(self.field("keys"), group, [self._constant(float("-inf"))] * tile)
+        return self._groups(self.field("keys"), group, [f.constant(float("-inf"))] * tile)
 
     def _softmax(self, scores: Value, largest: list[Value]) -> list[Value]:
         """Scores become weights, in place; the sum of each query's weights."""
@@ -157,32 +166,33 @@ class _Generator:
 
         def one_key(_: Value, row: Value, *sums: Value) -> list[Value]:
             new = []
-            for i, score in enumerate(self._vectors(row, self.width)):
+            for i, score in enumerate(self._read_scores(row)):
                 weight = exponential(f, b.fsub(score, largest[i]))
-                f.store(weight, row, self.width * i, self.width)
+                f.store(weight, row, self.score_bytes * i, self.score_bytes)
                 new.append(b.fadd(sums[i], weight))
-            return [f.at(row, self.row_bytes), *new]
+            return [f.at(row, self.score_row_bytes), *new]
 
-        return f.loop(self.field("keys"), one_key, [scores, *[self._constant(0.0)] * self.k.tile])[1:]
+        return f.loop(self.field("keys"), one_key, [scores, *[f.constant(0.0)] * self.k.tile])[1:]
 
     def _values(self, weights: Value, v: Value, out: Value, sums: list[Value], position: Value) -> None:
         """Write the means of the values."""
         f, b, tile = self.f, self.f.b, self.k.tile
         v_plane, out_plane, keys = self.field("v_plane"), self.field("out_plane"), self.field("keys")
-        shares = [b.fdiv(self._constant(1.0), total) for total in sums]
+        shares = [b.fdiv(f.constant(1.0), total) for total in sums]
         inside = self._inside(position) if self.k.masked else []
 
         def group(rows: int, first: Value, _: list[Value]) -> list[Value]:
             pointers = [weights, f.at(v, b.mul(first, v_plane))]
             planes = [b.mul(I64(r), v_plane) for r in range(rows)]
-            means = self._products(keys, pointers, [I64(self.row_bytes), I64(4)], self.width, planes)
+            steps = [I64(self.score_row_bytes), I64(f.element_bytes)]
+            means = self._products(keys, pointers, steps, self._read_scores, planes)
             for i, mean in enumerate(means):
                 to = f.at(out, b.mul(b.add(first, I64(i // tile)), out_plane))
                 value = b.fmul(mean, shares[i % tile])
                 if inside:
-                    f.store_where(inside[i % tile], value, to, self.width * (i % tile))
+                    f.store_where(inside[i % tile], value, to, f.width * (i % tile))
                 else:
-                    f.store(value, to, self.width * (i % tile))
+                    f.write(value, to, f.width * (i % tile))
             return []
 
         self._groups(self.field("value_features"), group, [])
@@ -191,7 +201,9 @@ class _Generator:
         """Which lanes of each vector hold a query of this sample."""
         f, b = self.f, self.f.b
         lanes = ir.Constant(f.int_vector, list(range(f.lanes)))
-        left = b.trunc(b.sub(self.field("queries"), b.sdiv(position, I64(4))), f.int_vector.element)
+        left = b.trunc(
+            b.sub(self.field("queries"), b.sdiv(position, I64(f.element_bytes))), f.int_vector.element
+        )
         return [
             b.icmp_signed("<", lanes, f.splat(b.sub(left, left.type(i * f.lanes))))
             for i in range(self.k.tile)

@@ -2,6 +2,9 @@
 
 It adds three things: structured loops that carry values, vectors of the machine's own width, and records (rows of 64-bit fields) by
 which Python hands addresses and sizes to native code. It knows no kernel.
+
+Planes hold float32 or, on request, float16 values (`Isa.precision`). A kernel reads and writes them by `read` and `write`, and computes with what they
+hold, or, where that would lose digits (`wide`), with float32.
 """
 
 from __future__ import annotations
@@ -13,10 +16,17 @@ from typing import Any
 
 from llvmlite import ir
 
-I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-F32, PTR, VOID = ir.FloatType(), ir.PointerType(), ir.VoidType()
+from explorer.inference.native import Isa
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32, PTR, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
 
 Value = Any  # an llvmlite value; llvmlite ships no types
+
+
+def _suffix(element: Value) -> str:
+    """As the names of LLVM's functions end."""
+    return "f16" if element == F16 else "f32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +54,40 @@ class Function:
         Symbol name.
     returns, parameters : LLVM types
         Its signature.
+    isa : Isa
+        The CPU, and what planes hold.
+    wide : bool
+        Whether to compute in float32 whatever planes hold.
+
+    Attributes
+    ----------
     lanes : int
-        Number of float32 in one vector register (16, 8 or 4).
+        Values in a vector.
+    width : int
+        Bytes of a vector in memory.
+    vector : LLVM type
+        What is computed with.
     """
 
     def __init__(
-        self, module: Value, name: str, returns: Value, parameters: Sequence[Value], lanes: int
+        self,
+        module: Value,
+        name: str,
+        returns: Value,
+        parameters: Sequence[Value],
+        isa: Isa,
+        *,
+        wide: bool = False,
     ) -> None:
-        self.module, self.lanes = module, lanes
+        self.module, self.lanes, self.width = module, isa.lanes, isa.width
+        self.element_bytes = isa.element_bytes
+        self._element = F16 if isa.precision == "fp16" else F32
         self.native = ir.Function(module, ir.FunctionType(returns, parameters), name)
         self.native.attributes.add("nounwind")
         self.b = ir.IRBuilder(self.native.append_basic_block())
-        self.vector = ir.VectorType(F32, lanes)
-        self.int_vector = ir.VectorType(I32, lanes)
+        self._stored = ir.VectorType(self._element, isa.lanes)
+        self.vector = ir.VectorType(F32, isa.lanes) if wide else self._stored
+        self.int_vector = ir.VectorType(I32, isa.lanes)
 
     @property
     def arguments(self) -> tuple[Value, ...]:
@@ -80,10 +111,35 @@ class Function:
     def store(self, value: Value, pointer: Value, offset: int | Value = 0, align: int = 4) -> None:
         self.b.store(value, self.at(pointer, offset)).align = align
 
+    def read(self, pointer: Value, offset: int | Value = 0, align: int | None = None) -> Value:
+        """A vector of a plane."""
+        return self._computed(self.load(pointer, self._stored, offset, align or self.element_bytes))
+
+    def read_one(self, pointer: Value, offset: int | Value = 0) -> Value:
+        """One value of a plane, in all lanes."""
+        value = self.load(pointer, self._element, offset, self.element_bytes)
+        return self.splat(value if self.vector == self._stored else self._extended(value))
+
+    def write(self, value: Value, pointer: Value, offset: int | Value = 0, align: int | None = None) -> None:
+        """Store a vector to a plane."""
+        self.store(self._to_store(value), pointer, offset, align or self.element_bytes)
+
+    def _extended(self, value: Value) -> Value:
+        return value if self._element == F32 else self.b.fpext(value, F32)
+
+    def _computed(self, value: Value) -> Value:
+        return value if self.vector == self._stored else self.b.fpext(value, self.vector)
+
+    def _to_store(self, value: Value) -> Value:
+        return value if self.vector == self._stored else self.b.fptrunc(value, self._stored)
+
     def store_where(self, mask: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
-        """Store the lanes whose mask (a vector of i1) is true, and leave the memory of the others alone."""
-        name = f"llvm.masked.store.v{self.lanes}f32.p0"
-        self.call(name, VOID, [value, self.at(pointer, offset), I32(4), mask])
+        """Store to a plane the lanes whose mask (a vector of i1) is true, and leave the memory of the others alone."""
+        # As integers: LLVM knows masked stores of 16 bits on more CPUs than masked stores of float16.
+        bits = ir.VectorType(ir.IntType(8 * self.element_bytes), self.lanes)
+        name = f"llvm.masked.store.v{self.lanes}i{bits.element.width}.p0"
+        value = self.b.bitcast(self._to_store(value), bits)
+        self.call(name, VOID, [value, self.at(pointer, offset), I32(self.element_bytes), mask])
 
     def store_first(self, count: int, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         """Store the first `count` lanes (a number known now) and leave the memory of the others alone."""
@@ -106,7 +162,21 @@ class Function:
         """A float32 that travelled in the low half of a 64-bit field."""
         return self.b.bitcast(self.b.trunc(field, I32), F32)
 
+    def weight(self, pointer: Value, offset: int | Value = 0) -> Value:
+        """A weight of four bytes, in all lanes. A float16 stands there twice: broadcasting 32 bits takes a load, 16 bits an arithmetic unit as well."""
+        if self.vector.element == F32:
+            return self.splat(self.load(pointer, F32, offset))
+        return self.b.bitcast(self.splat(self.load(pointer, I32, offset), self.lanes // 2), self.vector)
+
     # ---- vectors
+
+    def constant(self, value: float) -> Value:
+        """`value` in all lanes."""
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def splat_float(self, scalar: Value) -> Value:
+        """A float32 in all lanes, as what is computed with."""
+        return self.splat(scalar if self.vector.element == F32 else self.b.fptrunc(scalar, F16))
 
     def splat(self, scalar: Value, count: int | None = None) -> Value:
         type_ = ir.VectorType(scalar.type, count or self.lanes)
@@ -124,9 +194,19 @@ class Function:
         return self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
 
     def keep(self, value: Value, mask: Value) -> Value:
-        """`value` where the integer mask is all ones, 0.0 where it is zero (an AND: masked loads scalarise on NEON)."""
-        bits = self.b.and_(self.b.bitcast(value, self.int_vector), mask)
-        return self.b.bitcast(bits, self.vector)
+        """`value` where the integer mask (as wide as its elements) is all ones, 0.0 where it is zero (an AND: masked loads scalarise on NEON)."""
+        return self.b.bitcast(self.b.and_(self.b.bitcast(value, self.mask_type), mask), value.type)
+
+    @property
+    def mask_type(self) -> Value:
+        """Integers as wide as what is computed with."""
+        return ir.VectorType(I32 if self.vector.element == F32 else I16, self.lanes)
+
+    def read_mask(self, pointer: Value, offset: int | Value = 0) -> Value:
+        """A vector of a mask in memory, of integers as wide as the elements of planes."""
+        stored = ir.VectorType(ir.IntType(8 * self.element_bytes), self.lanes)
+        mask = self.load(pointer, stored, offset, self.width)
+        return mask if stored == self.mask_type else self.b.sext(mask, self.mask_type)
 
     def sum_lanes(self, value: Value) -> Value:
         """The sum of a vector's lanes, halves added to halves."""
@@ -151,7 +231,7 @@ class Function:
         result = []
         for i in range(count):
             mine = wanted[i * self.lanes : (i + 1) * self.lanes]
-            total = ir.Constant(self.vector, [0.0] * self.lanes)
+            total = self.constant(0.0)
             for source in sorted({e // self.lanes for e in mine if e is not None}):
                 take = [
                     self.lanes + e % self.lanes if e is not None and e // self.lanes == source else lane
@@ -180,18 +260,17 @@ class Function:
             size //= 2
         return vectors
 
-    def gather(
-        self, base: Value, indices: Value, mask: Value | None = None, otherwise: Value | None = None
-    ) -> Value:
-        """``base[indices]`` as a float32 vector; lanes whose mask is false give `otherwise`."""
-        addresses = self.b.gep(base, [indices], source_etype=F32)
+    def gather(self, base: Value, indices: Value, mask: Value | None = None, otherwise: float = 0.0) -> Value:
+        """``base[indices]`` of a plane; lanes whose mask is false give `otherwise`."""
+        addresses = self.b.gep(base, [indices], source_etype=self._element)
         addresses.type = ir.VectorType(PTR, self.lanes)  # llvmlite infers a scalar pointer
         if mask is None:
             mask = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
-        if otherwise is None:
-            otherwise = ir.Constant(self.vector, [0.0] * self.lanes)
-        name = f"llvm.masked.gather.v{self.lanes}f32.v{self.lanes}p0"
-        return self.call(name, self.vector, [addresses, I32(4), mask, otherwise])
+        otherwise = ir.Constant(self._stored, [otherwise] * self.lanes)
+        name = f"llvm.masked.gather.v{self.lanes}{_suffix(self._element)}.v{self.lanes}p0"
+        return self._computed(
+            self.call(name, self._stored, [addresses, I32(self.element_bytes), mask, otherwise])
+        )
 
     # ---- calls
 
@@ -202,7 +281,8 @@ class Function:
         return self.b.call(callee, arguments)
 
     def intrinsic(self, name: str, type_: Value, arguments: Sequence[Value]) -> Value:
-        suffix = f"v{type_.count}f32" if isinstance(type_, ir.VectorType) else "f32"
+        is_vector = isinstance(type_, ir.VectorType)
+        suffix = f"v{type_.count}{_suffix(type_.element)}" if is_vector else _suffix(type_)
         return self.call(f"llvm.{name}.{suffix}", type_, arguments)
 
     def prefetch(self, pointer: Value, offset: int, locality: int = 3) -> None:

@@ -42,7 +42,7 @@ BLOCK = Record(
         "stage", "n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel",
     )
 )  # fmt: skip
-"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs).
+"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs of four bytes each).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
@@ -104,9 +104,9 @@ class ConvKernel:
         """The IR module of this kernel and the name of its entry."""
         return _Generator(self, isa).module()
 
-    def scratch_bytes(self, n_channels: int, lanes: int) -> int:
+    def scratch_bytes(self, n_channels: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs."""
-        return BUFFER_BYTES + n_channels * self.tile * lanes * 4 + 256
+        return BUFFER_BYTES + n_channels * self.tile * isa.width + 256
 
 
 def unroll(tile: int) -> int:
@@ -122,8 +122,10 @@ def unroll(tile: int) -> int:
 def dense_rows(tile: int, isa: Isa) -> int:
     """The largest R for which R x T sums, the smaller of R and T operands and one more value stay in registers."""
     best = 1
+    # On NEON LLVM loads several float16 ahead of their turn.
+    more = 5 if isa.width == 16 and isa.precision == "fp16" else 1
     for rows in range(1, 17):
-        if rows * tile + min(rows, tile) + 1 <= isa.registers:
+        if rows * tile + min(rows, tile) + more <= isa.registers:
             best = rows
     return best
 
@@ -132,7 +134,7 @@ class _Generator:
     def __init__(self, kernel: ConvKernel, isa: Isa) -> None:
         self.k, self.isa = kernel, isa
         self.ir = ir.Module("convolution")
-        self.width = 4 * isa.lanes
+        self.width = isa.width
         self.row_bytes = self.width * kernel.tile
         self.packed = kernel.reach != "direct"
 
@@ -151,17 +153,17 @@ class _Generator:
 
     def _inner(self, name: str) -> Function:
         """An inner kernel: (block, operands, sums, bias, out, out_plane, residual, residual_plane, mask, low, high)."""
-        f = Function(
-            self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa.lanes
-        )
+        f = Function(self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa)
         f.native.linkage = "internal"
         # The output is not among them: it may be where the residual is.
         for argument in (0, 1, 2, 3, 8):
             f.native.args[argument].add_attribute("noalias")
         return f
 
-    def _vectors(self, f: Function, pointer: Value, align: int, count: int | None = None) -> list[Value]:
-        return [f.load(pointer, f.vector, self.width * i, align) for i in range(count or self.k.tile)]
+    def _vectors(
+        self, f: Function, pointer: Value, align: int | None, count: int | None = None
+    ) -> list[Value]:
+        return [f.read(pointer, self.width * i, align) for i in range(count or self.k.tile)]
 
     def _compact(self, f: Function, plane: list[Value]) -> list[Value]:
         """The pixels of a plane without the gaps between its rows."""
@@ -196,11 +198,9 @@ class _Generator:
         if not activation:
             sums = [f.clamp(s, low, high) for s in sums]
         if self.k.masked:
-            sums = [
-                f.keep(s, f.load(mask, f.int_vector, self.width * i, self.width)) for i, s in enumerate(sums)
-            ]
+            sums = [f.keep(s, f.read_mask(mask, self.width * i)) for i, s in enumerate(sums)]
         for i, s in enumerate(sums):
-            f.store(s, to, self.width * i, self.width)
+            f.write(s, to, self.width * i, self.width)
 
     def _is(self, f: Function, stage: int) -> Value:
         """Whether this block is the first, or the last, of its part. The same for all rows, so that the branch costs next to nothing."""
@@ -212,7 +212,7 @@ class _Generator:
         _, _, sums, bias, *_ = f.arguments
 
         def from_bias() -> list[Value]:
-            values = [f.splat(f.load(f.at(bias, f.b.mul(c, I64(4))), F32)) for c in channels]
+            values = [f.weight(bias, f.b.mul(c, I64(4))) for c in channels]
             return [value for value in values for _ in range(self.k.tile)]
 
         def from_sums() -> list[Value]:
@@ -228,14 +228,14 @@ class _Generator:
         mine = [totals[i * tile : (i + 1) * tile] for i in range(len(channels))]
         with f.b.if_else(is_last) as (yes, no):
             with yes:
-                low, high = f.splat(low), f.splat(high)
+                low, high = f.splat_float(low), f.splat_float(high)
                 for channel, values in zip(channels, mine, strict=True):
                     self._finish(f, values, channel, low, high)
             with no:
                 for channel, values in zip(channels, mine, strict=True):
                     to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
                     for i, value in enumerate(values):
-                        f.store(value, to, self.width * i, self.width)
+                        f.write(value, to, self.width * i, self.width)
 
     # ---- sparse
 
@@ -244,7 +244,7 @@ class _Generator:
         f, k = self._inner(name), self.k
         b = f.b
         block, operands = f.arguments[:2]
-        align = self.width if self.packed or k.aligned else 4
+        align = self.width if self.packed or k.aligned else None
         groups, rows, entries = (f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "entries"))
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
 
@@ -256,17 +256,17 @@ class _Generator:
                 f.prefetch(entry, _WEIGHT_PREFETCH_BYTES + line)
             channel = b.sext(f.load(row, I32), I64)
             start = self._start(f, is_first, [channel])
-            zeros = [ir.Constant(f.vector, [0.0] * f.lanes)] * (k.tile * (k.unroll - 1))
+            zeros = [f.constant(0.0)] * (k.tile * (k.unroll - 1))
 
             def nonzeros(_: Value, entry: Value, *carried: Value) -> list[Value]:
                 new, offsets, sets = [], list(carried[:OFFSETS_AHEAD]), carried[OFFSETS_AHEAD:]
                 offsets += [offset_of(entry, OFFSETS_AHEAD + u) for u in range(k.unroll)]
                 for u in range(k.unroll):
-                    weight = f.splat(f.load(entry, F32, 8 * u + 4))
+                    weight = f.weight(entry, 8 * u + 4)
                     pointer = f.opaque(f.at(operands, offsets[u]))
                     for i in range(k.tile):
                         total = sets[u * k.tile + i]
-                        new.append(f.fma(weight, f.load(pointer, f.vector, self.width * i, align), total))
+                        new.append(f.fma(weight, f.read(pointer, self.width * i, align), total))
                 return [f.at(entry, 8 * k.unroll), *offsets[k.unroll :], *new]
 
             entry, *carried = f.loop(count, nonzeros, [entry, *ahead, *start, *zeros])
@@ -300,7 +300,7 @@ class _Generator:
         b = f.b
         block, operands = f.arguments[:2]
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
-        align = self.width if self.packed or k.aligned else 4
+        align = self.width if self.packed or k.aligned else None
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "entries", PTR)
         tile = k.tile
@@ -323,10 +323,10 @@ class _Generator:
                 pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
 
                 def load_x(i: int) -> Value:
-                    return f.load(pointer, f.vector, self.width * i, align)
+                    return f.read(pointer, self.width * i, align)
 
                 def load_w(r: int) -> Value:
-                    return f.splat(f.load(weight, F32, 4 * r))
+                    return f.weight(weight, 4 * r)
 
                 # Hold the smaller of the two sets of operands in registers, stream the other.
                 if n_rows <= tile:
@@ -359,12 +359,12 @@ class _Generator:
 
         def shifted(_: Value, source: Value, to: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
-            for i, value in enumerate(self._vectors(f, pointer, 4)):
-                f.store(value, to, self.width * i, self.width)
+            for i, value in enumerate(self._vectors(f, pointer, None)):
+                f.write(value, to, self.width * i, self.width)
             extra = f.load(source, I64, 8, 8)
 
             def one_more(_: Value, pointer: Value, to: Value) -> list[Value]:
-                f.store(f.load(pointer, f.vector), to, 0, self.width)
+                f.write(f.read(pointer), to, 0, self.width)
                 return [f.at(pointer, self.width), f.at(to, self.width)]
 
             _, to = f.loop(extra, one_more, [f.at(pointer, self.row_bytes), f.at(to, self.row_bytes)])
@@ -372,8 +372,8 @@ class _Generator:
 
         def compacted(_: Value, source: Value, to: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
-            for i, value in enumerate(self._compact(f, self._vectors(f, pointer, 4, self.k.plane))):
-                f.store(value, to, self.width * i, self.width)
+            for i, value in enumerate(self._compact(f, self._vectors(f, pointer, None, self.k.plane))):
+                f.write(value, to, self.width * i, self.width)
             return [f.at(source, 16), f.at(to, self.row_bytes)]
 
         body = shifted if self.k.reach == "shift" else compacted
@@ -381,7 +381,7 @@ class _Generator:
 
     def _job(self, inner: list[str]) -> None:
         k = self.k
-        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa.lanes)
+        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa)
         b, (args, job, scratch) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:

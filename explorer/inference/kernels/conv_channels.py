@@ -65,13 +65,13 @@ class ConvChannelsKernel:
         """The IR module of this kernel and the name of its entry."""
         return _Generator(self, isa).module()
 
-    def sums_bytes(self, lanes: int) -> int:
+    def sums_bytes(self, isa: Isa) -> int:
         """Bytes of the sums of one tile and group."""
-        return 4 * self.pixels * self.vectors * lanes
+        return isa.width * self.pixels * self.vectors
 
-    def turned_bytes(self, lanes: int) -> int:
+    def turned_bytes(self, isa: Isa) -> int:
         """Bytes of one tile and group with pixels in the lanes."""
-        return 4 * self.vectors * lanes * _pixel_vectors(self.pixels, lanes) * lanes
+        return isa.width * self.vectors * isa.lanes * _pixel_vectors(self.pixels, isa.lanes)
 
 
 def _pixel_vectors(pixels: int, lanes: int) -> int:
@@ -82,7 +82,7 @@ class _Generator:
     def __init__(self, kernel: ConvChannelsKernel, isa: Isa) -> None:
         self.k, self.isa = kernel, isa
         self.ir = ir.Module("convolution")
-        self.width = 4 * isa.lanes
+        self.width = isa.width
         self.n_pixel_vectors = _pixel_vectors(kernel.pixels, isa.lanes)
 
     def module(self) -> tuple[Value, str]:
@@ -98,9 +98,7 @@ class _Generator:
         `soon`: what to fetch meanwhile, `pace` bytes further in each step: the weights of the next group.
         """
         k, width = self.k, self.width
-        f = Function(
-            self.ir, "tile", VOID, [I64, PTR, PTR, PTR, I1, PTR, PTR, I1, PTR, PTR, I64], self.isa.lanes
-        )
+        f = Function(self.ir, "tile", VOID, [I64, PTR, PTR, PTR, I1, PTR, PTR, I1, PTR, PTR, I64], self.isa)
         f.native.linkage = "internal"
         depth, offsets, weights, x, is_first, bias, sums, is_last, turned, soon, pace = f.arguments
         for argument in (offsets, weights, x, bias, sums, turned):
@@ -108,17 +106,17 @@ class _Generator:
         places = [width * i for i in range(k.pixels * k.vectors)]
 
         def from_bias() -> list[Value]:
-            return [f.load(bias, f.vector, width * r, width) for r in range(k.vectors)] * k.pixels
+            return [f.read(bias, width * r, width) for r in range(k.vectors)] * k.pixels
 
         def from_sums() -> list[Value]:
-            return [f.load(sums, f.vector, place, width) for place in places]
+            return [f.read(sums, place, width) for place in places]
 
         def step(_: Value, offset: Value, weight: Value, soon: Value, *totals: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.b.sext(f.load(offset, I32), I64)))
-            held = [f.load(weight, f.vector, width * r, width) for r in range(k.vectors)]
+            held = [f.read(weight, width * r, width) for r in range(k.vectors)]
             new = []
             for p in range(k.pixels):
-                pixel = f.splat(f.load(pointer, F32, 4 * p))
+                pixel = f.read_one(pointer, f.element_bytes * p)
                 new += [
                     f.fma(pixel, w, total)
                     for w, total in zip(held, totals[p * k.vectors : (p + 1) * k.vectors], strict=True)
@@ -133,38 +131,38 @@ class _Generator:
                 self._turn(f, totals, turned)
             with no:
                 for total, place in zip(totals, places, strict=True):
-                    f.store(total, sums, place, width)
+                    f.write(total, sums, place, width)
         f.b.ret_void()
 
     def _turn(self, f: Function, totals: list[Value], turned: Value) -> None:
         """Store the sums [pixel][channel] as [channel][pixel], each channel's pixels in whole vectors."""
         k, width, lanes = self.k, self.width, self.isa.lanes
-        zero = ir.Constant(f.vector, [0.0] * lanes)
+        zero = f.constant(0.0)
         for r in range(k.vectors):
             for v in range(self.n_pixel_vectors):
                 square = [totals[p * k.vectors + r] for p in range(k.pixels)[v * lanes : (v + 1) * lanes]]
                 columns = f.transpose([*square, *[zero] * (lanes - len(square))])
                 for lane, column in enumerate(columns):
                     row = r * lanes + lane
-                    f.store(column, turned, width * (row * self.n_pixel_vectors + v), width)
+                    f.write(column, turned, width * (row * self.n_pixel_vectors + v), width)
 
     def _finish(self) -> None:
         """The epilogue of one tile and group: (turned, channels, out, out_plane, residual, residual_plane, low, high); `channels`: how many of the group exist."""
         k, width, lanes = self.k, self.width, self.isa.lanes
-        f = Function(self.ir, "finish", VOID, [PTR, I64, PTR, I64, PTR, I64, F32, F32], lanes)
+        f = Function(self.ir, "finish", VOID, [PTR, I64, PTR, I64, PTR, I64, F32, F32], self.isa)
         f.native.linkage = "internal"
         turned, channels, out, out_plane, residual, residual_plane, low, high = f.arguments
-        low, high = f.splat(low), f.splat(high)
+        low, high = f.splat_float(low), f.splat_float(high)
 
         def one_channel(_: Value, values: Value, to: Value, added: Value) -> list[Value]:
             for v in range(self.n_pixel_vectors):
-                value = f.load(values, f.vector, width * v, width)
+                value = f.read(values, width * v, width)
                 if k.residual:
-                    value = f.b.fadd(value, f.load(added, f.vector, width * v))
+                    value = f.b.fadd(value, f.read(added, width * v))
                 value = apply(k.activation, f, value) if k.activation else f.clamp(value, low, high)
                 count = min(lanes, k.pixels - v * lanes)
                 if count == lanes:
-                    f.store(value, to, width * v)
+                    f.write(value, to, width * v)
                 else:
                     f.store_first(count, value, to, width * v)
             return [
@@ -178,7 +176,7 @@ class _Generator:
 
     def _job(self) -> None:
         k, width, lanes = self.k, self.width, self.isa.lanes
-        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], lanes)
+        f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa)
         b, (args, job, scratch) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
@@ -202,7 +200,7 @@ class _Generator:
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         out_plane, residual_plane, channels = field("out_plane"), field("residual_plane"), field("channels")
         tile_bytes = width * k.pixels * k.vectors
-        turned, all_sums = scratch, f.at(scratch, k.turned_bytes(lanes))
+        turned, all_sums = scratch, f.at(scratch, k.turned_bytes(self.isa))
 
         def one_block(index: Value) -> None:
             block = f.row(blocks, BLOCK, index)
@@ -219,7 +217,7 @@ class _Generator:
                 mine = f.at(weights, b.mul(group, group_bytes))
                 channel = b.mul(group, I64(k.vectors * lanes))
                 left = f.minimum(b.sub(channels, channel), I64(k.vectors * lanes))
-                mine_bias = f.at(bias, b.mul(channel, I64(4)))
+                mine_bias = f.at(bias, b.mul(channel, I64(f.element_bytes)))
 
                 def one_tile(t: Value) -> None:
                     at = b.sext(f.load(f.at(positions, b.mul(t, I64(4))), I32), I64)

@@ -24,8 +24,8 @@ class CopyPlanesKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("copy_planes")
-        f = Function(module, "copy_planes", VOID, [PTR, I64, PTR], isa.lanes)
-        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+        f = Function(module, "copy_planes", VOID, [PTR, I64, PTR], isa)
+        b, (args, job, _), width = f.b, f.arguments, f.width
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -42,7 +42,7 @@ class CopyPlanesKernel:
 
             def one_vector(i: Value) -> None:
                 at = b.mul(i, I64(width))
-                f.store(f.load(f.at(source, at), f.vector, 0, width), f.at(target, at), 0, width)
+                f.write(f.read(f.at(source, at), 0, width), f.at(target, at), 0, width)
 
             f.loop(vectors, one_vector)
 

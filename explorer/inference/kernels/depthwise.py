@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply
-from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
@@ -30,8 +30,8 @@ ARGUMENTS = Record(
         "weights", "bias", "mask", "rows", "vectors", "x_row", "out_row",
     )
 )  # fmt: skip
-"""`weights`: (channels, taps) float32. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_row`, `out_row`: bytes
-from what one row needs to what the next needs. `mask`: one int32 per element of a row."""
+"""`weights`: (channels, taps), and `bias`: (channels,), as `Function.weight` reads them. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_row`, `out_row`: bytes
+from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide."""
 
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
@@ -73,9 +73,9 @@ class DepthwiseKernel:
 
 class _Generator:
     def __init__(self, kernel: DepthwiseKernel, isa: Isa) -> None:
-        self.k, self.lanes, self.width = kernel, isa.lanes, 4 * isa.lanes
+        self.k, self.width = kernel, isa.width
         self.ir = ir.Module("depthwise")
-        self.f = Function(self.ir, "depthwise", VOID, [PTR, I64, PTR], isa.lanes)
+        self.f = Function(self.ir, "depthwise", VOID, [PTR, I64, PTR], isa)
         self.columns = sorted(kernel.shifts)
         # Sums are formed so far to the right that each is only ever read from the left: of vectors that are known already.
         self.ahead = max(0, *kernel.shifts.values())
@@ -92,7 +92,7 @@ class _Generator:
         image, first, last = channels_of(f, field, job)
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
-        self.low, self.high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
+        self.low, self.high = (f.splat_float(f.to_float(field(n))) for n in ("low", "high"))
         self.mask, vectors = field("mask", PTR), field("vectors")
         weights, bias = field("weights", PTR), field("bias", PTR)
         rows, x_row, out_row = field("rows"), field("x_row"), field("out_row")
@@ -102,17 +102,17 @@ class _Generator:
             plane = f.at(x, b.mul(channel, field("x_plane")))
             to = f.at(out, b.mul(channel, field("out_plane")))
             mine = f.at(weights, b.mul(channel, I64(4 * taps)))
-            self.bias = f.splat(f.load(f.at(bias, b.mul(channel, I64(4))), F32))
-            held = [f.splat(f.load(mine, F32, 4 * i)) for i in range(taps)] if taps <= _HELD_WEIGHTS else None
+            self.bias = f.weight(f.at(bias, b.mul(channel, I64(4))))
+            held = [f.weight(mine, 4 * i) for i in range(taps)] if taps <= _HELD_WEIGHTS else None
 
             def weight(i: int) -> Value:
-                return held[i] if held else f.splat(f.load(mine, F32, 4 * i))
+                return held[i] if held else f.weight(mine, 4 * i)
 
             self.weight = weight
             f.loop(
                 rows,
                 lambda _, source, to: self._row(source, to, vectors, x_row, out_row),
-                [f.at(plane, 4 * self.k.stride * self.ahead), to],
+                [f.at(plane, f.element_bytes * self.k.stride * self.ahead), to],
             )
 
         f.loop(last, one_channel, start=first)
@@ -122,7 +122,7 @@ class _Generator:
     def _row(self, source: Value, to: Value, vectors: Value, x_row: Value, out_row: Value) -> list[Value]:
         f = self.f
         # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
-        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        zero = f.constant(0.0)
         most = max(self.kept.values())
         before: list[dict[int, Value]] = []
         for i in range(-most, 0):
@@ -155,7 +155,8 @@ class _Generator:
         rows = sorted({row for row, _ in k.taps})
         sums: dict[int, Value] = {}
         for row in rows:
-            loaded = [f.load(pixels, f.vector, 4 * row * k.pitch + self.width * i) for i in range(k.stride)]
+            at = f.element_bytes * row * k.pitch
+            loaded = [f.read(pixels, at + self.width * i) for i in range(k.stride)]
             phases = {
                 s: f.pick(loaded, [s + k.stride * lane for lane in range(f.lanes)], 1)[0]
                 if k.stride > 1
@@ -173,8 +174,8 @@ class _Generator:
         total = apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high)
         at = f.b.mul(i, I64(self.width))
         if k.masked:
-            total = f.keep(total, f.load(f.at(self.mask, at), f.int_vector, 0, self.width))
-        f.store(total, f.at(to, at))
+            total = f.keep(total, f.read_mask(f.at(self.mask, at)))
+        f.write(total, f.at(to, at))
 
 
 def reference(

@@ -54,9 +54,9 @@ def _add(f: Function, pointer: Value, amount: int) -> Value:
     return f.b.atomic_rmw("add", pointer, I64(amount), "seq_cst")
 
 
-def _work(module: Value, lanes: int) -> Value:
+def _work(module: Value, isa: Isa) -> Value:
     """work(state, scratch, me): take part in the run that is on."""
-    f = Function(module, "work", VOID, [PTR, PTR, I64], lanes)
+    f = Function(module, "work", VOID, [PTR, PTR, I64], isa)
     f.native.linkage = "internal"
     b, (state, scratch, me) = f.b, f.arguments
 
@@ -107,8 +107,8 @@ def _work(module: Value, lanes: int) -> Value:
     return f.native
 
 
-def _run(module: Value, work: Value, lanes: int) -> None:
-    f = Function(module, "run", VOID, [PTR, PTR], lanes)
+def _run(module: Value, work: Value, isa: Isa) -> None:
+    f = Function(module, "run", VOID, [PTR, PTR], isa)
     b, (state, scratch) = f.b, f.arguments
 
     def get(name: str, type_: Value = I64) -> Value:
@@ -148,8 +148,8 @@ def _run(module: Value, work: Value, lanes: int) -> None:
     b.ret_void()
 
 
-def _help(module: Value, work: Value, lanes: int) -> None:
-    f = Function(module, "help", VOID, [PTR, PTR, I64], lanes)
+def _help(module: Value, work: Value, isa: Isa) -> None:
+    f = Function(module, "help", VOID, [PTR, PTR, I64], isa)
     b, (state, scratch, me) = f.b, f.arguments
     gate, active, stop = (f.field(state, STATE, n, PTR) for n in ("gate", "active", "stop"))
     spin = f.field(state, STATE, "spin")
@@ -177,8 +177,8 @@ def _help(module: Value, work: Value, lanes: int) -> None:
     b.ret_void()
 
 
-def _clock(module: Value, lanes: int) -> None:
-    f = Function(module, "clock", I64, [], lanes)
+def _clock(module: Value, isa: Isa) -> None:
+    f = Function(module, "clock", I64, [], isa)
     f.b.ret(_cycles(f))
 
 
@@ -186,8 +186,8 @@ def build(entry: str, isa: Isa) -> tuple[Value, str]:
     """The IR module with `entry`: "run", "help" or "clock"."""
     module = ir.Module("driver")
     if entry == "clock":
-        _clock(module, isa.lanes)
+        _clock(module, isa)
         return module, entry
-    work = _work(module, isa.lanes)
-    (_run if entry == "run" else _help)(module, work, isa.lanes)
+    work = _work(module, isa)
+    (_run if entry == "run" else _help)(module, work, isa)
     return module, entry

@@ -1,4 +1,4 @@
-"""From planes to vectors: the pixels of an image, channel after channel and row after row, without the gaps."""
+"""From planes to vectors (of float32): the pixels of an image, channel after channel and row after row, without the gaps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class FlattenKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("flatten")
-        f = Function(module, "flatten", VOID, [PTR, I64, PTR], isa.lanes)
-        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+        f = Function(module, "flatten", VOID, [PTR, I64, PTR], isa, wide=True)
+        b, (args, job, _), width = f.b, f.arguments, 4 * f.lanes
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)

@@ -25,7 +25,7 @@ ARGUMENTS = Record(
     )
 )  # fmt: skip
 """`weight` and `bias`: one float32 per feature. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit
-evenly. `mask`: one int32 per token."""
+evenly. `mask`: one integer per token, as wide as a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class LayerNormKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("layer_norm")
-        f = Function(module, "layer_norm", VOID, [PTR, I64, PTR], isa.lanes)
-        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+        f = Function(module, "layer_norm", VOID, [PTR, I64, PTR], isa, wide=True)
+        b, (args, job, _), width = f.b, f.arguments, f.width
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -56,10 +56,10 @@ class LayerNormKernel:
         x, out = f.at(field("x", PTR), position), f.at(field("out", PTR), position)
         x_plane, out_plane, features = field("x_plane"), field("out_plane"), field("features")
         one_over, epsilon = (f.splat(f.to_float(field(n))) for n in ("one_over_features", "epsilon"))
-        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        zero, one = f.constant(0.0), f.constant(1.0)
 
         def vectors(pointer: Value) -> list[Value]:
-            return [f.load(pointer, f.vector, width * i, width) for i in range(self.tile)]
+            return [f.read(pointer, width * i, width) for i in range(self.tile)]
 
         def add(_: Value, pointer: Value, *sums: Value) -> list[Value]:
             new = [b.fadd(s, v) for s, v in zip(sums, vectors(pointer), strict=True)]
@@ -73,7 +73,6 @@ class LayerNormKernel:
             return [f.at(pointer, x_plane), *(f.fma(d, d, s) for d, s in zip(apart, sums, strict=True))]
 
         _, *squares = f.loop(features, add_square, [x, *[zero] * self.tile])
-        one = ir.Constant(f.vector, [1.0] * f.lanes)
         gains = []
         for square in squares:
             variance = b.fadd(b.fmul(square, one_over), epsilon)
@@ -86,8 +85,8 @@ class LayerNormKernel:
             for k, (value, mean, gain) in enumerate(zip(vectors(pointer), means, gains, strict=True)):
                 value = f.fma(b.fmul(b.fsub(value, mean), gain), scale, shift)
                 if self.masked:
-                    value = f.keep(value, f.load(mask, f.int_vector, width * k, width))
-                f.store(value, to, width * k, width)
+                    value = f.keep(value, f.read_mask(mask, width * k))
+                f.write(value, to, width * k, width)
             return [f.at(pointer, x_plane), f.at(to, out_plane)]
 
         f.loop(features, write, [x, out])

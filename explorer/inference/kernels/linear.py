@@ -34,7 +34,7 @@ class LinearKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("linear")
-        f = Function(module, "linear", VOID, [PTR, I64, PTR], isa.lanes)
+        f = Function(module, "linear", VOID, [PTR, I64, PTR], isa)
         b, (args, job, _) = f.b, f.arguments
         jobs = f.field(args, ARGUMENTS, "jobs")
         image, piece = b.sdiv(job, jobs), b.srem(job, jobs)

@@ -66,16 +66,16 @@ class MaxPoolKernel:
         last = (out - lanes) * stride - self.padding[1] + self.size[1] - 1 + stride * lanes
         return -(-(self._left(lanes) + max(last, self.columns)) // lanes) + 1
 
-    def scratch_bytes(self, lanes: int) -> int:
+    def scratch_bytes(self, isa: Isa) -> int:
         """Bytes of scratch that a job needs."""
-        return 4 * lanes * self._line_vectors(lanes)
+        return isa.width * self._line_vectors(isa.lanes)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("max_pool")
-        f = Function(module, "max_pool", VOID, [PTR, I64, PTR], isa.lanes)
+        f = Function(module, "max_pool", VOID, [PTR, I64, PTR], isa)
         b, (args, job, scratch) = f.b, f.arguments
-        width, lanes = 4 * f.lanes, f.lanes
+        width, lanes = f.width, f.lanes
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -83,23 +83,25 @@ class MaxPoolKernel:
         image, first, last = channels_of(f, field, job)
         x = f.at(field("x", PTR), b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
-        low, high = (f.splat(f.to_float(field(n))) for n in ("low", "high"))
-        zero, lowest = (ir.Constant(f.vector, [v] * lanes) for v in (0.0, float("-inf")))
-        line = f.at(scratch, 4 * self._left(lanes))
+        low, high = (f.splat_float(f.to_float(field(n))) for n in ("low", "high"))
+        zero, lowest = (f.constant(v) for v in (0.0, float("-inf")))
+        line = f.at(scratch, f.element_bytes * self._left(lanes))
         for i in range(self._line_vectors(lanes)):
-            f.store(lowest, scratch, width * i, width)
+            f.write(lowest, scratch, width * i, width)
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
             to = f.at(out, b.mul(channel, field("out_plane")))
-            f.store(zero, to, width * (self.out_vectors - 1))
+            f.write(zero, to, width * (self.out_vectors - 1))
 
             def one_row(row: Value) -> None:
                 top = b.sub(b.mul(row, I64(self.stride[0])), I64(self.padding[0]))
                 start = b.select(b.icmp_signed("<", top, I64(0)), I64(0), top)
                 stop = f.minimum(b.add(top, I64(self.size[0])), I64(self.rows))
                 self._fill_line(f, plane, line, lowest, start, stop)
-                self._read_line(f, line, f.at(to, b.mul(row, I64(4 * self.out_pitch))), low, high)
+                self._read_line(
+                    f, line, f.at(to, b.mul(row, I64(f.element_bytes * self.out_pitch))), low, high
+                )
 
             f.loop(I64(self.out_rows), one_row)
 
@@ -111,19 +113,19 @@ class MaxPoolKernel:
         self, f: Function, plane: Value, line: Value, lowest: Value, start: Value, stop: Value
     ) -> None:
         """The maximum of rows [start, stop) of the plane, to the line."""
-        b, width = f.b, 4 * f.lanes
-        row_bytes = I64(4 * self.pitch)
+        b, width = f.b, f.width
+        row_bytes = I64(f.element_bytes * self.pitch)
 
         def maximum(offset: Value) -> Value:
             def one_row(_: Value, pointer: Value, total: Value) -> list[Value]:
-                return [f.at(pointer, row_bytes), _larger(f, f.load(pointer, f.vector), total)]
+                return [f.at(pointer, row_bytes), _larger(f, f.read(pointer), total)]
 
             pointer = f.at(f.at(plane, b.mul(start, row_bytes)), offset)
             return f.loop(stop, one_row, [pointer, lowest], start=start)[1]
 
         def one_vector(i: Value) -> None:
             at = b.mul(i, I64(width))
-            f.store(maximum(at), f.at(line, at), 0, width)
+            f.write(maximum(at), f.at(line, at), 0, width)
 
         whole, rest = divmod(self.columns, f.lanes)
         f.loop(I64(whole), one_vector)
@@ -132,32 +134,34 @@ class MaxPoolKernel:
                 ir.VectorType(ir.IntType(1), f.lanes), [int(i < rest) for i in range(f.lanes)]
             )
             value = b.select(inside, maximum(I64(whole * width)), lowest)
-            f.store(value, line, whole * width, width)
+            f.write(value, line, whole * width, width)
 
     def _read_line(self, f: Function, line: Value, to: Value, low: Value, high: Value) -> None:
         """The maximum over the window's columns, to one output row and the gap after it."""
-        b, width, stride = f.b, 4 * f.lanes, self.stride[1]
+        b, width, stride = f.b, f.width, self.stride[1]
 
         def maximum(at: Value) -> Value:
             total = None
             for column in range(self.size[1]):
-                pointer = f.at(f.at(line, b.mul(at, I64(stride))), 4 * (column - self.padding[1]))
-                vectors = [f.load(pointer, f.vector, width * i) for i in range(stride)]
+                pointer = f.at(
+                    f.at(line, b.mul(at, I64(stride))), f.element_bytes * (column - self.padding[1])
+                )
+                vectors = [f.read(pointer, width * i) for i in range(stride)]
                 (value,) = f.pick(vectors, range(0, stride * f.lanes, stride), 1) if stride > 1 else vectors
                 total = value if total is None else _larger(f, value, total)
             return f.clamp(total, low, high)
 
         def one_vector(i: Value) -> None:
             at = b.mul(i, I64(width))
-            f.store(maximum(at), f.at(to, at))
+            f.write(maximum(at), f.at(to, at))
 
         whole, rest = divmod(self.out_columns, f.lanes)
         f.loop(I64(whole), one_vector)
         if rest:
-            mask = ir.Constant(f.int_vector, [-int(i < rest) for i in range(f.lanes)])
-            f.store(f.keep(maximum(I64(whole * width)), mask), to, whole * width)
+            mask = ir.Constant(f.mask_type, [-int(i < rest) for i in range(f.lanes)])
+            f.write(f.keep(maximum(I64(whole * width)), mask), to, whole * width)
         for i in range(whole + bool(rest), -(-self.out_pitch // f.lanes)):
-            f.store(ir.Constant(f.vector, [0.0] * f.lanes), to, i * width)
+            f.write(f.constant(0.0), to, i * width)
 
 
 def _larger(f: Function, value: Value, total: Value) -> Value:

@@ -31,23 +31,23 @@ class PeakKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("peak")
-        f = Function(module, "peak", VOID, [PTR, I64], isa.lanes)
-        b, (buffer, rounds), width = f.b, f.arguments, 4 * isa.lanes
-        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        f = Function(module, "peak", VOID, [PTR, I64], isa)
+        b, (buffer, rounds), width = f.b, f.arguments, f.width
+        zero = f.constant(0.0)
         if self.kind == "fma":
             # Ordinary numbers: denormal ones would be slow. They come from memory, so that nothing is known of them beforehand.
-            x = f.load(buffer, f.vector, 0, width)
+            x = f.read(buffer, 0, width)
             total = f.loop(rounds, lambda _, *t: [f.fma(x, x, s) for s in t], [zero] * sums(isa))
         else:
 
             def four(i: Value, *totals: Value) -> list[Value]:
                 at = f.at(buffer, b.mul(i, I64(READ_VECTORS * width)))
-                return [b.fadd(t, f.load(at, f.vector, width * k, width)) for k, t in enumerate(totals)]
+                return [b.fadd(t, f.read(at, width * k, width)) for k, t in enumerate(totals)]
 
             total = f.loop(rounds, four, [zero] * READ_VECTORS)
         result = total[0]
         for one in total[1:]:
             result = b.fadd(result, one)
-        f.store(result, buffer, width, width)
+        f.write(result, buffer, width, width)
         b.ret_void()
         return module, "peak"

@@ -23,7 +23,7 @@ ARGUMENTS = Record(
         "jobs", "channels", "channels_per_job", "vectors", "scale", "shift", "mask",
     )
 )  # fmt: skip
-"""`scale` and `shift`: one float32 per channel. `mask`: one int32 per element of a plane."""
+"""`scale` and `shift`: one float32 per channel. `mask`: one integer per element of a plane, as wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class PointwiseKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("pointwise")
-        f = Function(module, "pointwise", VOID, [PTR, I64, PTR], isa.lanes)
-        b, (args, job, _), width = f.b, f.arguments, 4 * isa.lanes
+        f = Function(module, "pointwise", VOID, [PTR, I64, PTR], isa, wide=True)
+        b, (args, job, _), width = f.b, f.arguments, f.width
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -81,7 +81,7 @@ class PointwiseKernel:
                 at = b.mul(i, I64(width))
 
                 def operand(name: str, pointer: Value) -> Value:
-                    return same[name] if name in same else f.load(f.at(pointer, at), f.vector, 0, width)
+                    return same[name] if name in same else f.read(f.at(pointer, at), 0, width)
 
                 value = operand("x", planes["x"])
                 if self.operand:
@@ -91,8 +91,8 @@ class PointwiseKernel:
                     value = f.fma(value, *(operand(n, t) for n, t in tables.items()))
                 value = apply(self.activation, f, value) if self.activation else f.clamp(value, low, high)
                 if self.masked:
-                    value = f.keep(value, f.load(f.at(mask, at), f.int_vector, 0, width))
-                f.store(value, f.at(planes["out"], at), 0, width)
+                    value = f.keep(value, f.read_mask(f.at(mask, at)))
+                f.write(value, f.at(planes["out"], at), 0, width)
 
             f.loop(field("vectors"), one_vector)
 

@@ -23,7 +23,7 @@ ARGUMENTS = Record(
         "n_taps", "table", "table_tap", "mask", "scale",
     )
 )  # fmt: skip
-"""`scale`: one float32 per output pixel (average), or one float32 (whole plane)."""
+"""`scale`: one float32 per output pixel (average), or one float32 (whole plane, whose average is a float32 too)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PoolKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("pool")
-        f = Function(module, "pool", VOID, [PTR, I64, PTR], isa.lanes)
+        f = Function(module, "pool", VOID, [PTR, I64, PTR], isa, wide=True)
         b, (args, job, _) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
@@ -57,10 +57,11 @@ class PoolKernel:
         return module, "pool"
 
     def _window(self, f: Function, field: Value, plane: Value, to: Value, low: Value, high: Value) -> None:
-        b, width = f.b, 4 * f.lanes
+        b, width = f.b, f.width
         maximum = self.kind == "max"
         low, high = f.splat(low), f.splat(high)
-        start = ir.Constant(f.vector, [float("-inf") if maximum else 0.0] * f.lanes)
+        lowest = float("-inf")
+        start = f.constant(lowest if maximum else 0.0)
         table, mask, step, n_taps = (
             field("table", PTR),
             field("mask", PTR),
@@ -69,13 +70,13 @@ class PoolKernel:
         )
 
         def one_vector(i: Value) -> None:
-            at = b.mul(i, I64(width))
+            at, at_word = b.mul(i, I64(width)), b.mul(i, I64(4 * f.lanes))
 
             def one_tap(_: Value, indices: Value, total: Value) -> list[Value]:
-                index = f.load(indices, f.int_vector, 0, width)
+                index = f.load(indices, f.int_vector)
                 if maximum:
                     inside = b.icmp_signed(">=", index, ir.Constant(f.int_vector, [0] * f.lanes))
-                    value = f.gather(plane, index, inside, start)
+                    value = f.gather(plane, index, inside, lowest)
                     # A NaN is taken, and then never given up, as in torch.
                     larger = b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value))
                     total = b.select(larger, value, total)
@@ -83,22 +84,21 @@ class PoolKernel:
                     total = b.fadd(total, f.gather(plane, index))
                 return [f.at(indices, step), total]
 
-            _, total = f.loop(n_taps, one_tap, [f.at(table, at), start])
+            _, total = f.loop(n_taps, one_tap, [f.at(table, at_word), start])
             if not maximum:
-                total = b.fmul(total, f.load(f.at(field("scale", PTR), at), f.vector, 0, width))
-            total = f.keep(f.clamp(total, low, high), f.load(f.at(mask, at), f.int_vector, 0, width))
-            f.store(total, f.at(to, at), 0, width)
+                total = b.fmul(total, f.load(f.at(field("scale", PTR), at_word), f.vector))
+            total = f.keep(f.clamp(total, low, high), f.read_mask(f.at(mask, at)))
+            f.write(total, f.at(to, at), 0, width)
 
         f.loop(field("vectors"), one_vector)
 
     def _plane(self, f: Function, field: Value, plane: Value, to: Value, low: Value, high: Value) -> None:
-        b, width = f.b, 4 * f.lanes
-        zero = ir.Constant(f.vector, [0.0] * f.lanes)
+        b, width = f.b, f.width
 
         def one_vector(i: Value, total: Value) -> list[Value]:
-            return [b.fadd(total, f.load(f.at(plane, b.mul(i, I64(width))), f.vector, 0, width))]
+            return [b.fadd(total, f.read(f.at(plane, b.mul(i, I64(width))), 0, width))]
 
-        (total,) = f.loop(field("vectors"), one_vector, [zero])
+        (total,) = f.loop(field("vectors"), one_vector, [f.constant(0.0)])
         y = f.sum_lanes(total)
         y = b.fmul(y, f.load(field("scale", PTR), F32))
         f.store(f.clamp(y, low, high), to)

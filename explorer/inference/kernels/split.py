@@ -31,7 +31,7 @@ ARGUMENTS = Record(
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
 
 Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
-of an output row, `chunks` the vectors that cover it, `mask` one int32 per column phase and element of them. Large strides: `table` holds
+of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Large strides: `table` holds
 indices (int32), `vectors` are those of a plane."""
 
 LARGEST_SHUFFLED = 4
@@ -56,7 +56,7 @@ class SplitKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("split")
-        f = Function(module, "split", VOID, [PTR, I64, PTR], isa.lanes)
+        f = Function(module, "split", VOID, [PTR, I64, PTR], isa)
         b, (args, job, _) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
@@ -85,22 +85,22 @@ class SplitKernel:
         return module, "split"
 
     def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
-        b, width, vectors = f.b, 4 * f.lanes, field("vectors")
+        b, width, vectors = f.b, f.width, field("vectors")
 
         def one_phase(plane: Value, phases: Value, phase: Value, indices: Value) -> list[Value]:
             to = f.at(phases, b.mul(phase, out_plane))
 
             def one_vector(i: Value, indices: Value) -> list[Value]:
-                value = f.gather(plane, f.load(indices, f.int_vector, 0, width))
-                f.store(value, f.at(to, b.mul(i, I64(width))), 0, width)
-                return [f.at(indices, width)]
+                value = f.gather(plane, f.load(indices, f.int_vector))
+                f.write(value, f.at(to, b.mul(i, I64(width))), 0, width)
+                return [f.at(indices, 4 * f.lanes)]
 
             return f.loop(vectors, one_vector, [indices])
 
         return one_phase
 
     def _shuffled(self, f: Function, field: Value, out_plane: Value) -> Value:
-        b, width, n = f.b, 4 * f.lanes, len(self.columns)
+        b, width, n = f.b, f.width, len(self.columns)
         rows, pitch, chunks, mask = field("rows"), field("pitch"), field("chunks"), field("mask", PTR)
         mask_row = b.mul(chunks, I64(width))
 
@@ -110,21 +110,19 @@ class SplitKernel:
             def one_row(y: Value, entry: Value) -> list[Value]:
                 offset, row = f.load(entry, I64, 0, 8), f.at(group, b.mul(y, pitch))
                 is_there = b.icmp_signed(">=", offset, I64(0))
-                keep = b.sext(is_there, f.int_vector.element)
+                keep = b.sext(is_there, f.mask_type.element)
                 source = f.at(plane, b.select(is_there, offset, I64(0)))
 
                 def one_chunk(c: Value) -> None:
                     at = b.mul(c, I64(width))
                     pixels = f.at(source, b.mul(at, I64(self.stride)))
-                    loaded = [f.load(pixels, f.vector, width * i) for i in range(self.stride)]
+                    loaded = [f.read(pixels, width * i) for i in range(self.stride)]
                     for k, column in enumerate(self.columns):
                         wanted = [column + self.stride * lane for lane in range(f.lanes)]
                         [value] = f.pick(loaded, wanted, 1)
-                        inside = f.load(
-                            f.at(mask, b.add(at, b.mul(I64(k), mask_row))), f.int_vector, 0, width
-                        )
+                        inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
-                        f.store(value, f.at(row, b.add(at, b.mul(I64(k), out_plane))))
+                        f.write(value, f.at(row, b.add(at, b.mul(I64(k), out_plane))))
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
