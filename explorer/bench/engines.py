@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from explorer.bench.foreign import FOREIGN, TIMEOUT_S, TOLERANCE, ForeignEngine, export
+from explorer.bench.foreign import FOREIGN, HALF_TOLERANCE, TIMEOUT_S, TOLERANCE, ForeignEngine, export
 from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
-from explorer.errors import EngineError
+from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compile as compile_module
 from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants, torch_threads
 from explorer.masks import magnitude_mask
 from explorer.models import LoadedModel, PrunableLayer
 
 SPARSE = "engine sparse"
+SPARSE_HALF = "engine sparse fp16"
 COMPILED = "torch compile"
 ALL = "every engine"
 
@@ -42,8 +43,8 @@ class EngineTiming:
     Attributes
     ----------
     contestant : str
-        "torch eager", "torch channels_last", "torch jit", "torch compile", "onnxruntime", "engine dense", "engine sparse", or one
-        of `explorer.bench.foreign.FOREIGN`.
+        "torch eager", "torch channels_last", "torch jit", "torch compile", "onnxruntime", "engine dense", "engine sparse", "engine
+        sparse fp16", or one of `explorer.bench.foreign.FOREIGN`.
     sparsity : float
         Fraction of zeros in each pruned layer, in [0, 1).
     benchmark : Benchmark
@@ -213,11 +214,16 @@ def time_engines(
                 contestants, absences, versions, module, example_input, threads, foreign, processes, timeout_s
             )
             contestants[SPARSE] = sparse
+            _add_half(contestants, absences, module, example_input, threads)
             _keep_right(contestants, absences, module, example_input, named)
         if contestants:
             timed = _timed(contestants, absences, threads, example_input.shape[0], seconds)
     after_ms = probe_ms(threads)
-    dense = timed.keys() - {SPARSE, *(name for name in named if not FOREIGN[name].is_dense_float32)}
+    dense = timed.keys() - {
+        SPARSE,
+        SPARSE_HALF,
+        *(name for name in named if not FOREIGN[name].is_dense_float32),
+    }
     best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
     return Comparison(
         tuple(
@@ -229,6 +235,26 @@ def time_engines(
         Probe(before_ms, after_ms),
         usable_cpus(),
     )
+
+
+def _add_half(
+    contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
+    module: nn.Module,
+    example_input: Tensor,
+    threads: int,
+) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EngineWarning)  # that this CPU cannot: said below
+            half = compile_module(module, example_input, threads=threads, precision="fp16")
+    except EngineError as error:
+        absences.append(Absence(SPARSE_HALF, _reason(error), failed=True))
+        return
+    if half.precision == "fp16":
+        contestants[SPARSE_HALF] = EngineCall(half, example_input)
+    else:
+        absences.append(Absence(SPARSE_HALF, "this CPU does not compute in float16", failed=False))
 
 
 def _add_torch_compile(
@@ -322,7 +348,8 @@ def _keep_right(
         expected = module(example_input)
         for name, call in list(contestants.items()):
             try:
-                _check_output(name, call(), expected, FOREIGN[name].tolerance if name in named else TOLERANCE)
+                usual = HALF_TOLERANCE if name == SPARSE_HALF else TOLERANCE
+                _check_output(name, call(), expected, FOREIGN[name].tolerance if name in named else usual)
             except EngineError as error:
                 absences.append(Absence(name, _reason(error), failed=True))
                 del contestants[name]

@@ -26,6 +26,7 @@ from explorer.errors import EngineError
 
 __all__ = [
     "FOREIGN",
+    "HALF_TOLERANCE",
     "TIMEOUT_S",
     "TOLERANCE",
     "Foreign",
@@ -40,6 +41,10 @@ TIMEOUT_S = 600.0
 
 TOLERANCE = 1e-3
 """Largest difference to torch's output that is accepted of float32 engines, relative to its largest entry."""
+
+HALF_TOLERANCE = 0.15
+"""The same for float16. With random weights and recomputed BatchNorm statistics a network amplifies each rounding a hundredfold: ResNet-50 is off by 9 %
+where float32 is off by 0.002 %. (The trained demo network: 0.1 %, see `SparseModule.compare`.)"""
 
 
 @dataclass(frozen=True, slots=True)

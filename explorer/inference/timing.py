@@ -85,7 +85,7 @@ class Benchmark:
     isa : str
         Instruction set of the engine's kernels, or "torch".
     precision : str
-        "fp32" or "fp16".
+        "fp32" or "fp16", of this engine; others name theirs.
     """
 
     latency_ms: float
@@ -172,7 +172,11 @@ def compare_latency(
                 times[name].append(_seconds(call, n) / n * 1e3)
     return {
         name: summarise(
-            t, threads=threads, batch_size=batch_size, isa=str(getattr(contestants[name], "isa", "torch"))
+            t,
+            threads=threads,
+            batch_size=batch_size,
+            isa=str(getattr(contestants[name], "isa", "torch")),
+            precision=str(getattr(contestants[name], "precision", "fp32")),
         )
         for name, t in times.items()
     }
@@ -226,7 +230,8 @@ class EngineCall:
     """A compiled module on a fixed input, as a contestant of `compare_latency`."""
 
     def __init__(self, engine: Any, example_input: torch.Tensor) -> None:
-        self.engine, self.example_input, self.isa = engine, example_input, engine.isa
+        self.engine, self.example_input = engine, example_input
+        self.isa, self.precision = engine.isa, engine.precision
 
     def __call__(self) -> object:
         return self.engine(self.example_input)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 
 from explorer.bench import engines, networks
 from explorer.errors import EngineError
+from explorer.inference import module as engine_module
+from explorer.inference import native
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, architectures, load_model
 
@@ -69,12 +73,35 @@ def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     here = {one.contestant: one for one in compared.timings}
     assert {"torch eager", "engine dense", engines.SPARSE} <= here.keys()
     assert {one.sparsity for one in here.values()} == {sparsity}
-    dense = [one for name, one in here.items() if name != engines.SPARSE]
+    dense = [one for name, one in here.items() if name not in (engines.SPARSE, engines.SPARSE_HALF)]
     best = min(one.benchmark.latency_ms for one in dense)
     assert max(one.speedup for one in dense) == 1.0
     assert here[engines.SPARSE].speedup == pytest.approx(best / here[engines.SPARSE].benchmark.latency_ms)
     assert compared.versions["torch"] == torch.__version__
     assert not any(one.failed for one in compared.absences)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_float16_takes_part_where_the_cpu_computes_with_it(
+    small: LoadedModel, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    if native.current_isa().name == "torch":
+        pytest.skip("no machine code on this machine")
+    half = partial(native.half_isa, emulated=True) if can else lambda _: None
+    monkeypatch.setattr(engine_module, "half_isa", half)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compared = engines.time_engines(
+            small, small.example_input, sparsity=0.5, seconds=0.1, torch_compile=False
+        )
+    timed = {one.contestant: one.benchmark.precision for one in compared.timings}
+    absent = [one for one in compared.absences if one.contestant == engines.SPARSE_HALF]
+    assert timed[engines.SPARSE] == "fp32"
+    assert timed.get(engines.SPARSE_HALF) == ("fp16" if can else None)
+    assert [one.failed for one in absent] == ([] if can else [False])
+    best = min(one.benchmark.latency_ms for one in compared.timings if one.speedup == 1.0)
+    for one in compared.timings:
+        assert one.speedup == pytest.approx(best / one.benchmark.latency_ms)
 
 
 @pytest.mark.slow
