@@ -140,3 +140,45 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
             [False,  True]])
     """
     return keep_mask(weight.detach().abs(), n_zeros(weight.numel(), sparsity))
+
+
+def pair_mask(weight: Tensor, sparsity: float) -> Tensor:
+    """Keep the largest pairs of weights: output channels 0 and 1, 2 and 3, and so on, get zeros in the same places.
+
+    The engine reads an operand once for both weights of a pair, see `explorer.inference.pairs`. A pair's score is the sum of its squares: what removing
+    it takes from the squared weights.
+
+    Parameters
+    ----------
+    weight : Tensor
+        (M, ...) floating point, M even.
+    sparsity : float
+        Fraction in [0, 1).
+
+    Returns
+    -------
+    Tensor
+        Same shape, bool, True = kept; at least ``n_zeros(weight.numel(), sparsity)`` entries are False, at most one more, and one pair always stays.
+
+    Raises
+    ------
+    DistributionError
+        If `sparsity` is outside [0, 1), or M is odd.
+    ModelError
+        If a weight is NaN.
+
+    Examples
+    --------
+    >>> pair_mask(torch.tensor([[0.1, -2.0], [3.0, 0.3]]), 0.5)
+    tensor([[ True, False],
+            [ True, False]])
+    """
+    if weight.dim() == 0 or weight.shape[0] % 2 or not weight.numel():
+        raise DistributionError(
+            f"A weight of shape {tuple(weight.shape)} has no pairs of output channels; their number must be even. Prune this layer weight by weight."
+        )
+    pairs = weight.detach().reshape(weight.shape[0] // 2, 2, -1)
+    wide = pairs.double() if pairs.dtype == torch.float64 else pairs.float()
+    zeros = min(-(-n_zeros(weight.numel(), sparsity) // 2), weight.numel() // 2 - 1)
+    kept = keep_mask(wide.square().sum(1), zeros)
+    return kept[:, None].expand(pairs.shape).reshape(weight.shape)

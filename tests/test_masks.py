@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from explorer.errors import DistributionError, ModelError
-from explorer.masks import keep_mask, magnitude_mask, n_zeros
+from explorer.masks import keep_mask, magnitude_mask, n_zeros, pair_mask
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -100,3 +100,30 @@ def test_bad_counts_and_empty_layers_are_refused() -> None:
 def test_nan_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="NaN"):
         magnitude_mask(torch.tensor([1.0, float("nan")]), 0.5)
+
+
+@given(
+    channels=st.integers(1, 12).map(lambda n: 2 * n),
+    inputs=st.integers(1, 9),
+    sparsity=st.floats(0, 0.999),
+    seed=st.integers(0, 99),
+)
+def test_a_mask_of_pairs_keeps_the_pairs_with_the_largest_squares(
+    channels: int, inputs: int, sparsity: float, seed: int
+) -> None:
+    weight = np.random.default_rng(seed).standard_normal((channels, inputs, 1, 2)).astype(np.float32)
+    mask = pair_mask(torch.from_numpy(weight), sparsity).numpy()
+    assert mask.shape == weight.shape
+    np.testing.assert_array_equal(mask[::2], mask[1::2])
+    zeros, asked = int((~mask).sum()), n_zeros(weight.size, sparsity)
+    assert asked <= zeros <= asked + 1 or (zeros == weight.size - 2 and asked == weight.size - 1)
+    squares = (weight[::2].astype(np.float64) ** 2 + weight[1::2].astype(np.float64) ** 2).reshape(-1)
+    kept = mask[::2].reshape(-1)
+    if not kept.all():
+        assert squares[kept].min() >= squares[~kept].max() * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (), (0, 3), (1, 2, 3, 3)])
+def test_a_layer_without_pairs_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DistributionError, match="pairs of output channels"):
+        pair_mask(torch.ones(shape), 0.5)

@@ -13,7 +13,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compile as compile_module
 from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants, torch_threads
-from explorer.masks import magnitude_mask
+from explorer.masks import magnitude_mask, pair_mask
 from explorer.models import LoadedModel, PrunableLayer
 
 SPARSE = "engine sparse"
 SPARSE_HALF = "engine sparse fp16"
+SPARSE_PAIRS = "engine sparse pairs"
 COMPILED = "torch compile"
 ALL = "every engine"
 
@@ -44,7 +45,7 @@ class EngineTiming:
     ----------
     contestant : str
         "torch eager", "torch channels_last", "torch jit", "torch compile", "onnxruntime", "engine dense", "engine sparse", "engine
-        sparse fp16", or one of `explorer.bench.foreign.FOREIGN`.
+        sparse fp16", "engine sparse pairs" (as sparse, by weights of its own: zeros in pairs of output channels), or one of `explorer.bench.foreign.FOREIGN`.
     sparsity : float
         Fraction of zeros in each pruned layer, in [0, 1).
     benchmark : Benchmark
@@ -101,7 +102,11 @@ class Comparison:
 
 
 def pruned_copy(
-    model: LoadedModel, sparsity: float, layers: Sequence[PrunableLayer] | None = None
+    model: LoadedModel,
+    sparsity: float,
+    layers: Sequence[PrunableLayer] | None = None,
+    *,
+    pairs: bool = False,
 ) -> nn.Module:
     """Copy the network with some layers pruned by magnitude.
 
@@ -112,6 +117,8 @@ def pruned_copy(
         Fraction in [0, 1); 0 gives an unchanged copy.
     layers : sequence of PrunableLayer, optional
         Those to prune; all but the first and the last by default.
+    pairs : bool
+        In pairs of output channels, where their number is even.
 
     Returns
     -------
@@ -124,7 +131,8 @@ def pruned_copy(
         weight = parameters[layer.name].weight
         assert isinstance(weight, Tensor)
         with torch.no_grad():
-            weight.mul_(magnitude_mask(weight, sparsity))
+            mask = pair_mask if pairs and len(weight) % 2 == 0 else magnitude_mask
+            weight.mul_(mask(weight, sparsity))
     return module
 
 
@@ -215,13 +223,15 @@ def time_engines(
             )
             contestants[SPARSE] = sparse
             _add_half(contestants, absences, module, example_input, threads)
-            _keep_right(contestants, absences, module, example_input, named)
+            others = _add_pairs(contestants, model, sparsity, layers, example_input, threads)
+            _keep_right(contestants, absences, module, example_input, named, others)
         if contestants:
             timed = _timed(contestants, absences, threads, example_input.shape[0], seconds)
     after_ms = probe_ms(threads)
     dense = timed.keys() - {
         SPARSE,
         SPARSE_HALF,
+        SPARSE_PAIRS,
         *(name for name in named if not FOREIGN[name].is_dense_float32),
     }
     best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
@@ -255,6 +265,25 @@ def _add_half(
         contestants[SPARSE_HALF] = EngineCall(half, example_input)
     else:
         absences.append(Absence(SPARSE_HALF, "this CPU does not compute in float16", failed=False))
+
+
+def _add_pairs(
+    contestants: dict[str, Callable[[], Any]],
+    model: LoadedModel,
+    sparsity: float,
+    layers: Sequence[PrunableLayer] | None,
+    example_input: Tensor,
+    threads: int,
+) -> dict[str, nn.Module]:
+    """The network with as many zeros in pairs of output channels; which module its output is to be compared with."""
+    if sparsity == 0.0:
+        return {}
+    module = pruned_copy(model, sparsity, layers, pairs=True)
+    calibrate(module, example_input)
+    contestants[SPARSE_PAIRS] = EngineCall(
+        compile_module(module, example_input, threads=threads), example_input
+    )
+    return {SPARSE_PAIRS: module}
 
 
 def _add_torch_compile(
@@ -342,11 +371,13 @@ def _keep_right(
     module: nn.Module,
     example_input: Tensor,
     named: Sequence[str],
+    others: Mapping[str, nn.Module],
 ) -> None:
-    """Drop the contestants that do not give torch's output."""
+    """Drop the contestants that do not give torch's output; `others` have weights of their own."""
     with torch.inference_mode():
-        expected = module(example_input)
+        usual_output = module(example_input)
         for name, call in list(contestants.items()):
+            expected = others[name](example_input) if name in others else usual_output
             try:
                 usual = HALF_TOLERANCE if name == SPARSE_HALF else TOLERANCE
                 _check_output(name, call(), expected, FOREIGN[name].tolerance if name in named else usual)

@@ -90,7 +90,12 @@ class Planes:
     @property
     def is_compactable(self) -> bool:
         """Whether a plane fits one tile, and its pixels without the gaps need fewer vectors."""
-        return self.vectors <= MAX_TILE and -(-self.rows * self.columns // self.lanes) < self.vectors
+        return self.vectors <= MAX_TILE and self.compact_vectors < self.vectors
+
+    @property
+    def compact_vectors(self) -> int:
+        """Vectors of a plane's pixels without the gaps."""
+        return -(-self.rows * self.columns // self.lanes)
 
     @property
     def image(self) -> int:
@@ -227,6 +232,11 @@ def channel_tile(columns: int, channels: int, isa: Isa) -> tuple[int, int] | Non
             if cost < best_cost:
                 best, best_cost = (pixels, vectors), cost
     return best
+
+
+def widest_pair_tile(isa: Isa) -> int:
+    """The largest T for which 2 x T sums, two weights and an operand stay in registers."""
+    return (isa.registers - 3) // 2
 
 
 def channel_tile_held(isa: Isa) -> int:

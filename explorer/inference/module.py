@@ -30,6 +30,7 @@ from explorer.inference.deviation import Deviation, Source, answers, deviation
 from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
+from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
 from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
 
@@ -547,10 +548,14 @@ class SparseModule:
 
         layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
         self._densities = densities = {i: self._density(i) for i in layers}
-        candidates = {i: self._plan.candidates(self._graph, i, self._mode, densities[i]) for i in layers}
+        paired = {i: in_pairs(self._weight(i)) for i in layers}
+        candidates = {
+            i: self._plan.candidates(self._graph, i, self._mode, densities[i], paired=paired[i])
+            for i in layers
+        }
         cache = choice_cache()
         questions = {
-            i: self._plan.question(self._graph, i, densities[i])
+            i: self._plan.question(self._graph, i, densities[i], paired=paired[i])
             for i, several in candidates.items()
             if len(several) > 1 and self._mode == "auto"
         }
@@ -565,9 +570,15 @@ class SparseModule:
         self._install(build_steps(self._plan, self._graph, self._choices, packed))
 
     def _density(self, index: int) -> float:
-        weight = self._graph.constants[self._graph.operations[index].weight or ""]
+        weight = self._weight(index)
         # On booleans numpy counts ten times as fast as on floats.
-        return float(np.count_nonzero(weight.detach().numpy() != 0)) / max(weight.numel(), 1)
+        return float(np.count_nonzero(weight != 0)) / max(weight.size, 1)
+
+    def _weight(self, index: int) -> NDArray[np.float32]:
+        weight: NDArray[np.float32] = (
+            self._graph.constants[self._graph.operations[index].weight or ""].detach().numpy()
+        )
+        return weight
 
     def _time_candidates(
         self, candidates: Mapping[int, list[Choice]], packed: dict[tuple[str, Choice], Any]

@@ -149,7 +149,8 @@ class SparseWeights:
         Nonzeros before each row.
     columns : (nonzeros,) int64
         Row by row, ascending in each.
-    values : (nonzeros,) float32
+    values : (nonzeros, channels) float32
+        One column, or two when a row stands for a pair of output channels: then a place counts as nonzero when either has a weight there.
     """
 
     shape: tuple[int, int]
@@ -158,17 +159,36 @@ class SparseWeights:
     values: NDArray[np.float32]
 
     @classmethod
-    def of(cls, weight: NDArray[np.float32], gain: NDArray[np.float64] | None = None) -> SparseWeights:
-        """Find the nonzeros of `weight`, (rows, columns) float32, and multiply each by the `gain`, (rows,) float64, of its row."""
-        n_rows, n_columns = weight.shape
-        flat = np.flatnonzero(weight != 0)
+    def of(
+        cls, weight: NDArray[np.float32], gain: NDArray[np.float64] | None = None, channels: int = 1
+    ) -> SparseWeights:
+        """Find the nonzeros.
+
+        Parameters
+        ----------
+        weight : (M, columns) float32
+        gain : (M,) float64, optional
+            Multiplies the weights of each output channel.
+        channels : int
+            Output channels of a row; divides M.
+        """
+        n_columns = weight.shape[1]
+        nonzero = weight != 0
+        if channels > 1:
+            nonzero = nonzero.reshape(-1, channels, n_columns).any(1)
+        n_rows, flat = len(nonzero), np.flatnonzero(nonzero)
         first = np.arange(n_rows + 1) * n_columns
         starts = np.searchsorted(flat, first)
         counts = np.diff(starts)
-        values = weight.reshape(-1)[flat]
+        columns = flat - np.repeat(first[:-1], counts)
+        if channels > 1:
+            values = weight.reshape(-1, channels, n_columns)[np.repeat(np.arange(n_rows), counts), :, columns]
+        else:
+            values = weight.reshape(-1)[flat][:, None]
         if gain is not None:
-            values = (values * np.repeat(gain, counts)).astype(np.float32)
-        return cls((n_rows, n_columns), starts, flat - np.repeat(first[:-1], counts), values)
+            gains = np.repeat(gain.reshape(n_rows, channels), counts, axis=0)
+            values = (values * gains).astype(np.float32)
+        return cls((n_rows, n_columns), starts, columns, values)
 
     def rows(self, low: int, high: int) -> SparseWeights:
         """Rows [low, high) as a matrix of their own."""
@@ -201,8 +221,8 @@ def sparse_entries(
 
     Returns
     -------
-    entries : (padded nonzeros, 2) int32
-        Byte offset, and the weight as `words` gives it; block by block, row by row.
+    entries : (padded nonzeros, 1 + channels) int32
+        Byte offset, and the weight of each channel as `words` gives it; block by block, row by row.
     rows : (rows kept,) int32
         Rows with equally many entries stand next to one another. All rows are kept in the first block (it brings the bias) and in the last (it
         writes the result); others keep those that have a nonzero.
@@ -233,15 +253,15 @@ def sparse_entries(
     first_entry = np.zeros(m * n_blocks, np.int64)
     first_entry[cell] = ends - padded
     total = int(ends[-1]) if len(ends) else 0
-    entries = np.zeros((total, 2), np.int32)
+    entries = np.zeros((total, 1 + values.shape[1]), np.int32)
     first = np.cumsum(counts) - counts
     at = np.arange(len(key)) + (first_entry - first)[key]
     entries[at, 0] = where
-    entries[at, 1] = words(values)
+    entries[at, 1:] = words(values)
     slots, row, share = _fill_up(counts[cell], padded)
     source = (first + counts - 1)[cell[row]]
     entries[slots, 0] = where[source]
-    entries[slots, 1] = words(values[source] * share)
+    entries[slots, 1:] = words(values[source] * share[:, None])
     turns_now = turns[cell]
     is_new = np.ones(len(cell), bool)
     is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
@@ -312,7 +332,7 @@ def conv_sparse(
     block_bytes: int,
     words: Words,
 ) -> PackedConv:
-    """Sparse weights of a convolution, (M, K), see `SparseWeights`.
+    """Sparse weights of a convolution, (M, K) or (M / 2, K) in pairs, see `SparseWeights`.
 
     Parameters
     ----------
@@ -362,10 +382,10 @@ def conv_sparse(
         }.items():
             blocks[:, conv.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
-        tables.append((entries, rows + np.int32(low), groups, reach.sources[sources]))
+        tables.append((entries, (rows + np.int32(low)) * kernel.channels, groups, reach.sources[sources]))
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, 2), np.int32)])
+    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, joined[0].shape[1]), np.int32)])
     named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups", "sources"), joined, strict=True))
     return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
 
@@ -534,10 +554,10 @@ def linear_sparse(
     indices = np.zeros(starts[-1] * lanes, np.int32)
     values = np.zeros(starts[-1] * lanes, np.float32)
     at = np.arange(len(weights.columns)) + np.repeat(starts[:-1] * lanes - weights.starts[:-1], count)
-    indices[at], values[at] = weights.columns, weights.values
+    indices[at], values[at] = weights.columns, weights.values[:, 0]
     slots, row, share = _fill_up(count, np.diff(starts) * lanes)
     last = weights.starts[1:][row] - 1
-    indices[slots], values[slots] = weights.columns[last], weights.values[last] * share
+    indices[slots], values[slots] = weights.columns[last], weights.values[last, 0] * share
     return starts.astype(np.int32), indices, values
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile
+from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile, widest_pair_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version
 
@@ -32,14 +32,16 @@ below the second (the closest was a tie at 0.3)."""
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one convolution or linear layer runs: a dense or a sparse kernel, and how it reaches its operands (convolutions)."""
+    """How one convolution or linear layer runs: by a dense or a sparse kernel, how it reaches its operands, and whether in pairs of channels."""
 
     dense: bool
     reach: str = "direct"
+    pairs: bool = False
 
     @property
     def label(self) -> str:
-        return ("dense" if self.dense else "sparse") + ("" if self.reach == "direct" else f", {self.reach}")
+        kind = "dense" if self.dense else "sparse pairs" if self.pairs else "sparse"
+        return kind + ("" if self.reach == "direct" else f", {self.reach}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,8 +428,10 @@ class Plan:
 
     # ---- choices
 
-    def candidates(self, graph: Graph, index: int, mode: str, density: float) -> list[Choice]:
-        """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first."""
+    def candidates(
+        self, graph: Graph, index: int, mode: str, density: float, *, paired: bool = False
+    ) -> list[Choice]:
+        """The kernels worth timing for operation `index`, `density` of whose weights are not zero, perhaps in pairs of channels; best guess first."""
         operation = graph.operations[index]
         if operation.kind not in ("conv", "linear"):
             return [Choice(True)]
@@ -451,17 +455,26 @@ class Plan:
                 dense_forms = ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
         sparse = [Choice(False, form) for form in forms]
+        if paired and self._family[operation.output] != "vectors":
+            out = self.places[operation.output].layout
+            assert isinstance(out, Planes)
+            fitting = [
+                form
+                for form in forms
+                if form != "compact" or out.compact_vectors <= widest_pair_tile(self.isa)
+            ]
+            sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
         if mode == "dense":
             return dense
         if mode == "sparse":
             return sparse
         return (sparse if density < _ALWAYS_DENSE else []) + (dense if density > _ALWAYS_SPARSE else [])
 
-    def question(self, graph: Graph, index: int, density: float) -> str:
+    def question(self, graph: Graph, index: int, density: float, *, paired: bool = False) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""
         operation = graph.operations[index]
         shapes = [
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired}"

@@ -29,7 +29,7 @@ from explorer.inference.kernels import (
     split,
 )
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import Planes, Vectors, channel_tile, tile_of
+from explorer.inference.layout import Planes, Vectors, channel_tile, tile_of, widest_pair_tile
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa, l1_bytes, machine_code
 from explorer.inference.pack import (
@@ -165,11 +165,11 @@ class _StepBuilder:
             weight = (weight * self._array(operation.gain)[:, None]).astype(np.float32)
         return self._fitting(operation, weight)
 
-    def _sparse(self, operation: Operation) -> SparseWeights:
-        """The nonzeros of the weight as a matrix (M, K)."""
+    def _sparse(self, operation: Operation, channels: int = 1) -> SparseWeights:
+        """The nonzeros of the weight as a matrix (M, K), so many output channels together."""
         weight = self._array(operation.weight)
         gain = None if operation.gain is None else self._array(operation.gain)
-        weights = SparseWeights.of(weight.reshape(len(weight), -1), gain)
+        weights = SparseWeights.of(weight.reshape(len(weight), -1), gain, channels)
         self._fitting(operation, weights.values)
         return weights
 
@@ -225,7 +225,8 @@ class _StepBuilder:
                 return conv_grouped(self._sparse(operation), a["groups"], reach, kernel, parts, words)
             if choice.dense:
                 return conv_dense(self._dense(operation), reach, kernel, parts, self.block_bytes, words)
-            return conv_sparse(self._sparse(operation), reach, kernel, parts, self.block_bytes, words)
+            weights = self._sparse(operation, kernel.channels)
+            return conv_sparse(weights, reach, kernel, parts, self.block_bytes, words)
 
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))
@@ -313,11 +314,14 @@ class _StepBuilder:
         compact: dict[str, Any] = {}
         channels = len(weight)
         tile = tile_of(y.vectors)
-        if choice == Choice(False) and weight[0, 0].size == 1:
+        if not choice.dense and choice.reach == "direct" and weight[0, 0].size == 1:
             tile = _sparse_tile(y, weight, tile, self.block_bytes)
+        if choice.pairs and tile > widest_pair_tile(self.plan.isa):
+            # One that divides the plane: tiles that overlap would add to a residual in place twice.
+            tile = max(t for t in range(1, widest_pair_tile(self.plan.isa) + 1) if y.vectors % t == 0)
         tiles = -(-y.vectors // tile)
         if choice.reach == "compact":
-            tile, tiles = -(-y.rows * y.columns // y.lanes), 1
+            tile, tiles = y.compact_vectors, 1
             compact = {"columns": y.columns, "pitch": y.pitch, "plane": y.vectors}
         rows = min(conv.dense_rows(tile, self.plan.isa), channels) if choice.dense else 0
         kernel = conv.ConvKernel(
@@ -328,6 +332,7 @@ class _StepBuilder:
             residual,
             y.has_gaps,
             False,
+            pairs=choice.pairs,
             **compact,
         )
         return kernel, tiles, _parts(tiles, channels, self.plan.threads, y.images)

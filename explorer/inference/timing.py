@@ -32,7 +32,7 @@ class LayerTiming:
     ms : float
         Median, in milliseconds, for the whole batch.
     kernel : str
-        "sparse", "dense", with the way operands are reached; "pool"; "torch"; "copy".
+        "sparse", "sparse pairs", "dense", with the way operands are reached; "pool"; "torch"; "copy".
     sparsity : float
         Zeros / elements of its weight.
     macs : int

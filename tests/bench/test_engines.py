@@ -45,6 +45,17 @@ def test_the_pruned_copy_is_exactly_as_sparse_as_asked_and_leaves_the_model_alon
     assert all(torch.equal(weight, before[name]) for name, weight in small.module.state_dict().items())
 
 
+def test_a_copy_pruned_in_pairs_has_as_many_zeros_in_equal_places(small: LoadedModel) -> None:
+    copied = engines.pruned_copy(small, 0.9, pairs=True)
+    weight = copied[2].weight
+    assert n_zeros(weight.numel(), 0.9) <= int((weight == 0).sum()) <= n_zeros(weight.numel(), 0.9) + 1
+    assert torch.equal(weight[::2] == 0, weight[1::2] == 0)
+    odd = load_model(
+        nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)), torch.ones(1, 1, 2, 2)
+    )
+    assert int((engines.pruned_copy(odd, 0.5, pairs=True)[1].weight == 0).sum()) == n_zeros(15, 0.5)
+
+
 def test_outputs_of_a_calibrated_network_depend_on_its_first_layer() -> None:
     """Random, then pruned: without calibration a mistake in the first layer would be lost among the last layer's biases."""
     torch.manual_seed(0)
@@ -73,7 +84,8 @@ def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     here = {one.contestant: one for one in compared.timings}
     assert {"torch eager", "engine dense", engines.SPARSE} <= here.keys()
     assert {one.sparsity for one in here.values()} == {sparsity}
-    dense = [one for name, one in here.items() if name not in (engines.SPARSE, engines.SPARSE_HALF)]
+    assert (engines.SPARSE_PAIRS in here) is (sparsity > 0)
+    dense = [one for name, one in here.items() if not name.startswith(engines.SPARSE)]
     best = min(one.benchmark.latency_ms for one in dense)
     assert max(one.speedup for one in dense) == 1.0
     assert here[engines.SPARSE].speedup == pytest.approx(best / here[engines.SPARSE].benchmark.latency_ms)

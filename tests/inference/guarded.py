@@ -26,6 +26,8 @@ import explorer
 from explorer.errors import EngineError
 from explorer.inference import module, native
 from explorer.inference.memory import Memory
+from explorer.inference.plan import Plan
+from tests.inference.graphs import preferring
 
 PATTERN = 0xFF
 """In each byte: four of them are a NaN."""
@@ -114,6 +116,8 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     for size in ((1, 1), (4, 4), (5, 9), (15, 15), (3, 67), (16, 16), (31, 14)):
         yield f"conv 3x3 {size}", lambda: nn.Conv2d(5, 23, 3, padding=1), (2, 5, *size)
         yield f"conv 1x1 {size}", lambda: nn.Conv2d(19, 40, 1), (2, 19, *size)
+        yield f"conv pairs {size}", lambda: nn.Conv2d(5, 24, 3, padding=1), (2, 5, *size)
+        yield f"conv pairs 1x1 {size}", lambda: nn.Conv2d(19, 40, 1), (2, 19, *size)
         yield f"conv stride {size}", lambda: nn.Conv2d(3, 6, 3, 2, 1), (2, 3, *size)
         yield f"conv grouped {size}", lambda: nn.Conv2d(6, 6, 3, padding=1, groups=3), (2, 6, *size)
         yield f"residual {size}", lambda: Residual(4, 1), (2, 4, *size)
@@ -159,6 +163,9 @@ def check(
     network, x = build().eval(), torch.randn(shape)
     for parameter in network.parameters():
         parameter.data *= torch.rand_like(parameter) > 0.6
+        if "pairs" in name and parameter.dim() > 1:
+            parameter.data[1::2] *= parameter.data[::2] != 0
+            parameter.data[::2] *= parameter.data[1::2] != 0
     try:
         with torch.no_grad():
             wanted = network(x)
@@ -169,6 +176,8 @@ def check(
         engine = explorer.compile(network, x, sparse=mode, threads=threads, precision=precision)
         assert engine.precision == precision
         assert engine.fallbacks == (), (name, engine.fallbacks)
+        if "pairs" in name and mode != "dense" and shape[2:] != (1, 1):  # one pixel is a vector
+            assert "pairs" in str(engine.choices), (name, engine.choices)
         for images in {1, shape[0]}:
             got = engine(x[:images])
             for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):
@@ -186,6 +195,7 @@ def check(
 def main(side: str, pattern: str, precision: str = "fp32") -> None:
     """Run all networks whose name holds `pattern` ("all": every one)."""
     module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
+    Plan.candidates = preferring(lambda choice: choice.pairs)  # type: ignore[method-assign]
     guards = Guards(side)
     guards.install()
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_tile
 from explorer.inference.module import SparseModule
 from explorer.inference.plan import Choice, Plan
-from tests.inference.graphs import conv_graph, relative_error
+from tests.inference.graphs import conv_graph, preferring, relative_error
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
 
 ACROSS = Choice(True, "channels")
@@ -26,13 +26,7 @@ ACROSS = Choice(True, "channels")
 @pytest.fixture
 def across(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers take this kernel wherever it is a candidate."""
-    offered = Plan.candidates
-
-    def forced(self: Plan, graph: object, index: int, mode: str, density: float) -> list[Choice]:
-        several = offered(self, graph, index, mode, density)  # type: ignore[arg-type]
-        return [ACROSS] if ACROSS in several else several
-
-    monkeypatch.setattr(Plan, "candidates", forced)
+    monkeypatch.setattr(Plan, "candidates", preferring(ACROSS.__eq__))
 
 
 def check(
@@ -122,10 +116,7 @@ def test_any_shape_equals_the_numpy_twin(
     if width < 1:
         return
     with pytest.MonkeyPatch.context() as patch:
-        offered = Plan.candidates
-        patch.setattr(
-            Plan, "candidates", lambda *args: [c for c in offered(*args) if c == ACROSS] or offered(*args)
-        )
+        patch.setattr(Plan, "candidates", preferring(ACROSS.__eq__))
         check(
             (height, width),
             outputs,

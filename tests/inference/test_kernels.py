@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from explorer.inference import native
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import conv, depthwise, linear, max_pool, pointwise, pool, split
+from explorer.inference.layout import widest_pair_tile
 from explorer.inference.module import SparseModule
 from explorer.inference.native import host_isa
 from explorer.inference.pack import operands
@@ -473,6 +474,13 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
         *(conv.ConvKernel(tile, "direct", r, 0, **flags) for tile, r in rows.items()),
         conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5),
         conv.ConvKernel(4, "compact", rows[4], 0, **flags, **compact, plane=5),
+        *(
+            conv.ConvKernel(tile, reach, 0, 0, **flags, pairs=True)
+            for tile in (1, 2, 4, 6, 7, 8)
+            if tile <= widest_pair_tile(isa)
+            for reach in ("shift", "direct")
+        ),
+        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, pairs=True),
     ]
 
 
@@ -488,7 +496,7 @@ def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> N
             fmas = [line for line in loop if instruction in line]
             assert all(register in line for line in fmas), (kernel, fmas)
             if isinstance(kernel, conv.ConvKernel):
-                wanted = kernel.tile * (kernel.dense_rows or kernel.unroll)
+                wanted = kernel.tile * (kernel.dense_rows or kernel.unroll * kernel.channels)
                 assert len(fmas) == wanted, (kernel, len(fmas), wanted)
             stack = [line for line in loop if re.search(r"%rsp|\bsp\b", line)]
             assert stack == [], (kernel, stack)

@@ -9,6 +9,7 @@ The algorithm in plain words
              "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
+    pairs    the same for two neighbouring output channels whose nonzeros stand in the same places: 2 x T sums, and T loads serve 2 x T FMAs
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
 
@@ -42,7 +43,7 @@ BLOCK = Record(
         "stage", "n_sources", "sources", "depth", "offsets", "entries", "rows", "groups", "n_groups", "first_channel",
     )
 )  # fmt: skip
-"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels), `groups` ({loop count, channels} pairs), `entries` ({byte offset, weight} pairs of four bytes each).
+"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into the buffer. Sparse: `rows` (channels, or the first of each pair), `groups` ({loop count, rows} pairs), `entries` ({byte offset, weight of each channel}, four bytes each).
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows, `offsets` of the operands."""
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
@@ -81,6 +82,8 @@ class ConvKernel:
         vectors without gaps.
     activation : Activation or None
         Applied last, instead of the clamp.
+    pairs : bool
+        Whether the sparse kernel takes two output channels at once.
     """
 
     tile: int
@@ -94,11 +97,17 @@ class ConvKernel:
     pitch: int = 0
     plane: int = 0
     activation: Activation | None = None
+    pairs: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Output channels that the sparse kernel takes at once."""
+        return 2 if self.pairs else 1
 
     @property
     def unroll(self) -> int:
         """Nonzeros that the sparse kernel takes at once, see `unroll`."""
-        return unroll(self.tile)
+        return unroll(self.tile * self.channels)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -109,14 +118,14 @@ class ConvKernel:
         return BUFFER_BYTES + n_channels * self.tile * isa.width + 256
 
 
-def unroll(tile: int) -> int:
-    """Nonzeros that the sparse kernel takes at once, each with sums of its own.
+def unroll(sums: int) -> int:
+    """Nonzeros that the sparse kernel takes at once, each with sums of its own: `sums` vectors.
 
     An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
     begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are filled up to a
     multiple of this, see pack.py.
     """
-    return min(4, 1 << max(0, (8 // tile).bit_length() - 1))
+    return min(4, 1 << max(0, (8 // sums).bit_length() - 1))
 
 
 def dense_rows(tile: int, isa: Isa) -> int:
@@ -248,29 +257,36 @@ class _Generator:
         groups, rows, entries = (f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "entries"))
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
 
+        n, size = k.channels, 4 + 4 * k.channels  # of an entry
+        sums_of_set = n * k.tile
+
         def offset_of(entry: Value, i: int) -> Value:
-            return b.sext(f.load(entry, I32, 8 * i), I64)
+            return b.sext(f.load(entry, I32, size * i), I64)
 
         def one_row(count: Value, entry: Value, row: Value, *ahead: Value) -> list[Value]:
             for line in (0, 64):
                 f.prefetch(entry, _WEIGHT_PREFETCH_BYTES + line)
             channel = b.sext(f.load(row, I32), I64)
-            start = self._start(f, is_first, [channel])
-            zeros = [f.constant(0.0)] * (k.tile * (k.unroll - 1))
+            channels = [b.add(channel, I64(c)) for c in range(n)]
+            start = self._start(f, is_first, channels)
+            zeros = [f.constant(0.0)] * (sums_of_set * (k.unroll - 1))
 
             def nonzeros(_: Value, entry: Value, *carried: Value) -> list[Value]:
                 new, offsets, sets = [], list(carried[:OFFSETS_AHEAD]), carried[OFFSETS_AHEAD:]
                 offsets += [offset_of(entry, OFFSETS_AHEAD + u) for u in range(k.unroll)]
                 for u in range(k.unroll):
-                    weight = f.weight(entry, 8 * u + 4)
+                    weights = [f.weight(entry, size * u + 4 + 4 * c) for c in range(n)]
                     pointer = f.opaque(f.at(operands, offsets[u]))
+                    mine = list(sets[u * sums_of_set : (u + 1) * sums_of_set])
                     for i in range(k.tile):
-                        total = sets[u * k.tile + i]
-                        new.append(f.fma(weight, f.read(pointer, self.width * i, align), total))
-                return [f.at(entry, 8 * k.unroll), *offsets[k.unroll :], *new]
+                        x = f.read(pointer, self.width * i, align)
+                        for c, weight in enumerate(weights):
+                            mine[c * k.tile + i] = f.fma(weight, x, mine[c * k.tile + i])
+                    new += mine
+                return [f.at(entry, size * k.unroll), *offsets[k.unroll :], *new]
 
             entry, *carried = f.loop(count, nonzeros, [entry, *ahead, *start, *zeros])
-            self._end(f, is_last, [channel], self._sum_of_sets(f, carried[OFFSETS_AHEAD:]))
+            self._end(f, is_last, channels, self._sum_of_sets(f, carried[OFFSETS_AHEAD:]))
             return [entry, f.at(row, 4), *carried[:OFFSETS_AHEAD]]
 
         def one_group(index: Value, entry: Value, row: Value, *ahead: Value) -> list[Value]:
@@ -285,8 +301,7 @@ class _Generator:
 
     def _sum_of_sets(self, f: Function, sets: list[Value]) -> list[Value]:
         """Add the sums of the `unroll` independent chains, in pairs."""
-        tile = self.k.tile
-        while len(sets) > tile:
+        while len(sets) > self.k.tile * self.k.channels:
             half = len(sets) // 2
             sets = [f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
         return sets
