@@ -204,7 +204,7 @@ def sparse_entries(
     n_blocks: int,
     unroll: int,
     words: Words,
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
     """The nonzeros of some rows, in the order in which the sparse kernel takes them.
 
     Parameters
@@ -221,8 +221,10 @@ def sparse_entries(
 
     Returns
     -------
-    entries : (padded nonzeros, 1 + channels) int32
-        Byte offset, and the weight of each channel as `words` gives it; block by block, row by row.
+    offsets : (entries,) int32
+        Byte offset of the operand of each nonzero, block by block and row by row, filled up.
+    words : (entries, channels) int32
+        The weights beside them, as `words` gives them.
     rows : (rows kept,) int32
         Rows with equally many entries stand next to one another. All rows are kept in the first block (it brings the bias) and in the last (it
         writes the result); others keep those that have a nonzero.
@@ -253,15 +255,16 @@ def sparse_entries(
     first_entry = np.zeros(m * n_blocks, np.int64)
     first_entry[cell] = ends - padded
     total = int(ends[-1]) if len(ends) else 0
-    entries = np.zeros((total, 1 + values.shape[1]), np.int32)
+    offsets = np.zeros(total, np.int32)
+    filled = np.zeros((total, values.shape[1]), np.int32)
     first = np.cumsum(counts) - counts
     at = np.arange(len(key)) + (first_entry - first)[key]
-    entries[at, 0] = where
-    entries[at, 1:] = words(values)
+    offsets[at] = where
+    filled[at] = words(values)
     slots, row, share = _fill_up(counts[cell], padded)
     source = (first + counts - 1)[cell[row]]
-    entries[slots, 0] = where[source]
-    entries[slots, 1:] = words(values[source] * share[:, None])
+    offsets[slots] = where[source]
+    filled[slots] = words(values[source] * share[:, None])
     turns_now = turns[cell]
     is_new = np.ones(len(cell), bool)
     is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
@@ -276,7 +279,7 @@ def sparse_entries(
         ],
         1,
     )
-    return entries, (cell // n_blocks).astype(np.int32), groups, starts
+    return offsets, filled, (cell // n_blocks).astype(np.int32), groups, starts
 
 
 def _fill_up(
@@ -368,25 +371,32 @@ def conv_sparse(
             row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
         where = (reach.within + row_start[reach.source])[piece.columns]
         block = block_of[reach.source][piece.columns]
-        entries, rows, groups, starts = sparse_entries(piece, where, block, n_blocks, kernel.unroll, words)
+        offsets, filled, rows, groups, starts = sparse_entries(
+            piece, where, block, n_blocks, kernel.unroll, words
+        )
         cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
         blocks = np.zeros((n_blocks, len(conv.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
             "n_sources": np.diff(cuts),
             "sources": before[3] + cuts[:-1],
-            "entries": before[0] + starts[:-1, 0],
+            "offsets": before[0] + starts[:-1, 0],
+            "weights": before[0] + starts[:-1, 0],
             "rows": before[1] + starts[:-1, 1],
             "groups": before[2] + starts[:-1, 2],
             "n_groups": np.diff(starts[:, 2]),
         }.items():
             blocks[:, conv.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
-        tables.append((entries, (rows + np.int32(low)) * kernel.channels, groups, reach.sources[sources]))
+        tables.append(
+            (offsets, filled, (rows + np.int32(low)) * kernel.channels, groups, reach.sources[sources])
+        )
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, joined[0].shape[1]), np.int32)])
-    named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups", "sources"), joined, strict=True))
+    joined[0] = np.concatenate([joined[0], np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)])
+    named: dict[str, NDArray[Any]] = dict(
+        zip(("offsets", "weights", "rows", "groups", "sources"), joined, strict=True)
+    )
     return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
 
 
@@ -441,7 +451,7 @@ def conv_dense(
                 "sources": n_sources,
                 "depth": len(ks),
                 "offsets": n_offsets,
-                "entries": n_weights,
+                "weights": n_weights,
                 "rows": int(len(part) % step != 0),
                 "n_groups": full,
                 "first_channel": low,
@@ -454,7 +464,7 @@ def conv_dense(
                 row[conv.BLOCK.index(name)] = value
             rows_of_blocks.append(row)
     tables: dict[str, NDArray[Any]] = {
-        "entries": words(np.concatenate(weights)),
+        "weights": words(np.concatenate(weights)),
         "offsets": np.concatenate(offsets),
         "sources": np.concatenate(sources),
     }
@@ -529,19 +539,25 @@ def conv_grouped(
         low, high = (groups * i // parts * per_group for i in (p, p + 1))
         piece = weights.rows(low, high)
         group = np.repeat(np.arange(low, high) // per_group, np.diff(piece.starts))
-        entries, rows, runs, starts = sparse_entries(
+        offsets, filled, rows, runs, starts = sparse_entries(
             piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll, words
         )
         row = np.zeros(len(conv.BLOCK.fields), np.int64)
-        fields = {"stage": _stages(1)[0], "entries": before[0], "rows": before[1], "groups": before[2]}
+        fields = {
+            "stage": _stages(1)[0],
+            "offsets": before[0],
+            "weights": before[0],
+            "rows": before[1],
+            "groups": before[2],
+        }
         for name, value in (fields | {"n_groups": len(runs)}).items():
             row[conv.BLOCK.index(name)] = value
         rows_of_blocks.append(row)
-        tables.append((entries, rows + np.int32(low), runs))
+        tables.append((offsets, filled, rows + np.int32(low), runs))
         before += starts[-1]
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0] = np.concatenate([joined[0], np.zeros((conv.OFFSETS_AHEAD, 2), np.int32)])
-    named: dict[str, NDArray[Any]] = dict(zip(("entries", "rows", "groups"), joined, strict=True))
+    joined[0] = np.concatenate([joined[0], np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)])
+    named: dict[str, NDArray[Any]] = dict(zip(("offsets", "weights", "rows", "groups"), joined, strict=True))
     return PackedConv(named, np.array(rows_of_blocks), 1)
 
 

@@ -496,7 +496,7 @@ def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> N
             fmas = [line for line in loop if instruction in line]
             assert all(register in line for line in fmas), (kernel, fmas)
             if isinstance(kernel, conv.ConvKernel):
-                wanted = kernel.tile * (kernel.dense_rows or kernel.unroll * kernel.channels)
+                wanted = kernel.tile * (kernel.dense_rows or max(kernel.unroll, 2) * kernel.channels)
                 assert len(fmas) == wanted, (kernel, len(fmas), wanted)
             stack = [line for line in loop if re.search(r"%rsp|\bsp\b", line)]
             assert stack == [], (kernel, stack)

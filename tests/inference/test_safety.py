@@ -185,7 +185,7 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     weight[generator.random(weight.shape) < generator.random((40, 1))] = 0
     weights = SparseWeights.of(weight)
     block = np.arange(33) * 3 // 33  # three blocks of columns
-    entries, rows, groups, starts = sparse_entries(
+    offsets, filled, rows, groups, starts = sparse_entries(
         weights,
         weights.columns * 4,
         block[weights.columns],
@@ -193,14 +193,14 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
         unroll,
         partial(weight_words, isa=native.Isa("test", 16, 32, "", "")),
     )
-    values = entries[:, 1].copy().view(np.float32)
+    values = filled[:, 0].copy().view(np.float32)
     assert (values != 0).all()
     rebuilt = np.zeros(weight.shape)  # float64: the sum of the pieces is exact
     for first, last in pairwise(starts):
         runs = groups[first[2] : last[2]]
         at = first[0]
         for row, n in zip(rows[first[1] : last[1]], np.repeat(runs[:, 0], runs[:, 1]) * unroll, strict=True):
-            np.add.at(rebuilt[row], entries[at : at + n, 0] // 4, values[at : at + n])
+            np.add.at(rebuilt[row], offsets[at : at + n] // 4, values[at : at + n])
             at += n
         assert at == last[0]
     assert set(rows[: starts[1, 1]]) == set(rows[starts[2, 1] :]) == set(range(40))
