@@ -538,7 +538,7 @@ class SparseModule:
         view, result = self._plan.places[place].view, self._home(outputs[0].name)
         if view is None or result is None or view.shape != self._graph.shapes[value]:
             return None
-        return _StraightPath(view.shape, view, runner, last, result)
+        return _StraightPath(view.shape, view.numpy(), runner, last, result)
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
@@ -838,13 +838,14 @@ class _StraightPath:
     """
 
     shape: torch.Size
-    input: Tensor
+    input: NDArray[Any]
     runner: Runner
     n_steps: int
     output: Tensor
 
     def run(self, x: Tensor) -> Tensor:
-        self.input.copy_(x)
+        # By this thread alone: torch would wake others for it, which takes longer than copying an image.
+        np.copyto(self.input, x.numpy(), casting="same_kind")
         self.runner.run(0, self.n_steps)
         return self.output.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
