@@ -61,7 +61,9 @@ class KnownTimes:
         self.bias = 1.0
         study._dense = {"torch eager": timed(20.0), "engine dense": timed(11.0)}
         monkeypatch.setattr(study, "_dense_calls", lambda: {"engine dense": None})
-        monkeypatch.setattr(study, "_packed", lambda module: SimpleNamespace(module=module, isa="test"))
+        monkeypatch.setattr(
+            study, "_packed", lambda module: SimpleNamespace(module=module, isa="test", precision="fp32")
+        )
         monkeypatch.setattr(explorer.inference, "compare_latency", self.compare)
 
     def compare(self, calls: dict[str, Any], **_: object) -> dict[str, Benchmark]:

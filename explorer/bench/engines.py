@@ -33,6 +33,9 @@ from explorer.models import LoadedModel, PrunableLayer
 SPARSE = "engine sparse"
 SPARSE_HALF = "engine sparse fp16"
 SPARSE_PAIRS = "engine sparse pairs"
+NOT_DENSE = frozenset({SPARSE, SPARSE_HALF, SPARSE_PAIRS})
+"""Of this engine's contestants, those that a speed-up does not refer to."""
+
 COMPILED = "torch compile"
 ALL = "every engine"
 
@@ -228,12 +231,7 @@ def time_engines(
         if contestants:
             timed = _timed(contestants, absences, threads, example_input.shape[0], seconds)
     after_ms = probe_ms(threads)
-    dense = timed.keys() - {
-        SPARSE,
-        SPARSE_HALF,
-        SPARSE_PAIRS,
-        *(name for name in named if not FOREIGN[name].is_dense_float32),
-    }
+    dense = timed.keys() - NOT_DENSE - {name for name in named if not FOREIGN[name].is_dense_float32}
     best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
     return Comparison(
         tuple(

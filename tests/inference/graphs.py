@@ -72,7 +72,8 @@ def run(graph: Graph, *inputs: torch.Tensor, mode: Mode, threads: int = 1) -> to
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """L2 norm of the difference over the norm of what was wanted."""
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-12))
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
 
 
 def preferring(wanted: Callable[[Choice], bool]) -> Callable[..., list[Choice]]:
