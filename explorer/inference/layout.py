@@ -7,6 +7,11 @@ operand of output pixel p is ``plane[p + shift]``, inside the image or in a zero
 so must the operands of an addition. `PitchClasses` finds who shares. A convolution of stride s reads the s x s *phases* of its input (the pixels
 at rows and columns that leave the same remainders), each of which is such a plane again, see lower.py.
 
+**Tiles.** What only 1 x 1 convolutions read (and additions to convolutions) may lie tile by tile instead: the first T vectors of every channel, then the
+next T of every channel. A job then reads and writes one piece of memory, every operand on a vector boundary, and two threads that work on neighbouring tiles
+have no cache line in common, nor one that the other's hardware prefetcher takes away. (ResNet-50 at 90 % on two cores of a Xeon: 1.14 x; on one core no difference.) The pixels, with the gaps
+between their rows, are the same.
+
 **Tokens** (linear layers on (..., tokens, features)) use the same planes, with features as channels and one long row of tokens.
 
 **Vectors** hold one value per channel (after pooling), one image after another. They are small, and float32 also where planes are float16.
@@ -16,14 +21,20 @@ Every layout is also a torch view of the same memory, so that operators without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from explorer.inference.native import Isa
 
 MAX_TILE = 8
 """Vectors of pixels that a job takes at most."""
+
+_SMALLEST_TILE = 4
+_NONZERO_COST = 1.5
+"""What reading a nonzero costs, in vectors."""
 
 _WORTH_WHOLE_VECTORS = 1.07
 """A row is rounded up to whole vectors when its plane then costs no more than this factor: 15 to 16, and 29 to 32 (7 tiles of 8 vectors either way),
@@ -52,6 +63,8 @@ class Planes:
         Channels of the tensor that these planes are a range of; 0 when they stand alone.
     element_bytes : int
         4 for float32, 2 for float16.
+    tile : int
+        Vectors of a channel that lie together when the tensor lies tile by tile; 0 for whole planes. A plane is then a tile of one channel.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +79,7 @@ class Planes:
     tokens: bool = False
     of_channels: int = 0
     element_bytes: int = 4
+    tile: int = 0
 
     @property
     def vectors(self) -> int:
@@ -85,7 +99,7 @@ class Planes:
     @property
     def tiles_overlap(self) -> bool:
         """Whether the last tile computes some pixels of the one before it again."""
-        return self.vectors > MAX_TILE and self.vectors % tile_of(self.vectors) != 0
+        return not self.tile and self.vectors > MAX_TILE and self.vectors % tile_of(self.vectors) != 0
 
     @property
     def is_compactable(self) -> bool:
@@ -100,6 +114,8 @@ class Planes:
     @property
     def image(self) -> int:
         """Elements from one image to the next."""
+        if self.tile:
+            return self.channels * self.vectors * self.lanes
         return (self.of_channels or self.channels) * self.plane
 
     @property
@@ -122,22 +138,49 @@ class Planes:
         """Bytes of a vector."""
         return self.element_bytes * self.lanes
 
+    def tile_step(self, tile: int) -> int:
+        """Bytes from one tile of `tile` vectors to the next."""
+        return self.channels * self.plane_bytes if self.tile else tile * self.vector_bytes
+
+    def element(self, pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where pixels (row * pitch + column) of the first channel lie: elements from the first."""
+        if not self.tile:
+            return pixels
+        size = self.tile * self.lanes
+        return pixels // size * self.channels * size + pixels % size
+
+    def in_tiles(self, threads: int) -> Planes | None:
+        """The same tensor tile by tile; None where no size of tiles divides the plane. Tensors with planes of the same size get tiles of the same size."""
+        sizes = [t for t in range(_SMALLEST_TILE, MAX_TILE + 1) if self.vectors % t == 0]
+        if not sizes:
+            return None
+        tile = min(sizes, key=lambda t: (-(-self.vectors // t // threads) * (t + _NONZERO_COST), -t))
+        return replace(self, plane=tile * self.lanes, guard=0, tile=tile)
+
     @property
     def reuse_key(self) -> tuple[str, int, int, int, int, int]:
         """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
 
-        Not every kernel writes every gap: it relies on what the tenants before it left there, which is zero.
+        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Tiles are written whole.
         """
+        if self.tile:
+            return ("tiles", 0, 0, 0, 0, 0)
         return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
 
     @property
     def before(self) -> int:
         """Elements to reserve before the first pixel (a whole number of vectors). Some kernels read (never write) a few vectors before the guard."""
+        if self.tile:
+            return 0
         return _round_up(self.guard, self.lanes) + 4 * self.lanes
 
     @property
     def elements(self) -> int:
         """Elements to reserve in all. Lanes that are no pixels may read (never write) up to two rows past the last plane."""
+        if self.tile:
+            return (
+                self.images * self.image + self.lanes
+            )  # pixels that begin inside a vector are read by whole vectors
         return (
             self.before
             + self.images * self.image
@@ -145,8 +188,10 @@ class Planes:
             + 4 * self.lanes
         )
 
-    def view(self, storage: torch.Tensor, skipped: int = 0) -> torch.Tensor:
-        """The tensor, as a torch view of `storage` (whose element `skipped` is the first reserved one)."""
+    def view(self, storage: torch.Tensor, skipped: int = 0) -> torch.Tensor | None:
+        """The tensor, as a torch view of `storage` (whose element `skipped` is the first reserved one); None for tiles, which no strides describe."""
+        if self.tile:
+            return None
         if self.tokens:
             strides = [1] * len(self.shape)
             strides[-1] = self.plane
@@ -204,13 +249,13 @@ Layout = Planes | Vectors
 
 
 def _cost(vectors: int, tile: int) -> float:
-    """Of a plane cut into such tiles: each costs its vectors plus about one and a half for reading the nonzeros again."""
-    return -(-vectors // tile) * (tile + 1.5)
+    """Of a plane cut into such tiles: each costs its vectors plus what reading the nonzeros again does."""
+    return -(-vectors // tile) * (tile + _NONZERO_COST)
 
 
 def tile_of(vectors: int) -> int:
     """Vectors per tile: about seven keep both FMA units busy; tiles that divide the plane evenly waste nothing."""
-    sizes = range(min(4, vectors), min(MAX_TILE, vectors) + 1)
+    sizes = range(min(_SMALLEST_TILE, vectors), min(MAX_TILE, vectors) + 1)
     return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
 
 

@@ -84,6 +84,36 @@ class Place:
         return self.start + self.layout.element_bytes * self.layout.before
 
 
+_WORTH_TILES = 0.5
+"""The density of weights above which nothing is laid in tiles: dense kernels read whole planes as well, and have more of a choice there."""
+
+
+def _is_tileable(operation: Operation) -> bool:
+    """Whether the kernel of an operation can write tiles, or add what lies in tiles."""
+    a = operation.attributes
+    return operation.kind in ("conv", "linear") and not a.get("depthwise") and a.get("groups", 1) == 1
+
+
+def _is_pointwise(graph: Graph, operation: Operation, position: int) -> bool:
+    """Whether its operand at `position` is the input of a 1 x 1 convolution, or of a linear layer."""
+    a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:] if operation.weight else (0,)
+    is_plain = "phases" not in a and not any(a.get("padding", ()))
+    return position == 0 and _is_tileable(operation) and prod(taps) == 1 and is_plain
+
+
+def _reads_tiles(tiled: Planes, operation: Operation, position: int) -> bool:
+    """Whether an operation that is no 1 x 1 convolution can read a tensor in tiles."""
+    if _is_tileable(operation):
+        return position > 0
+    return operation.kind == "split" or (operation.kind == "plane_average" and tiled.vectors == tiled.tile)
+
+
+def _density(graph: Graph, operation: Operation) -> float:
+    """Nonzeros / weights."""
+    weight = graph.constants[operation.weight or ""].detach().numpy()
+    return float(np.count_nonzero(weight != 0)) / max(weight.size, 1)
+
+
 class Plan:
     """Layouts, buffers and the order of execution of a lowered graph.
 
@@ -94,9 +124,11 @@ class Plan:
     isa : Isa
     threads : int
         Work is cut so that this many threads find jobs in each step.
+    tiles : bool
+        Whether tensors between sparse layers may lie tile by tile.
     """
 
-    def __init__(self, graph: Graph, isa: Isa, threads: int) -> None:
+    def __init__(self, graph: Graph, isa: Isa, threads: int, *, tiles: bool = True) -> None:
         self.isa, self.threads = isa, threads
         self.images = (
             graph.shapes[graph.inputs[0]][0] if graph.inputs and graph.shapes.get(graph.inputs[0]) else 1
@@ -112,6 +144,8 @@ class Plan:
         self._kinds = {operation.output: operation.kind for operation in graph.operations}
         self._share(graph)
         self._lay_out(graph)
+        if tiles:
+            self._tile(graph)
         self._allocate(graph)
         self.is_dynamic = not any(isinstance(s, TorchSegment) for s in self.segments) and all(
             self.follows_batch(p.layout) for p in self.places.values()
@@ -341,16 +375,37 @@ class Plan:
             stride = -(-shape[1] // step) * step
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
+    # ---- tiles
+
+    def _tile(self, graph: Graph) -> None:
+        """Let what sparse 1 x 1 convolutions read lie tile by tile, see `explorer.inference.layout`, wherever all that write and read it can."""
+        kept = self._pinned(graph) | {*self._range_of} | {self.located(place)[0] for place in self._range_of}
+        readers: dict[str, list[tuple[Operation, int]]] = {}
+        for index in self.native:
+            operation = graph.operations[index]
+            for position, place in enumerate(self.operands(operation)):
+                readers.setdefault(place, []).append((operation, position))
+        for index in self.native:
+            operation = graph.operations[index]
+            place = operation.output
+            layout = self.places[place].layout
+            if place in kept or not isinstance(layout, Planes) or not _is_tileable(operation):
+                continue
+            tiled = layout.in_tiles(self.threads)
+            mine = readers.get(place, [])
+            if tiled is None or layout.is_compactable or not mine:
+                continue
+            pointwise = [reader for reader, position in mine if _is_pointwise(graph, reader, position)]
+            density = min((_density(graph, reader) for reader in pointwise), default=1.0)
+            others = [one for one in mine if not _is_pointwise(graph, *one)]
+            if density < _WORTH_TILES and all(_reads_tiles(tiled, *one) for one in others):
+                self.places[place].layout = tiled
+
     # ---- buffers
 
-    def _allocate(self, graph: Graph) -> None:
-        """Give each place memory; places whose guards coincide share it when their lives do not overlap."""
-        self.memory = Memory()
-        last_use: dict[str, float] = {}
-        pinned: set[str] = {s.place for s in self.segments if isinstance(s, ImportSegment)}
-        for step, index in enumerate(self.native):
-            for place in self.operands(graph.operations[index]):
-                last_use[place] = step
+    def _pinned(self, graph: Graph) -> set[str]:
+        """Places that torch or the caller may see, or write."""
+        pinned = {s.place for s in self.segments if isinstance(s, ImportSegment)}
         for segment in self.segments:
             if isinstance(segment, TorchSegment):
                 # torch may return a view of what it was given: such memory is never given away
@@ -358,6 +413,16 @@ class Plan:
             if isinstance(segment, ImportSegment):
                 pinned.add(self.root(segment.value))
         pinned.update(self.root(o.name) for o in graph.outputs if isinstance(o, Ref))
+        return pinned
+
+    def _allocate(self, graph: Graph) -> None:
+        """Give each place memory; places whose guards coincide share it when their lives do not overlap."""
+        self.memory = Memory()
+        last_use: dict[str, float] = {}
+        pinned = self._pinned(graph)
+        for step, index in enumerate(self.native):
+            for place in self.operands(graph.operations[index]):
+                last_use[place] = step
         born = {graph.operations[index].output: step for step, index in enumerate(self.native)}
         # Ranges of one place live together: from the first that is written to the last that is read.
         lives: dict[str, tuple[float, float]] = {}
@@ -449,8 +514,7 @@ class Plan:
                 forms = ["compact", "direct"]
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
-            channels = graph.shapes[operation.output][1]
-            if out.has_gaps and channel_tile(out.columns, channels, self.isa):
+            if out.has_gaps and self._fits_channels(graph, operation, out):
                 # It has been the fastest nearly everywhere: one other is enough to compare with.
                 dense_forms = ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
@@ -461,7 +525,8 @@ class Plan:
             fitting = [
                 form
                 for form in forms
-                if form != "compact" or out.compact_vectors <= widest_pair_tile(self.isa)
+                if max(out.compact_vectors if form == "compact" else 0, self._fixed_tile(operation))
+                <= widest_pair_tile(self.isa)
             ]
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
         if mode == "dense":
@@ -470,6 +535,24 @@ class Plan:
             return sparse
         return (sparse if density < _ALWAYS_DENSE else []) + (dense if density > _ALWAYS_SPARSE else [])
 
+    def _tiles(self, operation: Operation) -> list[int]:
+        """The same of each operand and of the result."""
+        layouts = [self.places[place].layout for place in (*self.operands(operation), operation.output)]
+        return [layout.tile if isinstance(layout, Planes) else 0 for layout in layouts]
+
+    def _fixed_tile(self, operation: Operation) -> int:
+        """The size of the tiles that operands or result of a convolution lie in; 0 when none does."""
+        return max(self._tiles(operation))
+
+    def _fits_channels(self, graph: Graph, operation: Operation, out: Planes) -> bool:
+        """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles."""
+        form = channel_tile(out.columns, graph.shapes[operation.output][1], self.isa)
+        tile = self._fixed_tile(operation) * self.isa.lanes
+        if form is None or not tile:
+            return form is not None
+        first = np.arange(out.rows)[:, None] * out.pitch + np.arange(0, out.columns, form[0])
+        return bool(np.all(first // tile == (first + form[0] - 1) // tile))
+
     def question(self, graph: Graph, index: int, density: float, *, paired: bool = False) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""
         operation = graph.operations[index]
@@ -477,4 +560,4 @@ class Plan:
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {self._tiles(operation)}"

@@ -212,7 +212,8 @@ class _StepBuilder:
         planes = np.arange(channels)[:, None] * len(phases) + which
         if choice.reach == "channels":
             return self._conv_channels(operation, places, out, planes * x.plane + shifts, choice)
-        kernel, tiles, parts = self._conv_kernel(y, weight, choice, residual=len(places) > 1)
+        layouts = _planes(places, out)
+        kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
         kernel = replace(kernel, activation=a.get("activation"))
@@ -233,10 +234,11 @@ class _StepBuilder:
         arguments = _fill(
             conv.ARGUMENTS,
             **_tensors(places, out),
+            **{f"{name}_tile": layout.tile_step(kernel.tile) for name, layout in layouts.items()},
             bias=self.memory.put(words(bias)),
             tiles=tiles,
             parts=parts,
-            last_tile=0 if choice.reach == "compact" else y.vector_bytes * (y.vectors - kernel.tile),
+            back=0 if choice.reach == "compact" else y.vector_bytes * (tiles * kernel.tile - y.vectors),
             mask=self._mask(y),
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
@@ -259,13 +261,14 @@ class _StepBuilder:
         form = channel_tile(y.columns, m, isa)
         assert form is not None
         pixels, vectors = form
+        layouts = _planes(places, out)
         kernel = conv_channels.ConvChannelsKernel(
             pixels, vectors, len(places) > 1, operation.attributes.get("activation")
         )
         width = vectors * isa.lanes
         groups = -(-m // width)
         rows, columns = np.arange(y.rows)[:, None] * y.pitch, np.arange(0, y.columns, pixels)
-        positions = ((rows + columns) * y.element_bytes).reshape(-1).astype(np.int32)
+        positions = (rows + columns).reshape(-1)
         # The sums of a job should stay in the L2 cache, beside the pixels that it reads.
         most = max(1, _SUMS_BYTES // (groups * kernel.sums_bytes(isa)))
         chunks = -(-len(positions) // most)
@@ -293,7 +296,12 @@ class _StepBuilder:
             conv_channels.ARGUMENTS,
             **_tensors(places, out),
             bias=self.memory.put(padded),
-            positions=self.memory.put(positions),
+            **{
+                f"{name}_at": self.memory.put(
+                    (layout.element(positions) * layout.element_bytes).astype(np.int32)
+                )
+                for name, layout in layouts.items()
+            },
             tiles=len(positions),
             tiles_per_job=tiles_per_job,
             chunks=chunks,
@@ -308,13 +316,15 @@ class _StepBuilder:
         return _Row(self._code(kernel), arguments, chunks * parts, choice.label)
 
     def _conv_kernel(
-        self, y: Planes, weight: NDArray[np.float32], choice: Choice, *, residual: bool
+        self, layouts: Mapping[str, Planes], weight: NDArray[np.float32], choice: Choice
     ) -> tuple[conv.ConvKernel, int, int]:
-        """The kernel for this output, and into how many tiles and parts of the channels its work is cut."""
+        """The kernel for these tensors (see `_planes`), and into how many tiles and parts of the channels its work is cut."""
         compact: dict[str, Any] = {}
-        channels = len(weight)
-        tile = tile_of(y.vectors)
-        if not choice.dense and choice.reach == "direct" and weight[0, 0].size == 1:
+        y, channels = layouts["out"], len(weight)
+        fixed = max(layout.tile for layout in layouts.values())
+        assert all(layout.tile in (0, fixed) for layout in layouts.values())
+        tile = fixed or tile_of(y.vectors)
+        if not fixed and not choice.dense and choice.reach == "direct" and weight[0, 0].size == 1:
             tile = _sparse_tile(y, weight, tile, self.block_bytes)
         if choice.pairs and tile > widest_pair_tile(self.plan.isa):
             # One that divides the plane: tiles that overlap would add to a residual in place twice.
@@ -329,7 +339,7 @@ class _StepBuilder:
             choice.reach,
             rows,
             channels % rows if rows else 0,
-            residual,
+            "residual" in layouts,
             y.has_gaps,
             False,
             pairs=choice.pairs,
@@ -393,7 +403,18 @@ class _StepBuilder:
 
         The table is (taps, vectors * lanes) int32.
         """
-        key = ("taps", x.rows, x.columns, x.pitch, y.rows, y.columns, y.pitch, tuple(taps), stride)
+        key = (
+            "taps",
+            x.rows,
+            x.columns,
+            x.pitch,
+            x.tile and (x.tile, x.channels),
+            y.rows,
+            y.columns,
+            y.pitch,
+            tuple(taps),
+            stride,
+        )
         if key not in self._tables:
             table = np.full((len(taps), y.vectors * y.lanes), -1, np.int32)
             at = (np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)).reshape(-1)
@@ -401,7 +422,7 @@ class _StepBuilder:
                 iy = np.arange(y.rows)[:, None] * stride[0] + dy
                 ix = np.arange(y.columns)[None, :] * stride[1] + dx
                 inside = (iy >= 0) & (iy < x.rows) & (ix >= 0) & (ix < x.columns)
-                row[at] = np.where(inside, iy * x.pitch + ix, -1).reshape(-1)
+                row[at] = np.where(inside, x.element(iy * x.pitch + ix), -1).reshape(-1)
             self._tables[key] = self.memory.put(table)
         return self._tables[key]
 
@@ -606,7 +627,7 @@ class _StepBuilder:
             "x": place.address, "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
             "out_plane": y.plane_bytes, "n_phases": len(phases), **self._channel_jobs(x.channels),
         }  # fmt: skip
-        if stride[1] > split.LARGEST_SHUFFLED:
+        if stride[1] > split.LARGEST_SHUFFLED or x.tile:
             kernel = split.SplitKernel(0, ())
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
@@ -745,17 +766,22 @@ class _StepBuilder:
         return self.memory.put(table), len(taps), self.memory.put(scale)
 
 
-def _tensors(places: list[Place], out: Place) -> dict[str, int]:
-    """Addresses and strides, in bytes, of a convolution's input, output and residual (when there is a second operand)."""
-    values: dict[str, int] = {}
-    for name, place in zip(("x", "residual"), places, strict=False):
+def _planes(places: list[Place], out: Place) -> dict[str, Planes]:
+    """The layouts of a convolution's input, its residual (when there is a second operand) and its output."""
+    named = {}
+    for name, place in zip((*("x", "residual")[: len(places)], "out"), (*places, out), strict=True):
         assert isinstance(place.layout, Planes)
-        values |= {name: place.address, f"{name}_image": place.layout.image_bytes}
-        if name == "residual":
-            values["residual_plane"] = place.layout.plane_bytes
-    assert isinstance(out.layout, Planes)
-    layout = out.layout
-    return values | {"out": out.address, "out_image": layout.image_bytes, "out_plane": layout.plane_bytes}
+        named[name] = place.layout
+    return named
+
+
+def _tensors(places: list[Place], out: Place) -> dict[str, int]:
+    """Addresses of the same, and bytes between their images and planes."""
+    layouts = _planes(places, out)
+    values = {name: place.address for name, place in zip(layouts, (*places, out), strict=True)}
+    values |= {f"{name}_image": layout.image_bytes for name, layout in layouts.items()}
+    # Where a convolution finds the planes of its input is in the offsets of its operands.
+    return values | {f"{name}_plane": x.plane_bytes for name, x in layouts.items() if name != "x"}
 
 
 def _window_scale(x: Planes, y: Planes, a: dict[str, Any]) -> NDArray[np.float32]:

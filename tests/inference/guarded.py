@@ -28,6 +28,7 @@ from explorer.inference import module, native
 from explorer.inference.memory import Memory
 from explorer.inference.plan import Plan
 from tests.inference.graphs import preferring
+from tests.inference.test_tiles import Bottlenecks
 
 PATTERN = 0xFF
 """In each byte: four of them are a NaN."""
@@ -151,6 +152,8 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
         )
     for tokens in (1, 7, 16, 50):
         yield f"tokens {tokens}", Tokens, (2, tokens, 11)
+    for size in ((8, 15), (32, 31)):
+        yield f"tiles {size}", lambda: Bottlenecks(16, 8), (2, 3, *size)
     yield "line", lambda: nn.Sequential(nn.Conv1d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 41)
 
 

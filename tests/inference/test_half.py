@@ -17,6 +17,7 @@ import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import module as engine_module
 from explorer.inference import native
+from explorer.inference.activations import LARGEST_ERROR
 from explorer.inference.module import SparseModule
 from explorer.inference.pack import weight_words
 from explorer.models import architectures
@@ -90,7 +91,9 @@ def test_activations_are_computed_in_float32_and_rounded_once(kind: str) -> None
 
     x = (3 * torch.randn(2, 3, 13, 11)).half().float()
     got, wanted = half(Both(), x)(x), TORCH[kind](x.double())
-    assert ((got - wanted).abs() <= 1.01 * ROUNDING * wanted.abs() + SMALLEST).all()
+    # In float32, GELU is exact relative to its argument, not to what is left of a very negative one.
+    in_float32 = LARGEST_ERROR[kind] * x.abs() / 2 if kind == "gelu" else 0
+    assert ((got - wanted).abs() <= 1.01 * ROUNDING * wanted.abs() + SMALLEST + in_float32).all()
 
 
 class Mixture(nn.Module):

@@ -1,14 +1,14 @@
 """Smooth activations on vectors of float32: what other kernels apply to values that they already hold in registers.
 
-Everything rests on the exponential of a number that is not positive, and each function is written so that nothing cancels: the error stays
-relative to the function's value, also where that is tiny.
+Most rest on the exponential of a number that is not positive, and are written so that nothing cancels: the error stays relative to the function's value,
+also where that is tiny. GELU, of which transformers compute millions, needs neither an exponential nor a division, and is a quarter of the work.
 
   exp, expm1   n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), and the polynomial of Cephes' expf (S. Moshier, netlib) for exp(r) - 1
   sigmoid      1 / (1 + e) and e / (1 + e) with e = exp(-abs(x))
   tanh         -m / (2 + m) with m = expm1(-2 abs(x))
-  GELU         x Phi(x), where Phi(-abs(x)) = erfc(abs(x) / sqrt 2) / 2 by the Chebyshev fit `erfcc` of Press et al., Numerical Recipes, section 6.2
-               (its own error is at most 1.2e-7 of the value). The exponent -x^2 / 2 goes in as an exact and a small part: rounded once, it
-               would lose digits in proportion to its size.
+  GELU         x Phi(x) with Phi(x) = 1/2 + x q(x^2): q is a polynomial that meets erf(x / sqrt 2) / 2x in Chebyshev points of abs(x) < 5.5, in a variable
+               that goes from -1 to 1, so that its terms do not cancel. Beyond 5.5, Phi is 0 or 1 to float32's precision. As in torch, which adds
+               erf to 1, the error is relative to x and not to what little is left of it where x is very negative.
   tanh GELU    x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the same function without the tanh
 
 `tests/inference/test_activations.py` measures the errors; `explorer.inference.activations.LARGEST_ERROR` states them, and holds the numpy twins.
@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from llvmlite import ir
+from numpy.polynomial import chebyshev
+from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.builder import F32, Function, Value
@@ -29,10 +32,8 @@ _LOG2_E = math.log2(math.e)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """(exp(r) - 1 - r) / r^2, highest power first; Cephes, expf.c."""
-_ERFC = (
-    0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368, -1.26551223,
-)  # fmt: skip
-"""ln(erfc(z) / t) + z^2 in powers of t = 1 / (1 + z / 2), highest first; Numerical Recipes, erfcc."""
+_PHI_END, _PHI_DEGREE = 5.5, 15
+"""The end of the interval on which Phi is a polynomial, and the degree at which that is as exact as float32 (5e-9)."""
 _SMALLEST = -87.33
 """exp of less is no normal float32; it comes out as zero."""
 _ROUND = 1.5 * 2**23
@@ -88,24 +89,32 @@ class _Vector:
             total = self.f.fma(total, x, self.constant(c))
         return total
 
-    def power_and_rest(self, x: Value, low: Value | None = None) -> tuple[Value, Value]:
-        """2^n and exp(r) - 1, which make exp(x + low); x <= 0. `low` joins when most of x has been taken off, so that both keep their digits."""
-        total = x if low is None else self.b.fadd(x, low)
-        shifted = self.f.fma(total, self.constant(_LOG2_E), self.constant(_ROUND))
+    def long_polynomial(self, x: Value, coefficients: tuple[float, ...]) -> Value:
+        """By Estrin's scheme, highest power first: neighbours are joined to polynomials in x^2, those in x^4, and so on.
+
+        Horner's rule waits for each multiplication before the next; of a long polynomial more would wait than a core can hold.
+        """
+        terms = [self.constant(c) for c in coefficients[::-1]]
+        while len(terms) > 1:
+            pairs = zip(terms[::2], terms[1::2], strict=False)
+            terms = [self.f.fma(high, x, low) for low, high in pairs] + terms[len(terms) // 2 * 2 :]
+            x = self.b.fmul(x, x)
+        return terms[0]
+
+    def power_and_rest(self, x: Value) -> tuple[Value, Value]:
+        """2^n and exp(r) - 1, which make exp(x); x <= 0."""
+        shifted = self.f.fma(x, self.constant(_LOG2_E), self.constant(_ROUND))
         n = self.plus(shifted, -_ROUND)
         r = self.f.fma(n, self.constant(-_LN2_LOW), self.f.fma(n, self.constant(-_LN2_HIGH), x))
-        if low is not None:
-            r = self.b.fadd(r, low)
         rest = self.f.fma(self.b.fmul(r, r), self.polynomial(r, _EXP), r)
         exponent = self.b.shl(self.as_bits(shifted), self.bits(23))
         return self.as_floats(self.b.add(exponent, self.bits(127 << 23))), rest
 
-    def exp(self, x: Value, low: Value | None = None) -> Value:
-        """exp(x + low), for x <= 0; what is no normal number is zero; NaN stays."""
-        power, rest = self.power_and_rest(self.clamp(x, _SMALLEST, 0.0), low)
+    def exp(self, x: Value) -> Value:
+        """exp(x), for x <= 0; what is no normal number is zero; NaN stays."""
+        power, rest = self.power_and_rest(self.clamp(x, _SMALLEST, 0.0))
         y = self.f.fma(power, rest, power)
-        total = x if low is None else self.b.fadd(x, low)
-        return self.b.select(self.b.fcmp_ordered("<", total, self.constant(_SMALLEST)), self.constant(0.0), y)
+        return self.b.select(self.b.fcmp_ordered("<", x, self.constant(_SMALLEST)), self.constant(0.0), y)
 
     def expm1(self, x: Value) -> Value:
         """exp(x) - 1, for x <= 0."""
@@ -141,17 +150,25 @@ def _tanh(v: _Vector, x: Value) -> Value:
     return v.f.intrinsic("copysign", v.type, [y, x])
 
 
+@cache
+def _phi() -> tuple[float, ...]:
+    """(Phi(x) - 1/2) / x in powers of 2 (x / end)^2 - 1, highest first."""
+
+    def at(u: NDArray[np.float64]) -> NDArray[np.float64]:
+        x = _PHI_END * np.sqrt((u + 1) / 2)  # no Chebyshev point is -1
+        return np.array([math.erf(value * math.sqrt(0.5)) / (2 * value) for value in x])
+
+    series = chebyshev.chebinterpolate(at, _PHI_DEGREE)
+    return tuple(chebyshev.cheb2poly(series)[::-1].tolist())
+
+
 def _gelu(v: _Vector, x: Value) -> Value:
     b = v.b
-    # Beyond 20 the smaller side is zero in float32; infinity would give NaN below.
-    a = v.clamp(v.absolute(x), 0.0, 20.0)
-    t = b.fdiv(v.constant(1.0), v.f.fma(a, v.constant(0.5 * math.sqrt(0.5)), v.constant(1.0)))
-    # a^2 / 2 = high^2 / 2 + (a - high) (a + high) / 2, where `high` has half the digits, so that its square is exact.
-    high = v.as_floats(b.and_(v.as_bits(a), v.bits(-4096)))
-    square = v.times(b.fmul(high, high), -0.5)
-    rest = v.times(b.fmul(b.fsub(a, high), b.fadd(a, high)), -0.5)
-    small = v.times(b.fmul(t, v.exp(square, b.fadd(rest, v.polynomial(t, _ERFC)))), 0.5)
-    return b.fmul(x, v.where_negative(x, small, b.fsub(v.constant(1.0), small)))
+    inside = v.clamp(x, -_PHI_END, _PHI_END)
+    u = v.f.fma(b.fmul(inside, inside), v.constant(2 / _PHI_END**2), v.constant(-1.0))
+    phi = v.f.fma(inside, v.long_polynomial(u, _phi()), v.constant(0.5))
+    is_below = b.fcmp_ordered("<", x, v.constant(-_PHI_END))
+    return b.fmul(x, b.select(is_below, v.constant(0.0), phi))
 
 
 def _gelu_tanh(v: _Vector, x: Value) -> Value:

@@ -33,11 +33,12 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
-        "tiles", "parts", "last_tile", "mask", "blocks", "n_blocks",
+        "x", "x_image", "x_tile", "out", "out_image", "out_tile", "out_plane", "residual", "residual_image", "residual_tile",
+        "residual_plane", "bias", "low", "high", "tiles", "parts", "back", "mask", "blocks", "n_blocks",
     )
 )  # fmt: skip
-"""One convolution. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
+"""One convolution. `..._tile`: bytes from one tile to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
+evenly."""
 
 BLOCK = Record(
     (
@@ -434,17 +435,23 @@ class _Generator:
             return f.field(args, ARGUMENTS, name, type_)
 
         n_parts, tiles = field("parts"), field("tiles")
-        part, rest = b.srem(job, n_parts), b.sdiv(job, n_parts)
-        tile, image = b.srem(rest, tiles), b.sdiv(rest, tiles)
-        position = f.minimum(b.mul(tile, I64(self.row_bytes)), field("last_tile"))
+        # Part by part: a thread that takes half of the jobs reads half of the weights.
+        tile, rest = b.srem(job, tiles), b.sdiv(job, tiles)
+        part, image = b.srem(rest, n_parts), b.sdiv(rest, n_parts)
+        is_last = b.icmp_signed("==", b.add(tile, I64(1)), tiles)
+        back = b.select(is_last, field("back"), I64(0))
+
+        def position(tile_bytes: Value) -> Value:
+            return b.sub(b.mul(tile, tile_bytes), back)
 
         def tensor(name: str) -> Value:
-            return f.at(field(name, PTR), b.add(b.mul(image, field(f"{name}_image")), position))
+            place = b.add(b.mul(image, field(f"{name}_image")), position(field(f"{name}_tile")))
+            return f.at(field(name, PTR), place)
 
         x = tensor("x")
         out = tensor("out")
         residual = tensor("residual") if k.residual else out
-        mask = f.at(field("mask", PTR), position) if k.masked else out
+        mask = f.at(field("mask", PTR), position(I64(self.row_bytes))) if k.masked else out
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         bias, n_blocks = field("bias", PTR), field("n_blocks")
         blocks = f.row(field("blocks", PTR), BLOCK, b.mul(part, n_blocks))

@@ -28,10 +28,10 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     (
         "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
-        "positions", "tiles", "tiles_per_job", "chunks", "parts", "groups", "groups_per_job", "channels", "blocks", "n_blocks",
+        "x_at", "out_at", "residual_at", "tiles", "tiles_per_job", "chunks", "parts", "groups", "groups_per_job", "channels", "blocks", "n_blocks",
     )
 )  # fmt: skip
-"""`positions`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to."""
+"""`..._at`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to."""
 
 BLOCK = Record(("depth", "offsets", "weights"))
 """One K block: byte offsets of the operands (int32) from a tile's first pixel, and weights [group][k][R * lanes]."""
@@ -195,7 +195,10 @@ class _Generator:
 
         x, out = tensor("x"), tensor("out")
         residual = tensor("residual") if k.residual else out
-        positions = f.at(field("positions", PTR), b.mul(first_tile, I64(4)))
+        places = {
+            name: f.at(field(f"{name}_at", PTR), b.mul(first_tile, I64(4)))
+            for name in ("x", "out", *(["residual"] if k.residual else []))
+        }
         bias, blocks, n_blocks = field("bias", PTR), field("blocks", PTR), field("n_blocks")
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         out_plane, residual_plane, channels = field("out_plane"), field("residual_plane"), field("channels")
@@ -220,7 +223,9 @@ class _Generator:
                 mine_bias = f.at(bias, b.mul(channel, I64(f.element_bytes)))
 
                 def one_tile(t: Value) -> None:
-                    at = b.sext(f.load(f.at(positions, b.mul(t, I64(4))), I32), I64)
+                    def tile_of(name: str, tensor: Value) -> Value:
+                        return f.at(tensor, b.sext(f.load(f.at(places[name], b.mul(t, I64(4))), I32), I64))
+
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
                     # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
                     line, lines = 64, -(-width * k.vectors // 64)
@@ -232,7 +237,7 @@ class _Generator:
                             depth,
                             offsets,
                             mine,
-                            f.at(x, at),
+                            tile_of("x", x),
                             is_first,
                             mine_bias,
                             sums,
@@ -243,13 +248,16 @@ class _Generator:
                         ],
                     )
                     with b.if_then(is_last):
+                        to = f.at(tile_of("out", out), b.mul(channel, out_plane))
+                        added = (
+                            f.at(tile_of("residual", residual), b.mul(channel, residual_plane))
+                            if k.residual
+                            else to
+                        )
                         b.call(
                             self.ir.globals["finish"],
-                            [
-                                turned, left, f.at(f.at(out, at), b.mul(channel, out_plane)), out_plane,
-                                f.at(f.at(residual, at), b.mul(channel, residual_plane)), residual_plane, low, high,
-                            ],
-                        )  # fmt: skip
+                            [turned, left, to, out_plane, added, residual_plane, low, high],
+                        )
 
                 f.loop(n_tiles, one_tile)
 

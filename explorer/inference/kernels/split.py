@@ -6,8 +6,7 @@ The algorithm in plain words
   small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has columns, and pick every
                   stride-th element of them by register shuffles. What is stored past the end of a row are zeros, or is overwritten by the
                   next row.
-  large strides   element by element through an index table, which holds -1 where a phase has no pixel: element -1 of a plane is always
-                  zero, see layout.py
+  large strides   element by element through an index table, which holds -1 where a phase has no pixel; so also where the image lies tile by tile
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ ARGUMENTS = Record(
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
 
 Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
-of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Large strides: `table` holds
-indices (int32), `vectors` are those of a plane."""
+of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Large strides, and tiles: `table`
+holds indices (int32), `vectors` are those of a plane."""
 
 LARGEST_SHUFFLED = 4
 """The widest stride that is split by shuffles; their number grows with its square."""
@@ -91,7 +90,9 @@ class SplitKernel:
             to = f.at(phases, b.mul(phase, out_plane))
 
             def one_vector(i: Value, indices: Value) -> list[Value]:
-                value = f.gather(plane, f.load(indices, f.int_vector))
+                where = f.load(indices, f.int_vector)
+                zero = ir.Constant(f.int_vector, [0] * f.lanes)
+                value = f.gather(plane, where, b.icmp_signed(">=", where, zero))
                 f.write(value, f.at(to, b.mul(i, I64(width))), 0, width)
                 return [f.at(indices, 4 * f.lanes)]
 

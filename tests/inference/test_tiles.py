@@ -1,0 +1,188 @@
+"""Tensors that lie tile by tile between sparse 1 x 1 convolutions: the same answers, whatever shares them, and only where all that touch them know how."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import explorer
+from explorer.inference import module as engine_module
+from explorer.inference import native
+from explorer.inference.layout import Planes
+from explorer.inference.module import SparseModule
+from explorer.masks import magnitude_mask, pair_mask
+from tests.inference.graphs import relative_error
+from tests.inference.test_kernels import ISAS, runnable
+
+
+class Bottlenecks(nn.Module):
+    """As in ResNet-50: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; then the same with a stride; then a mean over the image."""
+
+    def __init__(self, channels: int, narrow: int, outputs: int = 5) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, channels, 1)
+        self.reduce, self.spread, self.expand = (
+            nn.Conv2d(channels, narrow, 1),
+            nn.Conv2d(narrow, narrow, 3, padding=1),
+            nn.Conv2d(narrow, channels, 1),
+        )
+        self.reduce2, self.spread2, self.expand2 = (
+            nn.Conv2d(channels, narrow, 1),
+            nn.Conv2d(narrow, narrow, 3, 2, 1),
+            nn.Conv2d(narrow, channels, 1),
+        )
+        self.short = nn.Conv2d(channels, channels, 1, 2)
+        self.classify = nn.Linear(channels, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        y = torch.relu(self.spread(torch.relu(self.reduce(x))))
+        x = torch.relu(self.expand(y) + x)
+        y = torch.relu(self.spread2(torch.relu(self.reduce2(x))))
+        x = torch.relu(self.expand2(y) + self.short(x))
+        return self.classify(x.mean((2, 3)))
+
+
+def pruned(network: nn.Module, sparsity: float, *, pairs: bool = False) -> nn.Module:
+    with torch.no_grad():
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                mask = pair_mask if pairs and len(part.weight) % 2 == 0 else magnitude_mask
+                part.weight *= mask(part.weight, sparsity)
+    return network.eval()
+
+
+def in_tiles(engine: SparseModule) -> set[str]:
+    """The modules whose result lies in tiles."""
+    places = engine._plan.places
+    return {
+        operation.name
+        for operation in engine._graph.operations
+        if isinstance(layout := getattr(places.get(operation.output), "layout", None), Planes) and layout.tile
+    }
+
+
+@given(
+    rows=st.integers(6, 33),
+    columns=st.integers(6, 33),
+    channels=st.sampled_from([8, 18, 33]),
+    narrow=st.sampled_from([4, 9, 16]),
+    images=st.integers(1, 3),
+    threads=st.integers(1, 3),
+    pairs=st.booleans(),
+    mode=st.sampled_from(["auto", "sparse"]),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_bottlenecks_of_any_size_equal_torch(
+    rows: int, columns: int, channels: int, narrow: int, images: int, threads: int, pairs: bool, mode: str
+) -> None:
+    torch.manual_seed(rows * columns)
+    network = pruned(Bottlenecks(channels, narrow), 0.8, pairs=pairs)
+    x = torch.randn(images, 3, rows, columns)
+    engine = explorer.compile(network, x, threads=threads, sparse=mode)
+    assert engine.fallbacks == ()
+    for _ in range(2):  # a residual must not be added to in its own place
+        assert relative_error(engine(x), network(x)) < 1e-5
+    assert relative_error(engine(x[:1]), network(x[:1])) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 2e-2)])
+def test_what_sparse_pointwise_convolutions_read_lies_in_tiles(
+    isa: str, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    if precision == "fp16" and isa != native.current_isa().name:
+        pytest.skip("emulated for the widest instruction set only")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    torch.manual_seed(0)
+    network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(2, 3, 32, 31)
+    engine = explorer.compile(network, x, threads=2, precision=precision)
+    # 32 rows of 31 pixels and a gap are whole tiles: the input of each 3 x 3 convolution keeps its planes, and so does what is split into phases first.
+    assert in_tiles(engine) >= {"a", "expand"}
+    assert not in_tiles(engine) & {"reduce", "reduce2"}
+    assert relative_error(engine(x), network(x)) < tolerance
+
+
+def test_an_engine_with_tiles_takes_dense_weights_over() -> None:
+    torch.manual_seed(0)
+    sparse, dense = pruned(Bottlenecks(16, 8), 0.9), Bottlenecks(16, 8).eval()
+    x = torch.randn(1, 3, 32, 32)
+    engine = explorer.compile(sparse, x)
+    assert in_tiles(engine)
+    for network in (dense, sparse):
+        engine.update_weights(network)
+        assert relative_error(engine(x), network(x)) < 1e-5
+
+
+@pytest.mark.parametrize("pixels", [4, 7, 8, 14, 16])
+def test_dense_kernels_read_and_write_tiles_too(pixels: int) -> None:
+    """Channels in the lanes, where the pixels of a tile of theirs lie in one tile; else pixels in the lanes."""
+    torch.manual_seed(pixels)
+    sparse, dense = pruned(Bottlenecks(48, 40), 0.9), Bottlenecks(48, 40).eval()
+    x = torch.randn(1, 3, 2 * pixels, pixels)
+    engine = explorer.compile(sparse, x, threads=2)
+    engine.update_weights(dense)
+    assert relative_error(engine(x), dense(x)) < 1e-5
+
+
+def test_dense_networks_and_what_torch_or_the_caller_sees_keep_their_planes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 32, 32)
+    network = Bottlenecks(16, 8).eval()
+    assert not in_tiles(explorer.compile(network, x))
+    assert not in_tiles(explorer.compile(pruned(network, 0.9), x, sparse="dense"))
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.relu(self.a(x))
+            z = self.b(y)
+            return torch.cumsum(z, 1), torch.relu(self.c(torch.relu(z))) + y.flip(1)
+
+    seen = pruned(Seen(), 0.8)
+    engine = explorer.compile(seen, x)
+    assert not in_tiles(engine) & {"a", "b"}
+    for got, wanted in zip(engine(x), seen(x), strict=True):
+        assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("vectors", "threads", "tile"), [(14, 1, 7), (56, 1, 8), (56, 2, 7), (200, 1, 8), (4, 2, 4)]
+)
+def test_tiles_divide_the_plane_and_keep_all_threads_busy(vectors: int, threads: int, tile: int) -> None:
+    planes = Planes((1, 3, vectors, 16), 1, 3, vectors, 16, 16, 16 * vectors + 16, 16, 16)
+    tiled = planes.in_tiles(threads)
+    assert tiled is not None
+    assert (tiled.tile, tiled.vectors, tiled.guard) == (tile, vectors, 0)
+    assert not tiled.tiles_overlap
+
+
+def test_planes_that_no_tile_divides_are_left_alone() -> None:
+    assert Planes((1, 3, 13, 16), 1, 3, 13, 16, 16, 256, 16, 16).in_tiles(1) is None
+
+
+def test_pixels_are_found_tile_by_tile() -> None:
+    """`element` and `plane` against the definition: tile, channel, vector, lane."""
+    tiled = Planes((1, 3, 4, 24), 1, 3, 4, 24, 32, 160, 32, 16).in_tiles(2)
+    assert tiled is not None
+    assert tiled.tile == 4
+    memory = np.arange(tiled.image).reshape(2, 3, 4, 16)
+    for channel, row, column in product(range(3), range(4), range(24)):
+        pixel = row * 32 + column
+        tile, rest = divmod(pixel, 64)
+        found = tiled.element(np.array(pixel)) + channel * tiled.plane
+        assert found == memory[tile, channel, rest // 16, rest % 16]
+    assert tiled.tile_step(4) == 4 * 3 * 64
