@@ -23,7 +23,6 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from numpy.polynomial import chebyshev
-from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.builder import F32, Function, Value
@@ -154,11 +153,10 @@ def _tanh(v: _Vector, x: Value) -> Value:
 def _phi() -> tuple[float, ...]:
     """(Phi(x) - 1/2) / x in powers of 2 (x / end)^2 - 1, highest first."""
 
-    def at(u: NDArray[np.float64]) -> NDArray[np.float64]:
-        x = _PHI_END * np.sqrt((u + 1) / 2)  # no Chebyshev point is -1
-        return np.array([math.erf(value * math.sqrt(0.5)) / (2 * value) for value in x])
-
-    series = chebyshev.chebinterpolate(at, _PHI_DEGREE)
+    points = chebyshev.chebpts1(_PHI_DEGREE + 1)
+    x = _PHI_END * np.sqrt((points + 1) / 2)  # no point is -1
+    values = [math.erf(value * math.sqrt(0.5)) / (2 * value) for value in x]
+    series = chebyshev.chebfit(points, values, _PHI_DEGREE)
     return tuple(chebyshev.cheb2poly(series)[::-1].tolist())
 
 
