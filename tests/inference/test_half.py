@@ -254,3 +254,13 @@ def test_a_profile_and_a_benchmark_name_the_precision() -> None:
     rows = compiled.profile(x, repeats=2)
     assert {row.precision for row in rows if row.macs} == {"fp16"}
     assert "fp16" in repr(compiled)
+
+
+@pytest.mark.parametrize("shape", [(3,), (40_000,), (2, 3, 224, 224), (1, 1, 7), (5, 33_000), (3, 0)])
+def test_an_input_is_copied_in_small_pieces_that_make_up_the_whole(shape: tuple[int, ...]) -> None:
+    x = torch.arange(float(np.prod(shape))).reshape(shape)
+    copied = torch.full(shape, -1.0)
+    for at in engine_module._pieces(shape):
+        assert x[at].numel() <= engine_module._GRAIN
+        copied[at].copy_(x[at])
+    assert torch.equal(copied, x)

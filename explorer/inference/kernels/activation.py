@@ -152,7 +152,6 @@ def _tanh(v: _Vector, x: Value) -> Value:
 @cache
 def _phi() -> tuple[float, ...]:
     """(Phi(x) - 1/2) / x in powers of 2 (x / end)^2 - 1, highest first."""
-
     points = chebyshev.chebpts1(_PHI_DEGREE + 1)
     x = _PHI_END * np.sqrt((points + 1) / 2)  # no point is -1
     values = [math.erf(value * math.sqrt(0.5)) / (2 * value) for value in x]

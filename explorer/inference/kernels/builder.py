@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 
 from explorer.inference.native import Isa
@@ -261,16 +262,22 @@ class Function:
         return vectors
 
     def gather(self, base: Value, indices: Value, mask: Value | None = None, otherwise: float = 0.0) -> Value:
-        """``base[indices]`` of a plane; lanes whose mask is false give `otherwise`."""
+        """``base[indices]`` of a plane; lanes whose mask is false give `otherwise`.
+
+        CPUs gather no less than 32 bits: of float16 the element after it is read as well, and dropped.
+        """
         addresses = self.b.gep(base, [indices], source_etype=self._element)
         addresses.type = ir.VectorType(PTR, self.lanes)  # llvmlite infers a scalar pointer
         if mask is None:
             mask = ir.Constant(ir.VectorType(I1, self.lanes), [1] * self.lanes)
-        otherwise = ir.Constant(self._stored, [otherwise] * self.lanes)
-        name = f"llvm.masked.gather.v{self.lanes}{_suffix(self._element)}.v{self.lanes}p0"
-        return self._computed(
-            self.call(name, self._stored, [addresses, I32(self.element_bytes), mask, otherwise])
-        )
+        bits = np.dtype(f"f{self.element_bytes}").type(otherwise).view(f"u{self.element_bytes}")
+        words = self.int_vector
+        name = f"llvm.masked.gather.v{self.lanes}i32.v{self.lanes}p0"
+        instead = ir.Constant(words, [int(bits)] * self.lanes)
+        found = self.call(name, words, [addresses, I32(self.element_bytes), mask, instead])
+        if self.element_bytes == 2:
+            found = self.b.trunc(found, ir.VectorType(I16, self.lanes))
+        return self._computed(self.b.bitcast(found, self._stored))
 
     # ---- calls
 
