@@ -9,11 +9,15 @@ A forked child has no helpers. Its first run starts them again, with a gate and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import numpy as np
 
@@ -74,6 +78,32 @@ def _stop(state: _State, helpers: list[threading.Thread]) -> None:
             helper.join(timeout=5)
 
 
+@cache
+def _current_cpu() -> Callable[[], int] | None:
+    """Tells the CPU that the calling thread runs on, where the system has a function for it (Linux)."""
+    try:
+        return cast("Callable[[], int]", ctypes.CDLL(None).sched_getcpu)
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of that name
+        return None
+
+
+def _keep_off_this_cpu(helper: threading.Thread) -> None:
+    """Let a sleeping helper wake up on any other CPU that the process may use.
+
+    After some milliseconds of sleep Linux likes to wake a thread where its waker runs, counting on the waker to go to sleep soon. The caller does not: the
+    two would take turns on one CPU, beside an idle one, for as long as a whole inference takes.
+    """
+    current_cpu, affinity = _current_cpu(), getattr(os, "sched_getaffinity", None)
+    if current_cpu is None or affinity is None or helper.native_id is None:
+        return
+    others = affinity(0) - {current_cpu()}
+    if others:
+        with contextlib.suppress(
+            OSError
+        ):  # it has ended, or the CPUs have just been taken away: it wakes up where it can
+            os.sched_setaffinity(helper.native_id, others)
+
+
 class Runner:
     """Runs one network's steps. Not thread-safe: the module that owns it takes a lock.
 
@@ -122,11 +152,16 @@ class Runner:
         self._helpers.clear()
 
     def _wake(self) -> None:
+        """Call the helpers that sleep."""
+        if not any(self._state.asleep):
+            return
         if not self._helpers:
             self._start()
-            return
-        for event, asleep in zip(self._state.wake, self._state.asleep, strict=True):
+        for event, asleep, helper in zip(
+            self._state.wake[1:], self._state.asleep[1:], self._helpers, strict=True
+        ):
             if asleep:
+                _keep_off_this_cpu(helper)
                 event.set()
 
     def use(self, steps: Steps) -> None:
@@ -147,8 +182,7 @@ class Runner:
             state.set("first", first)
             state.set("last", last)
             self._range = (first, last)
-        if any(state.asleep):
-            self._wake()
+        self._wake()
         state.run(*self._arguments)
 
 
