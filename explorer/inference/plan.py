@@ -88,24 +88,37 @@ _WORTH_TILES = 0.5
 """The density of weights above which nothing is laid in tiles: dense kernels read whole planes as well, and have more of a choice there."""
 
 
-def _is_tileable(operation: Operation) -> bool:
-    """Whether the kernel of an operation can write tiles, or add what lies in tiles."""
+def _joins_channels(operation: Operation) -> bool:
+    """Whether an operation is a convolution of all channels, or a linear layer."""
     a = operation.attributes
     return operation.kind in ("conv", "linear") and not a.get("depthwise") and a.get("groups", 1) == 1
 
 
 def _is_pointwise(graph: Graph, operation: Operation, position: int) -> bool:
     """Whether its operand at `position` is the input of a 1 x 1 convolution, or of a linear layer."""
-    a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:] if operation.weight else (0,)
-    is_plain = "phases" not in a and not any(a.get("padding", ()))
-    return position == 0 and _is_tileable(operation) and prod(taps) == 1 and is_plain
+    if position or not _joins_channels(operation):
+        return False
+    a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:]
+    return prod(taps) == 1 and "phases" not in a and not any(a.get("padding", ()))
 
 
-def _reads_tiles(tiled: Planes, operation: Operation, position: int) -> bool:
-    """Whether an operation that is no 1 x 1 convolution can read a tensor in tiles."""
-    if _is_tileable(operation):
-        return position > 0
-    return operation.kind == "split" or (operation.kind == "plane_average" and tiled.vectors == tiled.tile)
+def _writes_tiles(operation: Operation) -> bool:
+    """Whether the kernel of an operation can leave its result in tiles."""
+    a = operation.attributes
+    if operation.kind in _ELEMENTWISE:
+        activation = a.get("activation")
+        by_channel = operation.kind == "affine" or "one_value" in a
+        return not by_channel and not (activation and activation.moves_zero)
+    return operation.kind == "layer_norm" or _joins_channels(operation)
+
+
+def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: int) -> bool:
+    """Whether the kernel of an operation finds its operand in tiles."""
+    if _joins_channels(operation):
+        return position > 0 or _is_pointwise(graph, operation, position)
+    if operation.kind == "plane_average":
+        return tiled.vectors == tiled.tile
+    return operation.kind == "split" or _writes_tiles(operation)
 
 
 def _density(graph: Graph, operation: Operation) -> float:
@@ -378,28 +391,41 @@ class Plan:
     # ---- tiles
 
     def _tile(self, graph: Graph) -> None:
-        """Let what sparse 1 x 1 convolutions read lie tile by tile, see `explorer.inference.layout`, wherever all that write and read it can."""
+        """Let what sparse layers read and write lie tile by tile, see `explorer.inference.layout`, where all that touch it can, and several threads share it."""
         kept = self._pinned(graph) | {*self._range_of} | {self.located(place)[0] for place in self._range_of}
         readers: dict[str, list[tuple[Operation, int]]] = {}
-        for index in self.native:
-            operation = graph.operations[index]
+        tiled: dict[str, Planes] = {}
+        writers: dict[str, Operation] = {}
+        for operation in (graph.operations[index] for index in self.native):
             for position, place in enumerate(self.operands(operation)):
                 readers.setdefault(place, []).append((operation, position))
-        for index in self.native:
-            operation = graph.operations[index]
-            place = operation.output
-            layout = self.places[place].layout
-            if place in kept or not isinstance(layout, Planes) or not _is_tileable(operation):
+            layout = self.places[operation.output].layout
+            if operation.output in kept or not isinstance(layout, Planes) or not _writes_tiles(operation):
                 continue
-            tiled = layout.in_tiles(self.threads)
+            # Where each thread has images of its own they share nothing.
+            candidate = layout.in_tiles(self.threads) if layout.images % self.threads else None
+            if candidate is not None and not layout.is_compactable:
+                tiled[operation.output], writers[operation.output] = candidate, operation
+        for place in [*tiled]:
             mine = readers.get(place, [])
-            if tiled is None or layout.is_compactable or not mine:
-                continue
-            pointwise = [reader for reader, position in mine if _is_pointwise(graph, reader, position)]
-            density = min((_density(graph, reader) for reader in pointwise), default=1.0)
-            others = [one for one in mine if not _is_pointwise(graph, *one)]
-            if density < _WORTH_TILES and all(_reads_tiles(tiled, *one) for one in others):
-                self.places[place].layout = tiled
+            layers = [writers[place], *(one for one, position in mine if _is_pointwise(graph, one, position))]
+            density = min((_density(graph, one) for one in layers if _joins_channels(one)), default=0.0)
+            # An image is split into all its phases faster from planes.
+            only_split = all(one.kind == "split" for one, _ in mine)
+            readable = all(_reads_tiles(graph, tiled[place], *one) for one in mine)
+            if density >= _WORTH_TILES or only_split or not readable:
+                del tiled[place]
+        # All tensors of an elementwise operation lie alike: one that cannot takes the others with it, and so on.
+        together = [
+            {*self.operands(operation), operation.output}
+            for operation in (graph.operations[index] for index in self.native)
+            if operation.kind in _ELEMENTWISE
+        ]
+        while broken := [places for places in together if 0 < len(places & tiled.keys()) < len(places)]:
+            for place in set().union(*broken) & tiled.keys():
+                del tiled[place]
+        for place, layout in tiled.items():
+            self.places[place].layout = layout
 
     # ---- buffers
 

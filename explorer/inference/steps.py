@@ -478,22 +478,28 @@ class _StepBuilder:
         n = x.channels
         weight = np.ones(n, np.float32) if a["weight"] is None else self._array(a["weight"])
         bias = np.zeros(n, np.float32) if a["bias"] is None else self._array(a["bias"])
-        tile = min(4, y.vectors)
-        jobs = -(-y.vectors // tile)
+        fixed = max(x.tile, y.tile)
+        tile = max(t for t in (1, 2, 3, 4) if fixed % t == 0) if fixed else min(4, y.vectors)
+        jobs, per_tile = -(-y.vectors // tile), max(fixed // tile, 1)
         kernel = layer_norm.LayerNormKernel(tile, y.has_gaps)
         arguments = _fill(
             layer_norm.ARGUMENTS,
             x=place.address,
             x_plane=x.plane_bytes,
+            x_tile=x.tile_step(per_tile * tile),
             out=out.address,
             out_plane=y.plane_bytes,
+            out_tile=y.tile_step(per_tile * tile),
             weight=self.memory.put(weight),
             bias=self.memory.put(bias),
             features=n,
             one_over_features=_bits(1 / n),
             epsilon=_bits(a["eps"]),
-            last_tile=y.vector_bytes * (y.vectors - tile),
+            tiles=jobs,
+            per_tile=per_tile,
+            back=y.vector_bytes * (jobs * tile - y.vectors),
             mask=self._mask(y),
+            mask_tile=y.vector_bytes * per_tile * tile,
         )
         return _Row(self._code(kernel), arguments, jobs, "layer norm")
 
@@ -663,7 +669,10 @@ class _StepBuilder:
             # Where one value serves all pixels, the channels' values follow one another.
             values[f"{name}_plane"] = layout.plane_bytes if isinstance(layout, Planes) else 4 * is_plane
         if isinstance(y, Planes):
-            jobs, vectors = self._channel_jobs(y.channels), y.vectors
+            # In tiles, all tensors alike: planes of a tile each.
+            planes_per_channel = y.vectors // y.tile if y.tile else 1
+            jobs = self._channel_jobs(y.channels * planes_per_channel)
+            vectors = y.vectors // planes_per_channel
         else:
             jobs = {"jobs": 1, "channels": 1, "channels_per_job": 1}
             vectors = -(-y.features // isa.lanes)

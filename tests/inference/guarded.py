@@ -28,7 +28,7 @@ from explorer.inference import module, native
 from explorer.inference.memory import Memory
 from explorer.inference.plan import Plan
 from tests.inference.graphs import preferring
-from tests.inference.test_tiles import Bottlenecks
+from tests.inference.test_tiles import Bottlenecks, Feedforward
 
 PATTERN = 0xFF
 """In each byte: four of them are a NaN."""
@@ -153,7 +153,9 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     for tokens in (1, 7, 16, 50):
         yield f"tokens {tokens}", Tokens, (2, tokens, 11)
     for size in ((8, 15), (32, 31)):
-        yield f"tiles {size}", lambda: Bottlenecks(16, 8), (2, 3, *size)
+        yield f"tiles {size}", lambda: Bottlenecks(16, 8), (1, 3, *size)
+    for tokens in (100, 128):
+        yield f"tiles {tokens}", lambda: Feedforward(24, 40), (1, tokens, 24)
     yield "line", lambda: nn.Sequential(nn.Conv1d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 41)
 
 

@@ -105,7 +105,7 @@ def test_what_sparse_pointwise_convolutions_read_lies_in_tiles(
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
     monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
     torch.manual_seed(0)
-    network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(2, 3, 32, 31)
+    network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(1, 3, 32, 31)
     engine = explorer.compile(network, x, threads=2, precision=precision)
     # 32 rows of 31 pixels and a gap are whole tiles: the input of each 3 x 3 convolution keeps its planes, and so does what is split into phases first.
     assert in_tiles(engine) >= {"a", "expand"}
@@ -113,11 +113,54 @@ def test_what_sparse_pointwise_convolutions_read_lies_in_tiles(
     assert relative_error(engine(x), network(x)) < tolerance
 
 
+class Feedforward(nn.Module):
+    """What surrounds the attention of a transformer: normalisation, linear layers, a smooth activation, and sums that no linear layer takes along."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.before = nn.Linear(features, features)
+        self.norm, self.norm2 = nn.LayerNorm(features), nn.LayerNorm(features)
+        self.up, self.down = nn.Linear(features, hidden), nn.Linear(hidden, features)
+        self.last = nn.Linear(features, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.before(x))
+        y = self.down(nn.functional.gelu(self.up(x))) + x
+        z = self.norm2(y)
+        return self.last(z + torch.relu(z) * y)
+
+
+@given(
+    tokens=st.integers(1, 300),
+    samples=st.integers(1, 3),
+    features=st.sampled_from([8, 33]),
+    threads=st.integers(2, 3),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_tokens_in_any_number_equal_torch(tokens: int, samples: int, features: int, threads: int) -> None:
+    torch.manual_seed(tokens)
+    network, x = pruned(Feedforward(features, 40), 0.8), torch.randn(samples, tokens, features)
+    engine = explorer.compile(network, x, threads=threads)
+    assert engine.fallbacks == ()
+    for _ in range(2):
+        assert relative_error(engine(x), network(x)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [128, 224, 256])
+def test_tokens_lie_in_tiles_from_the_first_sparse_layer_to_the_last(tokens: int) -> None:
+    torch.manual_seed(0)
+    network, x = pruned(Feedforward(24, 40), 0.8), torch.randn(1, tokens, 24)
+    engine = explorer.compile(network, x, threads=2)
+    assert in_tiles(engine) >= {"before", "norm", "up", "down", "norm2"}
+    assert "last" not in in_tiles(engine)
+    assert relative_error(engine(x), network(x)) < 1e-5
+
+
 def test_an_engine_with_tiles_takes_dense_weights_over() -> None:
     torch.manual_seed(0)
     sparse, dense = pruned(Bottlenecks(16, 8), 0.9), Bottlenecks(16, 8).eval()
-    x = torch.randn(1, 3, 32, 32)
-    engine = explorer.compile(sparse, x)
+    x = torch.randn(1, 3, 32, 31)
+    engine = explorer.compile(sparse, x, threads=2)
     assert in_tiles(engine)
     for network in (dense, sparse):
         engine.update_weights(network)
@@ -137,10 +180,15 @@ def test_dense_kernels_read_and_write_tiles_too(pixels: int) -> None:
 
 def test_dense_networks_and_what_torch_or_the_caller_sees_keep_their_planes() -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 3, 32, 32)
+    x = torch.randn(1, 3, 32, 31)
     network = Bottlenecks(16, 8).eval()
-    assert not in_tiles(explorer.compile(network, x))
-    assert not in_tiles(explorer.compile(pruned(network, 0.9), x, sparse="dense"))
+    assert not in_tiles(explorer.compile(network, x, threads=2))
+    sparse = pruned(network, 0.9)
+    assert not in_tiles(explorer.compile(sparse, x, threads=2, sparse="dense"))
+    # One thread shares with nobody, and two have an image each.
+    assert not in_tiles(explorer.compile(sparse, x, threads=1))
+    assert not in_tiles(explorer.compile(sparse, torch.cat([x, x]), threads=2))
+    assert in_tiles(explorer.compile(sparse, x, threads=2))
 
     class Seen(nn.Module):
         def __init__(self) -> None:
@@ -153,7 +201,7 @@ def test_dense_networks_and_what_torch_or_the_caller_sees_keep_their_planes() ->
             return torch.cumsum(z, 1), torch.relu(self.c(torch.relu(z))) + y.flip(1)
 
     seen = pruned(Seen(), 0.8)
-    engine = explorer.compile(seen, x)
+    engine = explorer.compile(seen, x, threads=2)
     assert not in_tiles(engine) & {"a", "b"}
     for got, wanted in zip(engine(x), seen(x), strict=True):
         assert relative_error(got, wanted) < 1e-5

@@ -21,11 +21,13 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_plane", "out", "out_plane", "weight", "bias", "features", "one_over_features", "epsilon", "last_tile", "mask",
+        "x", "x_plane", "x_tile", "out", "out_plane", "out_tile", "weight", "bias", "features", "one_over_features", "epsilon", "tiles",
+        "per_tile", "back", "mask", "mask_tile",
     )
 )  # fmt: skip
-"""`weight` and `bias`: one float32 per feature. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit
-evenly. `mask`: one integer per token, as wide as a value."""
+"""`weight` and `bias`: one float32 per feature. `mask`: one integer per token, as wide as a value. `per_tile`: how many of the kernel's tiles a tile of
+the layout holds, `..._tile`: bytes from one of those to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
+evenly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,14 @@ class LayerNormKernel:
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
 
-        position = f.minimum(b.mul(job, I64(width * self.tile)), field("last_tile"))
-        x, out = f.at(field("x", PTR), position), f.at(field("out", PTR), position)
+        whole, piece = b.sdiv(job, field("per_tile")), b.srem(job, field("per_tile"))
+        is_last = b.icmp_signed("==", b.add(job, I64(1)), field("tiles"))
+        within = b.sub(b.mul(piece, I64(width * self.tile)), b.select(is_last, field("back"), I64(0)))
+
+        def tensor(name: str) -> Value:
+            return f.at(field(name, PTR), b.add(b.mul(whole, field(f"{name}_tile")), within))
+
+        x, out = tensor("x"), tensor("out")
         x_plane, out_plane, features = field("x_plane"), field("out_plane"), field("features")
         one_over, epsilon = (f.splat(f.to_float(field(n))) for n in ("one_over_features", "epsilon"))
         zero, one = f.constant(0.0), f.constant(1.0)
@@ -77,7 +85,7 @@ class LayerNormKernel:
         for square in squares:
             variance = b.fadd(b.fmul(square, one_over), epsilon)
             gains.append(b.fdiv(one, f.intrinsic("sqrt", f.vector, [variance])))
-        weight, bias, mask = field("weight", PTR), field("bias", PTR), f.at(field("mask", PTR), position)
+        weight, bias, mask = field("weight", PTR), field("bias", PTR), tensor("mask")
 
         def write(i: Value, pointer: Value, to: Value) -> list[Value]:
             at = b.mul(i, I64(4))
