@@ -391,7 +391,7 @@ class Plan:
     # ---- tiles
 
     def _tile(self, graph: Graph) -> None:
-        """Let what sparse layers read and write lie tile by tile, see `explorer.inference.layout`, where all that touch it can, and several threads share it."""
+        """Let what sparse layers read and write lie tile by tile, see `explorer.inference.layout`, where all that touch it can."""
         kept = self._pinned(graph) | {*self._range_of} | {self.located(place)[0] for place in self._range_of}
         readers: dict[str, list[tuple[Operation, int]]] = {}
         tiled: dict[str, Planes] = {}
@@ -402,8 +402,9 @@ class Plan:
             layout = self.places[operation.output].layout
             if operation.output in kept or not isinstance(layout, Planes) or not _writes_tiles(operation):
                 continue
-            # Where each thread has images of its own they share nothing.
-            candidate = layout.in_tiles(self.threads) if layout.images % self.threads else None
+            # Threads that have images of their own share nothing; of tokens, one thread chooses tiles for each layer.
+            fits = not layout.tokens if self.threads == 1 else layout.images % self.threads != 0
+            candidate = layout.in_tiles(self.threads) if fits else None
             if candidate is not None and not layout.is_compactable:
                 tiled[operation.output], writers[operation.output] = candidate, operation
         for place in [*tiled]:

@@ -52,7 +52,7 @@ Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 wh
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
 
-BUFFER_BYTES = 1 << 16
+BUFFER_BYTES = 1 << 17
 """Start of the sums in a thread's scratch; the packed operands lie before it."""
 
 OFFSETS_AHEAD = 3
