@@ -402,9 +402,13 @@ class Plan:
             layout = self.places[operation.output].layout
             if operation.output in kept or not isinstance(layout, Planes) or not _writes_tiles(operation):
                 continue
-            # Threads that have images of their own share nothing; of tokens, one thread chooses tiles for each layer.
-            fits = not layout.tokens if self.threads == 1 else layout.images % self.threads != 0
-            candidate = layout.in_tiles(self.threads) if fits else None
+            # Of tokens, one thread chooses other tiles for each layer.
+            if self.threads == 1 and layout.tokens:
+                continue
+            sharing = (
+                self.threads if layout.images % self.threads else 1
+            )  # otherwise each thread has images of its own
+            candidate = layout.in_tiles(sharing, self.isa)
             if candidate is not None and not layout.is_compactable:
                 tiled[operation.output], writers[operation.output] = candidate, operation
         for place in [*tiled]:
@@ -552,8 +556,7 @@ class Plan:
             fitting = [
                 form
                 for form in forms
-                if max(out.compact_vectors if form == "compact" else 0, self._fixed_tile(operation))
-                <= widest_pair_tile(self.isa)
+                if form != "compact" or out.compact_vectors <= widest_pair_tile(self.isa)
             ]
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
         if mode == "dense":

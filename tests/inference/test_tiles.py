@@ -22,6 +22,9 @@ from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, runnable
 
 
+WIDE = native.Isa("avx512", 16, 32, "", "")
+
+
 class Bottlenecks(nn.Module):
     """As in ResNet-50: 1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; then the same with a stride; then a mean over the image."""
 
@@ -185,8 +188,6 @@ def test_dense_networks_and_what_torch_or_the_caller_sees_keep_their_planes() ->
     assert not in_tiles(explorer.compile(network, x, threads=2))
     sparse = pruned(network, 0.9)
     assert not in_tiles(explorer.compile(sparse, x, threads=2, sparse="dense"))
-    # Two threads that have an image each share nothing.
-    assert not in_tiles(explorer.compile(sparse, torch.cat([x, x]), threads=2))
     assert in_tiles(explorer.compile(sparse, x, threads=2))
 
     class Seen(nn.Module):
@@ -211,19 +212,25 @@ def test_dense_networks_and_what_torch_or_the_caller_sees_keep_their_planes() ->
 )
 def test_tiles_divide_the_plane_and_keep_all_threads_busy(vectors: int, threads: int, tile: int) -> None:
     planes = Planes((1, 3, vectors, 16), 1, 3, vectors, 16, 16, 16 * vectors + 16, 16, 16)
-    tiled = planes.in_tiles(threads)
+    tiled = planes.in_tiles(threads, WIDE)
     assert tiled is not None
     assert (tiled.tile, tiled.vectors, tiled.guard) == (tile, vectors, 0)
     assert not tiled.tiles_overlap
 
 
+def test_tiles_leave_registers_for_pairs_of_channels() -> None:
+    tiled = Planes((1, 3, 24, 8), 1, 3, 24, 8, 8, 200, 8, 8).in_tiles(1, native.Isa("avx2", 8, 16, "", ""))
+    assert tiled is not None
+    assert tiled.tile == 6
+
+
 def test_planes_that_no_tile_divides_are_left_alone() -> None:
-    assert Planes((1, 3, 13, 16), 1, 3, 13, 16, 16, 256, 16, 16).in_tiles(1) is None
+    assert Planes((1, 3, 13, 16), 1, 3, 13, 16, 16, 256, 16, 16).in_tiles(1, WIDE) is None
 
 
 def test_pixels_are_found_tile_by_tile() -> None:
     """`element` and `plane` against the definition: tile, channel, vector, lane."""
-    tiled = Planes((1, 3, 4, 24), 1, 3, 4, 24, 32, 160, 32, 16).in_tiles(2)
+    tiled = Planes((1, 3, 4, 24), 1, 3, 4, 24, 32, 160, 32, 16).in_tiles(2, WIDE)
     assert tiled is not None
     assert tiled.tile == 4
     memory = np.arange(tiled.image).reshape(2, 3, 4, 16)
