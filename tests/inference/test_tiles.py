@@ -21,7 +21,6 @@ from explorer.masks import magnitude_mask, pair_mask
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, runnable
 
-
 WIDE = native.Isa("avx512", 16, 32, "", "")
 
 
