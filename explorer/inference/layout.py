@@ -16,7 +16,7 @@ one.) The pixels, with the gaps between their rows, are the same.
 
 **Vectors** hold one value per channel (after pooling), one image after another. They are small, and float32 also where planes are float16.
 
-Every layout is also a torch view of the same memory, so that operators without a native kernel read and write it in place.
+Planes and vectors are also torch views of the same memory, so that operators without a native kernel read and write them in place.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ class Planes:
     def in_tiles(self, threads: int, isa: Isa) -> Planes | None:
         """The same tensor tile by tile, for so many threads that share an image; None where no size of tiles divides the plane.
 
-        No tile is too large for a kernel that takes output channels in pairs.
-
-        Tensors with planes of the same size get tiles of the same size.
+        Tensors with planes of the same size get tiles of the same size, none too large for a kernel that takes output channels in pairs.
         """
         largest = min(MAX_TILE, widest_pair_tile(isa))
         sizes = [t for t in range(_SMALLEST_TILE, largest + 1) if self.vectors % t == 0]
@@ -184,9 +182,8 @@ class Planes:
     def elements(self) -> int:
         """Elements to reserve in all. Lanes that are no pixels may read (never write) up to two rows past the last plane."""
         if self.tile:
-            return (
-                self.images * self.image + self.lanes
-            )  # pixels that begin inside a vector are read by whole vectors
+            # Pixels that begin inside a vector are read by whole vectors.
+            return self.images * self.image + self.lanes
         return (
             self.before
             + self.images * self.image

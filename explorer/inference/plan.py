@@ -405,9 +405,7 @@ class Plan:
             # Of tokens, one thread chooses other tiles for each layer.
             if self.threads == 1 and layout.tokens:
                 continue
-            sharing = (
-                self.threads if layout.images % self.threads else 1
-            )  # otherwise each thread has images of its own
+            sharing = self.threads if layout.images % self.threads else 1  # or each has images of its own
             candidate = layout.in_tiles(sharing, self.isa)
             if candidate is not None and not layout.is_compactable:
                 tiled[operation.output], writers[operation.output] = candidate, operation
@@ -566,18 +564,14 @@ class Plan:
         return (sparse if density < _ALWAYS_DENSE else []) + (dense if density > _ALWAYS_SPARSE else [])
 
     def _tiles(self, operation: Operation) -> list[int]:
-        """The same of each operand and of the result."""
+        """The size of the tiles that each operand and the result of an operation lie in, 0 for planes."""
         layouts = [self.places[place].layout for place in (*self.operands(operation), operation.output)]
         return [layout.tile if isinstance(layout, Planes) else 0 for layout in layouts]
-
-    def _fixed_tile(self, operation: Operation) -> int:
-        """The size of the tiles that operands or result of a convolution lie in; 0 when none does."""
-        return max(self._tiles(operation))
 
     def _fits_channels(self, graph: Graph, operation: Operation, out: Planes) -> bool:
         """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles."""
         form = channel_tile(out.columns, graph.shapes[operation.output][1], self.isa)
-        tile = self._fixed_tile(operation) * self.isa.lanes
+        tile = max(self._tiles(operation)) * self.isa.lanes
         if form is None or not tile:
             return form is not None
         first = np.arange(out.rows)[:, None] * out.pitch + np.arange(0, out.columns, form[0])

@@ -115,6 +115,40 @@ def test_what_sparse_pointwise_convolutions_read_lies_in_tiles(
     assert relative_error(engine(x), network(x)) < tolerance
 
 
+class Separable(nn.Module):
+    """As in MobileNet: 1 x 1 convolutions, and filters of each channel between them."""
+
+    def __init__(self, channels: int, size: int, padding: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, channels, 1) for n in (3, channels, channels))
+        self.filter = nn.Conv2d(channels, channels, size, 1, padding, groups=channels)
+        self.down = nn.Conv2d(channels, channels, 3, 2, 1, groups=channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.filter(torch.relu(self.a(x))))
+        return self.c(torch.relu(self.down(nn.functional.relu6(self.b(x)))))
+
+
+@given(
+    rows=st.integers(6, 40),
+    columns=st.integers(6, 40),
+    size=st.sampled_from([1, 2, 3, 5]),
+    padding=st.integers(0, 3),
+    images=st.integers(1, 3),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_filters_of_each_channel_beside_pointwise_convolutions_equal_torch(
+    rows: int, columns: int, size: int, padding: int, images: int, threads: int
+) -> None:
+    torch.manual_seed(rows * columns)
+    network, x = pruned(Separable(20, size, padding), 0.7), torch.randn(images, 3, rows, columns)
+    engine = explorer.compile(network, x, threads=threads)
+    assert engine.fallbacks == ()
+    for n in {images, 1}:
+        assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
 class Feedforward(nn.Module):
     """What surrounds the attention of a transformer: normalisation, linear layers, a smooth activation, and sums that no linear layer takes along."""
 
