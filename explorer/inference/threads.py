@@ -98,9 +98,8 @@ def _keep_off_this_cpu(helper: threading.Thread) -> None:
         return
     others = affinity(0) - {current_cpu()}
     if others:
-        with contextlib.suppress(
-            OSError
-        ):  # it has ended, or the CPUs have just been taken away: it wakes up where it can
+        # It may have ended, or the CPUs have just been taken away: then it wakes up where it can.
+        with contextlib.suppress(OSError):
             os.sched_setaffinity(helper.native_id, others)
 
 
@@ -157,9 +156,9 @@ class Runner:
             return
         if not self._helpers:
             self._start()
-        for event, asleep, helper in zip(
-            self._state.wake[1:], self._state.asleep[1:], self._helpers, strict=True
-        ):
+        # An interrupt may have left fewer helpers than there were to be.
+        helpers = zip(self._state.wake[1:], self._state.asleep[1:], self._helpers, strict=False)
+        for event, asleep, helper in helpers:
             if asleep:
                 _keep_off_this_cpu(helper)
                 event.set()
