@@ -209,12 +209,12 @@ class SparseModule:
         self._lock = fork.EngineLock()
         self._at_once: int | None = None
         self._graph = self._lowered()
-        self._plan = self._planned()
+        self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
         self._at_once = self._images_at_once()
         if self._at_once is not None:
             self._graph = self._lowered()
-            self._plan = self._planned()
+            self._plan = Plan(self._graph, self._isa, threads)
         self._choices: dict[int, Choice] = {}
         self._densities: dict[int, float] = {}
         self._cycles: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -236,9 +236,6 @@ class SparseModule:
                 if name not in graph.parameter_names and shape[:1] == (self.batch_size,):
                     graph.shapes[name] = (self._at_once, *shape[1:])
         return graph
-
-    def _planned(self) -> Plan:
-        return Plan(self._graph, self._isa, self.threads, tiles=self._mode != "dense")
 
     def _images_at_once(self) -> int | None:
         """How many images of a large batch go through the whole network before the next ones begin; None for all of them.

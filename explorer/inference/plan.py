@@ -84,10 +84,6 @@ class Place:
         return self.start + self.layout.element_bytes * self.layout.before
 
 
-_WORTH_TILES = 0.5
-"""The density of weights above which nothing is laid in tiles: dense kernels read whole planes as well, and have more of a choice there."""
-
-
 def _joins_channels(operation: Operation) -> bool:
     """Whether an operation is a convolution of all channels, or a linear layer."""
     a = operation.attributes
@@ -121,12 +117,6 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
     return operation.kind == "split" or _writes_tiles(operation)
 
 
-def _density(graph: Graph, operation: Operation) -> float:
-    """Nonzeros / weights."""
-    weight = graph.constants[operation.weight or ""].detach().numpy()
-    return float(np.count_nonzero(weight != 0)) / max(weight.size, 1)
-
-
 class Plan:
     """Layouts, buffers and the order of execution of a lowered graph.
 
@@ -137,11 +127,9 @@ class Plan:
     isa : Isa
     threads : int
         Work is cut so that this many threads find jobs in each step.
-    tiles : bool
-        Whether tensors between sparse layers may lie tile by tile.
     """
 
-    def __init__(self, graph: Graph, isa: Isa, threads: int, *, tiles: bool = True) -> None:
+    def __init__(self, graph: Graph, isa: Isa, threads: int) -> None:
         self.isa, self.threads = isa, threads
         self.images = (
             graph.shapes[graph.inputs[0]][0] if graph.inputs and graph.shapes.get(graph.inputs[0]) else 1
@@ -157,8 +145,7 @@ class Plan:
         self._kinds = {operation.output: operation.kind for operation in graph.operations}
         self._share(graph)
         self._lay_out(graph)
-        if tiles:
-            self._tile(graph)
+        self._tile(graph)
         self._allocate(graph)
         self.is_dynamic = not any(isinstance(s, TorchSegment) for s in self.segments) and all(
             self.follows_batch(p.layout) for p in self.places.values()
@@ -391,11 +378,10 @@ class Plan:
     # ---- tiles
 
     def _tile(self, graph: Graph) -> None:
-        """Let what sparse layers read and write lie tile by tile, see `explorer.inference.layout`, where all that touch it can."""
+        """Let what 1 x 1 convolutions and linear layers read lie tile by tile, see `explorer.inference.layout`, where all that touch it can."""
         kept = self._pinned(graph) | {*self._range_of} | {self.located(place)[0] for place in self._range_of}
         readers: dict[str, list[tuple[Operation, int]]] = {}
         tiled: dict[str, Planes] = {}
-        writers: dict[str, Operation] = {}
         for operation in (graph.operations[index] for index in self.native):
             for position, place in enumerate(self.operands(operation)):
                 readers.setdefault(place, []).append((operation, position))
@@ -408,15 +394,13 @@ class Plan:
             sharing = self.threads if layout.images % self.threads else 1  # or each has images of its own
             candidate = layout.in_tiles(sharing, self.isa)
             if candidate is not None and not layout.is_compactable:
-                tiled[operation.output], writers[operation.output] = candidate, operation
+                tiled[operation.output] = candidate
         for place in [*tiled]:
             mine = readers.get(place, [])
-            layers = [writers[place], *(one for one, position in mine if _is_pointwise(graph, one, position))]
-            density = min((_density(graph, one) for one in layers if _joins_channels(one)), default=0.0)
             # An image is split into all its phases faster from planes.
             only_split = all(one.kind == "split" for one, _ in mine)
             readable = all(_reads_tiles(graph, tiled[place], *one) for one in mine)
-            if density >= _WORTH_TILES or only_split or not readable:
+            if only_split or not readable:
                 del tiled[place]
         # All tensors of an elementwise operation lie alike: one that cannot takes the others with it, and so on.
         together = [

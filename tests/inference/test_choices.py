@@ -64,6 +64,6 @@ def test_a_choice_is_timed_once_and_then_remembered(tmp_path: Path, monkeypatch:
     damaged = dict.fromkeys(json.loads(path.read_text(encoding="utf-8")), "quantum")
     choice_cache().put(damaged)
     assert set(explorer.compile(network, x).choices.values()) <= {
-        "sparse", "dense", "sparse, shift", "dense, shift", "sparse, compact", "dense, compact",
+        "sparse", "dense", "sparse, shift", "dense, shift", "sparse, compact", "dense, compact", "dense, channels",
     }  # fmt: skip
     assert timed
