@@ -11,7 +11,7 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError
-from explorer.masks import magnitude_mask
+from explorer.masks import magnitude_mask, pair_mask
 from explorer.models import architectures
 from tests.inference.graphs import relative_error
 
@@ -35,11 +35,13 @@ def randomised(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def pruned(network: nn.Module, sparsity: float) -> nn.Module:
+def pruned(network: nn.Module, sparsity: float, *, pairs: bool = False) -> nn.Module:
+    """A copy with the smallest weights of each layer at zero, perhaps in pairs of output channels where their number is even."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.weight.data *= magnitude_mask(module.weight.data, sparsity)
+            mask = pair_mask if pairs and len(module.weight) % 2 == 0 else magnitude_mask
+            module.weight.data *= mask(module.weight.data, sparsity)
     return network
 
 

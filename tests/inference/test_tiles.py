@@ -17,9 +17,9 @@ from explorer.inference import module as engine_module
 from explorer.inference import native
 from explorer.inference.layout import Planes
 from explorer.inference.module import SparseModule
-from explorer.masks import magnitude_mask, pair_mask
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_networks import pruned
 
 WIDE = native.Isa("avx512", 16, 32, "", "")
 
@@ -50,15 +50,6 @@ class Bottlenecks(nn.Module):
         y = torch.relu(self.spread2(torch.relu(self.reduce2(x))))
         x = torch.relu(self.expand2(y) + self.short(x))
         return self.classify(x.mean((2, 3)))
-
-
-def pruned(network: nn.Module, sparsity: float, *, pairs: bool = False) -> nn.Module:
-    with torch.no_grad():
-        for part in network.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
-                mask = pair_mask if pairs and len(part.weight) % 2 == 0 else magnitude_mask
-                part.weight *= mask(part.weight, sparsity)
-    return network.eval()
 
 
 def in_tiles(engine: SparseModule) -> set[str]:

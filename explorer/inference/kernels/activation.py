@@ -1,7 +1,7 @@
 """Smooth activations on vectors of float32: what other kernels apply to values that they already hold in registers.
 
 Most rest on the exponential of a number that is not positive, and are written so that nothing cancels: the error stays relative to the function's value,
-also where that is tiny. GELU, of which transformers compute millions, needs neither an exponential nor a division, and is a quarter of the work.
+also where that is tiny. GELU, of which transformers compute millions, needs neither an exponential nor a division, and takes a third of the time.
 
   exp, expm1   n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), and the polynomial of Cephes' expf (S. Moshier, netlib) for exp(r) - 1
   sigmoid      1 / (1 + e) and e / (1 + e) with e = exp(-abs(x))

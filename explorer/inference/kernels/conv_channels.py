@@ -193,12 +193,9 @@ class _Generator:
         def tensor(name: str) -> Value:
             return f.at(field(name, PTR), b.mul(image, field(f"{name}_image")))
 
-        x, out = tensor("x"), tensor("out")
-        residual = tensor("residual") if k.residual else out
-        places = {
-            name: f.at(field(f"{name}_at", PTR), b.mul(first_tile, I64(4)))
-            for name in ("x", "out", *(["residual"] if k.residual else []))
-        }
+        addend = "residual" if k.residual else "out"
+        places = {n: f.at(field(f"{n}_at", PTR), b.mul(first_tile, I64(4))) for n in ("x", "out", addend)}
+        tensors = {name: tensor(name) for name in places}
         bias, blocks, n_blocks = field("bias", PTR), field("blocks", PTR), field("n_blocks")
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         out_plane, residual_plane, channels = field("out_plane"), field("residual_plane"), field("channels")
@@ -223,8 +220,9 @@ class _Generator:
                 mine_bias = f.at(bias, b.mul(channel, I64(f.element_bytes)))
 
                 def one_tile(t: Value) -> None:
-                    def tile_of(name: str, tensor: Value) -> Value:
-                        return f.at(tensor, b.sext(f.load(f.at(places[name], b.mul(t, I64(4))), I32), I64))
+                    def first_pixel(name: str) -> Value:
+                        place = f.at(places[name], b.mul(t, I64(4)))
+                        return f.at(tensors[name], b.sext(f.load(place, I32), I64))
 
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
                     # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
@@ -237,7 +235,7 @@ class _Generator:
                             depth,
                             offsets,
                             mine,
-                            tile_of("x", x),
+                            first_pixel("x"),
                             is_first,
                             mine_bias,
                             sums,
@@ -248,12 +246,8 @@ class _Generator:
                         ],
                     )
                     with b.if_then(is_last):
-                        to = f.at(tile_of("out", out), b.mul(channel, out_plane))
-                        added = (
-                            f.at(tile_of("residual", residual), b.mul(channel, residual_plane))
-                            if k.residual
-                            else to
-                        )
+                        to = f.at(first_pixel("out"), b.mul(channel, out_plane))
+                        added = f.at(first_pixel(addend), b.mul(channel, residual_plane))
                         b.call(
                             self.ir.globals["finish"],
                             [turned, left, to, out_plane, added, residual_plane, low, high],
