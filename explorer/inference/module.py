@@ -411,6 +411,8 @@ class SparseModule:
             inputs = self._adapt(inputs, images)
         values: dict[str, Any] = dict(zip(self._graph.inputs, inputs, strict=True))
         runner = self._runner
+        if times is not None and runner is not None:
+            runner.forget_cycles()
         for segment in plan.segments:
             start = time.perf_counter() if times is not None else 0.0
             if isinstance(segment, NativeSegment):
@@ -427,7 +429,7 @@ class SparseModule:
             if times is not None:
                 times.append(time.perf_counter() - start)
         if times is not None and runner is not None:
-            self._cycles = runner.stamps[:, 1] - runner.stamps[:, 0]
+            self._cycles = runner.cycles()
         return [self._output(o, values, images) for o in self._graph.outputs]
 
     def _adapt(self, inputs: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:

@@ -6,17 +6,20 @@ only the weights change.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile, widest_pair_tile
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Isa, generator_version
+from explorer.inference.native import Isa, generator_version, l2_bytes
 
 _INFINITY = float("inf")
 
@@ -24,6 +27,9 @@ _ONE_PITCH = ("linear", "add", "mul", "affine", "clamp", "activation", "concat",
 """Operations (besides convolutions) whose operands and result must share their pitch."""
 
 _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
+
+_LARGE = 1.0
+"""Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
 
 _ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -450,7 +456,10 @@ class Plan:
         owners: list[list[str]] = []
         for place in sorted(lives, key=lambda p: lives[p][0]):
             first_step, end = lives[place]
-            slots = groups.setdefault(self.places[place].layout.reuse_key, [])
+            layout = self.places[place].layout
+            # Images that go their way each at its own pace must not meet: those of two tensors in the same memory coincide.
+            apart = layout.image_bytes if self.images > 1 else 0
+            slots = groups.setdefault((*layout.reuse_key, apart), [])
             heir = takes_over.get(place)
             free = [i for i, (until, names) in enumerate(slots) if heir is not None and names[-1] == heir]
             free = free or [i for i, (until, _) in enumerate(slots) if until < first_step]
@@ -503,6 +512,55 @@ class Plan:
                     found[out] = place
                     break
         return found
+
+    # ---- depth first
+
+    def deep(self, graph: Graph, can: Sequence[bool]) -> list[tuple[int, int]]:
+        """Ranges of steps to be run band by band, see `explorer.inference.depth_first`: between tensors that the cache of a core does not hold.
+
+        Only where each thread has images of its own. `can`: which steps can be cut into bands.
+        """
+        if self.images < self.threads:
+            return []
+        wholes = {self.located(place)[0] for place in self._range_of}
+        found: list[list[int]] = []
+        for segment in self.segments:
+            if not isinstance(segment, NativeSegment):
+                continue
+            range_: list[int] = []  # of steps that can, from a large one to the last large one so far
+            for step in range(segment.first, segment.last):
+                operation = graph.operations[self.native[step]]
+                places = [*self.operands(operation), operation.output]
+                layouts = [self.places[place].layout for place in places]
+                if (
+                    not can[step]
+                    or not all(self.follows_batch(layout) for layout in layouts)
+                    or {*places} & (wholes | {*self._range_of})
+                ):
+                    range_ = []
+                elif sum(layout.n_bytes for layout in layouts) > self.images * l2_bytes() * _LARGE:
+                    if range_:
+                        range_[1] = step + 1
+                    else:
+                        range_ = [step, step + 1]
+                        found.append(range_)
+        return [(first, last) for first, last in found if last - first > 1]
+
+    def accesses(self, graph: Graph, step: int, bands: Bands) -> Step:
+        """What the bands of a step touch."""
+        operation = graph.operations[self.native[step]]
+
+        def access(place: str, intervals: NDArray[np.int64]) -> Access:
+            home = self.places[place]
+            y = home.layout
+            assert isinstance(y, Planes)
+            return Access(home.start, (y.tile, y.tile and y.channels, y.plane, y.pitch), intervals)
+
+        operands = self.operands(operation)
+        return Step(
+            tuple(access(place, intervals) for place, intervals in zip(operands, bands.reads, strict=True)),
+            access(operation.output, bands.writes),
+        )
 
     # ---- choices
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.errors import EngineError
+from explorer.inference import bands
+from explorer.inference.depth_first import Bands, order
 from explorer.inference.graph import Graph, Operation
 from explorer.inference.heads import Heads
 from explorer.inference.kernels import (
     attention,
+    chain,
     conv,
     conv_channels,
     copy_planes,
@@ -53,32 +56,59 @@ def _bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Steps [first, last), which one thread runs band by band for an image, see `explorer.inference.depth_first`.
+
+    `row` stands in the table instead of the first of them. `counters` is the byte offset in the scratch memory of the cycles that each took.
+    """
+
+    first: int
+    last: int
+    row: tuple[int, int]
+    counters: int
+
+
 @dataclass(slots=True)
 class Steps:
     """The step tables for one set of weights and choices. Owns the memory that they point to.
 
-    `labels` and `table_bytes` (packed weights, tables and arguments) have one item per step.
+    `plain` is the table without jobs and chains. `labels` and `table_bytes` (packed weights, tables and arguments) have one item per step.
     """
 
     memory: Memory
+    threads: int
     table: NDArray[np.int64]
+    plain: NDArray[np.int64]
     jobs_per_image: NDArray[np.int64]
     jobs_fixed: NDArray[np.int64]
     scratch_bytes: int
     labels: list[str]
     table_bytes: list[int]
+    chains: list[Chain]
 
     def set_batch(self, images: int) -> None:
         """Give each step the number of jobs that `images` images need."""
-        self.table[:, driver.STEP.index("jobs")] = self.jobs_per_image * images + self.jobs_fixed
+        jobs, kernel, arguments = (driver.STEP.index(name) for name in ("jobs", "kernel", "arguments"))
+        self.table[:] = self.plain
+        self.table[:, jobs] = self.jobs_per_image * images + self.jobs_fixed
+        if images % self.threads:
+            return  # threads share an image
+        for part in self.chains:
+            self.table[part.first : part.last, jobs] = 0
+            self.table[part.first, jobs] = images
+            self.table[part.first, [kernel, arguments]] = part.row
 
 
 @dataclass(slots=True)
 class _Row:
+    """`bands`: makes the step's bands from the address of its arguments, where it can be cut into them."""
+
     kernel: int
     arguments: NDArray[np.int64]
     jobs: int  # per image
     label: str
+    bands: Callable[[int], Bands] | None = None
 
 
 _SUMS_BYTES = 128 << 10
@@ -131,7 +161,8 @@ class _StepBuilder:
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
-    def _code(self, kernel: Any, isa: Isa | None = None) -> int:
+    def code(self, kernel: Any, isa: Isa | None = None) -> int:
+        """The address of a kernel's machine code."""
         isa = isa or self.plan.isa
         return machine_code(isa, repr(kernel), lambda: kernel.build(isa))
 
@@ -211,7 +242,7 @@ class _StepBuilder:
         channels = x.channels // len(phases)
         planes = np.arange(channels)[:, None] * len(phases) + which
         if choice.reach == "channels":
-            return self._conv_channels(operation, places, out, planes * x.plane + shifts, choice)
+            return self._conv_channels(operation, places, out, planes * x.plane + shifts, shifts, choice)
         layouts = _planes(places, out)
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
         if choice.reach == "direct":
@@ -244,7 +275,21 @@ class _StepBuilder:
             n_blocks=packed.n_blocks,
             **self._bounds(operation),
         )
-        return _Row(self._code(kernel), arguments, tiles * parts, choice.label)
+        return _Row(
+            self.code(kernel),
+            arguments,
+            tiles * parts,
+            choice.label,
+            partial(
+                bands.of_tiles,
+                y,
+                tiles,
+                0 if choice.reach == "compact" else kernel.tile,
+                parts,
+                shifts,
+                len(places) > 1,
+            ),
+        )
 
     def _conv_channels(
         self,
@@ -252,6 +297,7 @@ class _StepBuilder:
         places: list[Place],
         out: Place,
         operands: NDArray[np.int64],
+        shifts: NDArray[np.int64],
         choice: Choice,
     ) -> _Row:
         """A dense convolution with output channels in the lanes; `operands`, (C, taps): elements from a pixel to what each weight reads."""
@@ -313,7 +359,8 @@ class _StepBuilder:
             n_blocks=packed.n_blocks,
             **self._bounds(operation),
         )
-        return _Row(self._code(kernel), arguments, chunks * parts, choice.label)
+        cut = partial(bands.of_chunks, positions, pixels, tiles_per_job, parts, shifts, len(places) > 1)
+        return _Row(self.code(kernel), arguments, chunks * parts, choice.label, cut)
 
     def _conv_kernel(
         self, layouts: Mapping[str, Planes], weight: NDArray[np.float32], choice: Choice
@@ -383,7 +430,17 @@ class _StepBuilder:
             **jobs,
             **self._bounds(operation),
         )
-        return _Row(self._code(kernel), arguments, jobs["jobs"], choice.label)
+        by_rows = (sy, sx) != (1, 1)
+        mine = bands.ByChannel(self.memory, depthwise.ARGUMENTS, arguments, x, y)
+        # A kernel that reads nothing to the right of a pixel takes what is left of its first vector for padding.
+        can = by_rows or any(column > 0 for _, column in taps)
+        return _Row(
+            self.code(kernel),
+            arguments,
+            jobs["jobs"],
+            choice.label,
+            (lambda _: mine.depthwise(taps, (sy, sx), vectors, by_rows)) if can else None,
+        )
 
     def _mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) integers as wide as a pixel."""
@@ -416,15 +473,21 @@ class _StepBuilder:
             stride,
         )
         if key not in self._tables:
-            table = np.full((len(taps), y.vectors * y.lanes), -1, np.int32)
-            at = (np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)).reshape(-1)
-            for row, (dy, dx) in zip(table, taps, strict=True):
-                iy = np.arange(y.rows)[:, None] * stride[0] + dy
-                ix = np.arange(y.columns)[None, :] * stride[1] + dx
-                inside = (iy >= 0) & (iy < x.rows) & (ix >= 0) & (ix < x.columns)
-                row[at] = np.where(inside, x.element(iy * x.pitch + ix), -1).reshape(-1)
-            self._tables[key] = self.memory.put(table)
+            self._tables[key] = self.memory.put(self._tap_table(x, y, taps, stride))
         return self._tables[key]
+
+    @staticmethod
+    def _tap_table(
+        x: Planes, y: Planes, taps: Sequence[tuple[int, int]], stride: tuple[int, int]
+    ) -> NDArray[np.int32]:
+        table = np.full((len(taps), y.vectors * y.lanes), -1, np.int32)
+        at = (np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)).reshape(-1)
+        for row, (dy, dx) in zip(table, taps, strict=True):
+            iy = np.arange(y.rows)[:, None] * stride[0] + dy
+            ix = np.arange(y.columns)[None, :] * stride[1] + dx
+            inside = (iy >= 0) & (iy < x.rows) & (ix >= 0) & (ix < x.columns)
+            row[at] = np.where(inside, x.element(iy * x.pitch + ix), -1).reshape(-1)
+        return table
 
     # ---- linear layers on vectors
 
@@ -451,7 +514,7 @@ class _StepBuilder:
             arguments = _fill(
                 linear.ARGUMENTS, jobs=jobs, weights=weights, bias=self.memory.put(padded), **common
             )
-            return _Row(self._code(linear.LinearKernel(group), isa), arguments, jobs, choice.label)
+            return _Row(self.code(linear.LinearKernel(group), isa), arguments, jobs, choice.label)
         starts, indices, values = self._once(
             operation, choice, lambda: linear_sparse(self._sparse(operation), lanes)
         )
@@ -467,7 +530,7 @@ class _StepBuilder:
             bias=self.memory.put(bias),
             **common,
         )
-        return _Row(self._code(linear.LinearKernel(0), isa), arguments, jobs, choice.label)
+        return _Row(self.code(linear.LinearKernel(0), isa), arguments, jobs, choice.label)
 
     # ---- tokens
 
@@ -501,7 +564,7 @@ class _StepBuilder:
             mask=self._mask(y),
             mask_tile=y.vector_bytes * per_tile * tile,
         )
-        return _Row(self._code(kernel), arguments, jobs, "layer norm")
+        return _Row(self.code(kernel), arguments, jobs, "layer norm")
 
     def _attention(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         a, isa, lanes = operation.attributes, self.plan.isa, self.plan.isa.lanes
@@ -538,7 +601,7 @@ class _StepBuilder:
             scale=_bits(a["scale"]),
             **values,
         )
-        return _Row(self._code(kernel), arguments, samples * a["heads"] * tiles, "attention")
+        return _Row(self.code(kernel), arguments, samples * a["heads"] * tiles, "attention")
 
     # ---- pooling and pointwise
 
@@ -569,7 +632,7 @@ class _StepBuilder:
                 scale=scale,
                 **common,
             )
-            return _Row(self._code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
         assert isinstance(y, Planes)
         if operation.kind == "adaptive_average":
             table, n_taps, scale = self._adaptive(x, y)
@@ -585,7 +648,7 @@ class _StepBuilder:
                 scale=scale,
                 **common,
             )
-            return _Row(self._code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
         a = operation.attributes
         (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
         if operation.kind == "max_pool" and (dy, dx) == (1, 1) and a["stride"][1] <= max_pool.LARGEST_STRIDE:
@@ -603,7 +666,7 @@ class _StepBuilder:
             )
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(self.plan.isa))
             arguments = _fill(max_pool.ARGUMENTS, out_image=y.image_bytes, out_plane=y.plane_bytes, **common)
-            return _Row(self._code(kernel), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(kernel), arguments, jobs["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         scale = 0
         if operation.kind == "average_pool":
@@ -621,7 +684,7 @@ class _StepBuilder:
             **common,
         )
         kind = "max" if operation.kind == "max_pool" else "average"
-        return _Row(self._code(pool.PoolKernel(kind)), arguments, jobs["jobs"], "pool")
+        return _Row(self.code(pool.PoolKernel(kind)), arguments, jobs["jobs"], "pool")
 
     def _split(self, operation: Operation, place: Place, out: Place) -> _Row:
         x, y = place.layout, out.layout
@@ -637,6 +700,11 @@ class _StepBuilder:
             kernel = split.SplitKernel(0, ())
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
+            mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
+
+            def cut(_: int) -> Bands:
+                return mine.gathered(self._tap_table(x, y, phases, stride), stride[0])
+
         else:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
             kernel = split.SplitKernel(stride[1], tuple(columns))
@@ -654,7 +722,12 @@ class _StepBuilder:
                 mask=self._mask_of(inside),
                 **common,
             )
-        return _Row(self._code(kernel), arguments, common["jobs"], "split")
+            mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
+
+            def cut(_: int) -> Bands:
+                return mine.shuffled(offsets, stride[0], chunks)
+
+        return _Row(self.code(kernel), arguments, common["jobs"], "split", cut)
 
     def _pointwise(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         layouts = [p.layout for p in (*places, out)]
@@ -701,7 +774,7 @@ class _StepBuilder:
             activation=activation,
             masked=bool(masked),
         )
-        return _Row(self._code(kernel, isa), arguments, jobs["jobs"], operation.kind)
+        return _Row(self.code(kernel, isa), arguments, jobs["jobs"], operation.kind)
 
     # ---- moving
 
@@ -721,7 +794,7 @@ class _StepBuilder:
                 ]
         if not rows:
             kernel = copy_planes.CopyPlanesKernel()
-            return _Row(self._code(kernel), _fill(copy_planes.ARGUMENTS), 0, "in place")
+            return _Row(self.code(kernel), _fill(copy_planes.ARGUMENTS), 0, "in place")
         jobs = self._channel_jobs(len(rows))
         arguments = _fill(
             copy_planes.ARGUMENTS,
@@ -730,7 +803,7 @@ class _StepBuilder:
             table=self.memory.put(np.array(rows, np.int64)),
             **jobs,
         )
-        return _Row(self._code(copy_planes.CopyPlanesKernel()), arguments, jobs["jobs"], "copy")
+        return _Row(self.code(copy_planes.CopyPlanesKernel()), arguments, jobs["jobs"], "copy")
 
     def _flatten(self, place: Place, out: Place) -> _Row:
         x, y, lanes = place.layout, out.layout, self.plan.isa.lanes
@@ -754,7 +827,7 @@ class _StepBuilder:
             vectors_per_job=size,
             table=self.memory.put(table),
         )
-        return _Row(self._code(flatten.FlattenKernel()), arguments, jobs, "copy")
+        return _Row(self.code(flatten.FlattenKernel()), arguments, jobs, "copy")
 
     def _adaptive(self, x: Planes, y: Planes) -> tuple[int, int, int]:
         """Index table, its taps and scale of an average over windows that cover the image, as evenly as they can (torch's rule)."""
@@ -873,27 +946,65 @@ def build_steps(
     """
     memory = Memory()
     builder = _StepBuilder(plan, graph, memory, {} if packed is None else packed)
-    rows, per_image, fixed, labels, table_bytes = [], [], [], [], []
+    rows, per_image, fixed, table_bytes = [], [], [], []
     for index in plan.native:
         before = memory.n_bytes
         row = builder.step(graph.operations[index], choices.get(index, Choice(True)))
-        rows.append([0, row.kernel, memory.put(row.arguments)])
-        labels.append(row.label)
+        rows.append((row, memory.put(row.arguments)))
         table_bytes.append(memory.n_bytes - before)
         layout = plan.places[graph.operations[index].output].layout
         follows = plan.follows_batch(layout)
         per_image.append(row.jobs if follows else 0)
         fixed.append(0 if follows else row.jobs * layout.images)
-    table: NDArray[np.int64] = memory.zeros(len(rows) * 3, np.int64).reshape(-1, 3)
-    table[:] = np.array(rows, np.int64).reshape(-1, 3)
+    chains = _chains(plan, graph, builder, rows)
+    table = [[0, row.kernel, arguments] for row, arguments in rows]
+    plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
-        table,
+        plan.threads,
+        memory.zeros(plain.size, np.int64).reshape(plain.shape),
+        plain,
         np.array(per_image, np.int64),
         np.array(fixed, np.int64),
         builder.scratch_bytes,
-        labels,
+        [row.label for row, _ in rows],
         table_bytes,
+        chains,
     )
     steps.set_batch(plan.images)
     return steps
+
+
+def _chains(plan: Plan, graph: Graph, builder: _StepBuilder, rows: Sequence[tuple[_Row, int]]) -> list[Chain]:
+    """The parts of the network that go band by band. Needs memory and scratch of its own, which it takes from `builder`."""
+    chains = []
+    for first, last in plan.deep(graph, [row.bands is not None for row, _ in rows]):
+        cut = [row.bands(arguments) for row, arguments in rows[first:last] if row.bands]
+        calls = _joined(
+            (rows[first + s][0].kernel, *call, rows[first + s][0].jobs, 8 * s)
+            for s, band in order([plan.accesses(graph, first + s, these) for s, these in enumerate(cut)])
+            for call in cut[s].calls[band]
+        )
+        counters = -(-builder.scratch_bytes // 64) * 64
+        arguments = _fill(
+            chain.ARGUMENTS,
+            calls=builder.memory.put(np.array(calls, np.int64)),
+            n_calls=len(calls),
+            cycles=counters,
+        )
+        builder.scratch_bytes = counters + 8 * len(cut)
+        row = builder.code(chain.ChainKernel()), builder.memory.put(arguments)
+        chains.append(Chain(first, last, row, counters))
+    return chains
+
+
+def _joined(calls: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The same calls, with neighbouring ones of the same arguments and jobs that follow one another as one."""
+    found: list[tuple[int, ...]] = []
+    for call in calls:
+        kernel, arguments, first, jobs, *rest = call
+        if found and found[-1][:2] == call[:2] and found[-1][2] + found[-1][3] == first:
+            found[-1] = (kernel, arguments, found[-1][2], found[-1][3] + jobs, *rest)
+        else:
+            found.append(call)
+    return found

@@ -20,12 +20,13 @@ from functools import cache
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from explorer.inference import fork
 from explorer.inference.kernels import driver
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, machine_code
-from explorer.inference.steps import Steps
+from explorer.inference.steps import Chain, Steps
 
 _SPINS = 20_000
 """Looks at the gate before a helper goes to sleep: some hundred microseconds."""
@@ -121,7 +122,9 @@ class Runner:
         self.stamps = state.memory.zeros(2 * n_steps, np.int64).reshape(-1, 2)
         tickets = state.memory.zeros((n_steps + 1) * threads * 8, np.int64)
         done = state.memory.zeros((n_steps + 2) * 8, np.int64)
-        state.scratch = [address(state.memory.zeros(scratch_bytes, np.uint8, 4096)) for _ in range(threads)]
+        scratch = [state.memory.zeros(-(-scratch_bytes // 8), np.int64, 4096) for _ in range(threads)]
+        state.scratch = [address(array) for array in scratch]
+        self._scratch = scratch[0]
         for name, array in (("stamps", self.stamps), ("tickets", tickets), ("done", done)):
             state.set(name, address(array))
         self._steps: Steps | None = None
@@ -169,6 +172,25 @@ class Runner:
             raise ValueError("these steps need more scratch memory than the runner has")
         self._steps = steps  # keeps their memory alive
         self._state.set("steps", address(steps.table))
+
+    def forget_cycles(self) -> None:
+        """Begin to count anew what the layers of chains take."""
+        for chain in self._steps.chains if self._steps else ():
+            self._counters(chain)[:] = 0
+
+    def cycles(self) -> NDArray[np.int64]:
+        """Ticks that each step of the last runs took, as the calling thread saw them; those of a chain in proportion to what its layers took there."""
+        found: NDArray[np.int64] = self.stamps[:, 1] - self.stamps[:, 0]
+        for chain in self._steps.chains if self._steps else ():
+            counted = self._counters(chain)
+            whole, sum_ = int(found[chain.first : chain.last].sum()), int(counted.sum())
+            if sum_:  # else threads share images in this batch, or another thread took all of them
+                found[chain.first : chain.last] = counted / sum_ * whole
+        return found
+
+    def _counters(self, chain: Chain) -> NDArray[np.int64]:
+        first = chain.counters // 8
+        return self._scratch[first : first + chain.last - chain.first]
 
     def run(self, first: int, last: int) -> None:
         """Run steps [first, last)."""

@@ -27,7 +27,7 @@ STATE = Record(
 
 STEP = Record(("jobs", "kernel", "arguments"))
 
-_KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
+KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
 _LINE = 64  # each counter has a cache line of its own
 
 
@@ -39,7 +39,7 @@ def _pause(f: Function) -> None:
         f.b.asm(ir.FunctionType(VOID, []), word, "", [], True)
 
 
-def _cycles(f: Function) -> Value:
+def cycles(f: Function) -> Value:
     """A counter that runs at a constant rate; user code may not read the cycle register of ARM, but may read its timer."""
     if platform.machine().lower() in {"aarch64", "arm64"}:
         return f.b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
@@ -82,7 +82,7 @@ def _work(module: Value, isa: Isa) -> Value:
             leave_if(b.icmp_signed(">=", _read(f, previous), before))
             _pause(f)
         with b.if_then(b.icmp_signed("==", me, I64(0))):
-            now, stamp = _cycles(f), f.at(stamps, b.mul(index, I64(16)))
+            now, stamp = cycles(f), f.at(stamps, b.mul(index, I64(16)))
             f.store(now, stamp, 0, 8)
             with b.if_then(b.icmp_signed(">", index, first)):
                 f.store(now, stamp, -8, 8)
@@ -96,7 +96,7 @@ def _work(module: Value, isa: Isa) -> Value:
             with f.forever() as leave_if:
                 job = b.add(low, _add(f, ticket, 1))
                 leave_if(b.icmp_signed(">=", job, high))
-                b.call(b.inttoptr(kernel, _KERNEL.as_pointer()), [arguments, job, scratch])
+                b.call(b.inttoptr(kernel, KERNEL.as_pointer()), [arguments, job, scratch])
                 _add(f, mine, 1)
 
         f.loop(threads, one_share)
@@ -140,7 +140,7 @@ def _run(module: Value, work: Value, isa: Isa) -> None:
     with f.forever() as leave_if:
         leave_if(b.icmp_signed(">=", _read(f, f.at(done, b.mul(last, I64(_LINE)))), jobs))
         _pause(f)
-    f.store(_cycles(f), f.at(get("stamps", PTR), b.mul(last, I64(16))), -8, 8)
+    f.store(cycles(f), f.at(get("stamps", PTR), b.mul(last, I64(16))), -8, 8)
     _add(f, gate, 1)
     with f.forever() as leave_if:
         leave_if(b.icmp_signed("==", _read(f, active), I64(0)))
@@ -179,7 +179,7 @@ def _help(module: Value, work: Value, isa: Isa) -> None:
 
 def _clock(module: Value, isa: Isa) -> None:
     f = Function(module, "clock", I64, [], isa)
-    f.b.ret(_cycles(f))
+    f.b.ret(cycles(f))
 
 
 def build(entry: str, isa: Isa) -> tuple[Value, str]:

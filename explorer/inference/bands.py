@@ -1,0 +1,159 @@
+"""Cuts a step into bands of its output's pixels: which calls of its kernel compute a band, and which pixels they read and write.
+
+Pixels are counted as elements of a plane: row * pitch + column. What a kernel loads beside them (the rest of a vector) it does not use.
+See `explorer.inference.depth_first` for what bands are good for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explorer.inference.depth_first import Bands
+from explorer.inference.kernels.builder import Record
+from explorer.inference.layout import Planes
+from explorer.inference.memory import Memory
+
+BAND_VECTORS = 24
+"""Vectors of a plane in one band of a kernel that works channel by channel: with fewer, what it does once for each channel would cost more than the pixels."""
+
+Cuts = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""First and number of the rows, or vectors, of each band."""
+
+
+def _cut(count: int, size: int) -> Cuts:
+    first = np.arange(0, count, size)
+    return first, np.minimum(first + size, count) - first
+
+
+def _of_convolution(
+    calls: Sequence[tuple[tuple[int, int, int], ...]],
+    writes: NDArray[np.int64],
+    shifts: NDArray[np.int64],
+    has_residual: bool,
+) -> Bands:
+    """`shifts`: elements from a pixel to the operand of each tap."""
+    reads = writes + np.array([shifts.min(), shifts.max()])
+    return Bands(tuple(calls), (reads, writes) if has_residual else (reads,), writes)
+
+
+def of_tiles(
+    y: Planes,
+    tiles: int,
+    tile: int,
+    parts: int,
+    shifts: NDArray[np.int64],
+    has_residual: bool,
+    arguments: int,
+) -> Bands:
+    """Bands of `kernels.conv`: its tiles of `tile` vectors, one by one; `tile` 0: of a plane that is one tile."""
+    size = (tile or y.vectors) * y.lanes
+    first = np.arange(tiles) * size
+    first[-1] = y.vectors * y.lanes - size  # a last tile that does not fit lies over its neighbour
+    calls = [tuple((arguments, part * tiles + i, 1) for part in range(parts)) for i in range(tiles)]
+    return _of_convolution(calls, np.stack([first, first + size], 1), shifts, has_residual)
+
+
+def of_chunks(
+    positions: NDArray[np.int64],
+    pixels: int,
+    per_chunk: int,
+    parts: int,
+    shifts: NDArray[np.int64],
+    has_residual: bool,
+    arguments: int,
+) -> Bands:
+    """Bands of `kernels.conv_channels`: its chunks of `per_chunk` tiles, which begin at `positions` and have so many `pixels`."""
+    first = np.arange(0, len(positions), per_chunk)
+    last = np.minimum(first + per_chunk, len(positions)) - 1
+    writes = np.stack([positions[first], positions[last] + pixels], 1)
+    calls = [((arguments, i * parts, parts),) for i in range(len(first))]
+    return _of_convolution(calls, writes, shifts, has_residual)
+
+
+@dataclass(frozen=True, slots=True)
+class ByChannel:
+    """A kernel whose jobs are groups of channels. Each band has arguments of its own, and all of the jobs.
+
+    Attributes
+    ----------
+    memory : Memory
+        Where they are put.
+    record : Record
+    arguments : ndarray
+        Those of the whole step.
+    x, y : Planes
+        The operand, and the result.
+    """
+
+    memory: Memory
+    record: Record
+    arguments: NDArray[np.int64]
+    x: Planes
+    y: Planes
+
+    def depthwise(
+        self, taps: Sequence[tuple[int, int]], stride: tuple[int, int], vectors: int, by_rows: bool
+    ) -> Bands:
+        """Bands of `kernels.depthwise`, whose rows have so many vectors, or which takes the plane for one row."""
+        x, y = self.x, self.y
+        if not by_rows:
+            first, count = _cut(y.vectors, BAND_VECTORS)
+            start = first * y.vector_bytes
+            mask = start if self.arguments[self.record.index("mask")] else 0
+            shifts = np.array([row * x.pitch + column for row, column in taps])
+            writes = np.stack([first, first + count], 1) * y.lanes
+            reads = writes + np.array([shifts.min(), shifts.max()])
+            return self._bands(reads, writes, {"vectors": count}, {"x": start, "out": start, "mask": mask})
+        first, count = _cut(y.rows, max(1, BAND_VECTORS // vectors))
+        window, columns = [row for row, _ in taps], [column for _, column in taps]
+        top, bottom = first * stride[0] + min(window), (first + count - 1) * stride[0] + max(window) + 1
+        reads = np.stack([top, bottom], 1) * x.pitch + np.array([min(columns), max(columns)])
+        moved = {"x": first * stride[0] * x.pitch_bytes, "out": first * y.pitch_bytes}
+        return self._bands(reads, self._rows(first, count, vectors), {"rows": count}, moved)
+
+    def shuffled(self, offsets: NDArray[np.int64], stride: int, chunks: int) -> Bands:
+        """Bands of `kernels.split` for small strides; `offsets`, (row phases, rows), and `chunks` as in its arguments."""
+        x, y = self.x, self.y
+        first, count = _cut(y.rows, max(1, BAND_VECTORS // chunks))
+        tables = [self.memory.put(offsets[:, a : a + n]) for a, n in zip(first, count, strict=True)]
+        reads = np.stack([first, first + count], 1) * stride * x.pitch
+        new = {"rows": count, "table": np.array(tables)}
+        return self._bands(reads, self._rows(first, count, chunks), new, {"out": first * y.pitch_bytes})
+
+    def gathered(self, table: NDArray[np.int32], stride: int) -> Bands:
+        """Bands of `kernels.split` with a table of indices, (phases, elements)."""
+        x, y = self.x, self.y
+        first, count = _cut(y.vectors, BAND_VECTORS)
+        writes = np.stack([first, first + count], 1) * y.lanes
+        tables = [self.memory.put(table[:, a:b]) for a, b in writes]
+        top, bottom = writes[:, 0] // y.pitch, (writes[:, 1] - 1) // y.pitch + 1
+        reads = np.stack([top, bottom], 1) * stride * x.pitch
+        new = {"vectors": count, "table": np.array(tables)}
+        return self._bands(reads, writes, new, {"out": first * y.vector_bytes})
+
+    def _rows(self, first: NDArray[np.int64], count: NDArray[np.int64], vectors: int) -> NDArray[np.int64]:
+        """What rows of so many vectors write: the last one reaches into the row after it, which is written later."""
+        last = (first + count - 1) * self.y.pitch + vectors * self.y.lanes
+        return np.stack([first * self.y.pitch, last], 1)
+
+    def _bands(
+        self,
+        reads: NDArray[np.int64],
+        writes: NDArray[np.int64],
+        new: dict[str, NDArray[np.int64]],
+        moved: dict[str, Any],
+    ) -> Bands:
+        """`new`: arguments that each band has of its own; `moved`: bytes that are added to addresses."""
+        rows = np.tile(self.arguments, (len(writes), 1))
+        for name, values in new.items():
+            rows[:, self.record.index(name)] = values
+        for name, added in moved.items():
+            rows[:, self.record.index(name)] += added
+        start, jobs = self.memory.put(rows), int(self.arguments[self.record.index("jobs")])
+        calls = tuple(((start + i * rows.strides[0], 0, jobs),) for i in range(len(rows)))
+        return Bands(calls, (reads,), writes)

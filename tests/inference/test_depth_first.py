@@ -1,0 +1,203 @@
+"""Layers run band by band: whatever lies in the same memory, the answers are those of layer by layer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import nn
+
+import explorer
+from explorer.inference import module as engine_module
+from explorer.inference import native
+from explorer.inference import plan as plan_module
+from explorer.inference.depth_first import Access, Step, order
+from explorer.inference.module import SparseModule
+from tests.inference.graphs import relative_error
+from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_networks import pruned
+from tests.inference.test_tiles import Bottlenecks, Separable
+
+PIXELS = 24
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[Step]:
+    """Steps in a few memories, in each of which tensors lie in one of two ways; bands go from top to bottom and may overlap."""
+
+    def access(bands: int) -> Access:
+        low = sorted(draw(st.lists(st.integers(0, PIXELS - 1), min_size=bands, max_size=bands)))
+        intervals = [(a, draw(st.integers(a + 1, PIXELS))) for a in low]
+        memory, way = draw(st.integers(0, 3)), draw(st.integers(0, 1))
+        return Access(memory, (way,), np.array(intervals))
+
+    found = []
+    for _ in range(draw(st.integers(1, 5))):
+        bands = draw(st.integers(1, 6))
+        found.append(Step(tuple(access(bands) for _ in range(draw(st.integers(0, 2)))), access(bands)))
+    return found
+
+
+def run(
+    steps: list[Step], bands: list[tuple[int, int]]
+) -> tuple[NDArray[np.int64], dict[tuple[int, int], int]]:
+    """The memories after these bands, each of which writes a number made from what it read; and that number."""
+    places = {0: np.arange(PIXELS), 1: np.random.default_rng(0).permutation(PIXELS)}
+    memories, made = np.arange(4 * PIXELS).reshape(4, PIXELS), {}
+    for s, band in bands:
+        seen = [s, band]
+        for read in steps[s].reads:
+            low, high = read.intervals[band]
+            seen += memories[read.memory, places[read.alike[0]][low:high]].tolist()
+        made[s, band] = hash(tuple(seen))
+        low, high = steps[s].writes.intervals[band]
+        memories[steps[s].writes.memory, places[steps[s].writes.alike[0]][low:high]] = made[s, band]
+    return memories, made
+
+
+@given(steps())
+@settings(max_examples=400, deadline=None)
+def test_no_band_sees_or_leaves_anything_else_than_layer_by_layer(steps: list[Step]) -> None:
+    one_by_one = [(s, band) for s, step in enumerate(steps) for band in range(len(step))]
+    found = order(steps)
+    assert sorted(found) == one_by_one
+    (memory, made), (wanted_memory, wanted_made) = run(steps, found), run(steps, one_by_one)
+    assert made == wanted_made
+    assert np.array_equal(memory, wanted_memory)
+
+
+def test_the_last_layer_begins_as_soon_as_it_can() -> None:
+    cuts = np.stack([np.arange(0, 40, 10), np.arange(10, 50, 10)], 1)
+    halo = cuts + np.array([-1, 1])  # as of a window of three
+    a, b, c = (Access(memory, (), cuts) for memory in range(3))
+    layers = [Step((), a), Step((Access(0, (), halo),), b), Step((Access(1, (), halo),), c)]
+    assert order(layers)[:6] == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0)]
+
+
+# ---- networks, every layer of which is too large for the cache
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
+
+
+def in_chains(engine: SparseModule) -> int:
+    """Steps that run in chains."""
+    assert engine._steps is not None
+    return sum(chain.last - chain.first for chain in engine._steps.chains)
+
+
+@given(
+    rows=st.integers(6, 40),
+    columns=st.integers(6, 40),
+    channels=st.sampled_from([8, 18, 33]),
+    narrow=st.sampled_from([4, 9]),
+    images=st.integers(1, 4),
+    threads=st.integers(1, 2),
+    mode=st.sampled_from(["auto", "dense", "sparse"]),
+    pairs=st.booleans(),
+)
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_bottlenecks_of_any_size_equal_torch(
+    rows: int, columns: int, channels: int, narrow: int, images: int, threads: int, mode: str, pairs: bool
+) -> None:
+    torch.manual_seed(rows * columns)
+    network = pruned(Bottlenecks(channels, narrow), 0.8, pairs=pairs)
+    x = torch.randn(images, 3, rows, columns)
+    engine = explorer.compile(network, x, threads=threads, sparse=mode)
+    assert (in_chains(engine) > 0) == (images >= threads)
+    for n in (images, images, 1):
+        assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+@given(
+    rows=st.integers(6, 60),
+    columns=st.integers(6, 60),
+    size=st.sampled_from([1, 2, 3, 5]),
+    padding=st.integers(0, 3),
+    images=st.integers(1, 3),
+    threads=st.integers(1, 2),
+)
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_filters_of_each_channel_equal_torch(
+    rows: int, columns: int, size: int, padding: int, images: int, threads: int
+) -> None:
+    torch.manual_seed(rows * columns)
+    network, x = pruned(Separable(20, size, padding), 0.7), torch.randn(images, 3, rows, columns)
+    engine = explorer.compile(network, x, threads=threads)
+    for n in {images, 1}:
+        assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+class Strided(nn.Module):
+    """Windows of all sizes and strides, one behind the other, from an image."""
+
+    def __init__(self, stride: int, size: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, size, stride, size // 2)
+        self.filter = nn.Conv2d(24, 24, 3, (stride, 1), 1, groups=24)
+        self.wide = nn.Conv2d(24, 12, 3, 1, 2, dilation=2)
+        self.last = nn.Conv2d(12, 5, (1, size), (1, stride))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.filter(torch.relu(self.stem(x))))
+        return self.last(torch.relu(self.wide(x)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 2e-2)])
+@pytest.mark.parametrize(("stride", "size"), [(1, 3), (2, 3), (2, 7), (3, 5), (5, 5)])
+def test_windows_of_all_sizes_and_strides_equal_torch(
+    isa: str, precision: str, tolerance: float, stride: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    if precision == "fp16" and isa != native.current_isa().name:
+        pytest.skip("emulated for the widest instruction set only")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    torch.manual_seed(0)
+    network, x = pruned(Strided(stride, size), 0.7), torch.randn(2, 3, 61, 83)
+    engine = explorer.compile(network, x, threads=2, precision=precision)
+    assert in_chains(engine) >= 4
+    for n in (2, 1):
+        assert relative_error(engine(x[:n]), network(x[:n])) < tolerance
+
+
+def test_weights_are_taken_over_and_layers_are_still_timed_one_by_one() -> None:
+    torch.manual_seed(0)
+    sparse, dense = pruned(Bottlenecks(32, 16), 0.9), Bottlenecks(32, 16).eval()
+    x = torch.randn(1, 3, 96, 96)
+    engine = explorer.compile(sparse, x)
+    assert in_chains(engine) >= 8
+    for network in (dense, sparse):
+        engine.update_weights(network)
+        assert relative_error(engine(x), network(x)) < 1e-5
+    rows = {row.name: row for row in engine.profile(x)}
+    for name in ("a", "reduce", "spread", "expand", "reduce2", "spread2", "expand2", "short"):
+        assert rows[name].ms > 0, name
+    # Nine times the products of the layer before, of the same sparsity and on as many pixels.
+    assert rows["spread"].ms > rows["reduce"].ms
+
+
+def test_what_the_cache_holds_is_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(1, 3, 32, 31)
+    monkeypatch.setattr(plan_module, "l2_bytes", lambda: 1 << 20)
+    engine = explorer.compile(network, x)
+    assert in_chains(engine) == 0
+    assert relative_error(engine(x), network(x)) < 1e-5
