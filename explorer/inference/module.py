@@ -31,7 +31,7 @@ from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Place, Plan, TorchSegment
 from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
 
 if TYPE_CHECKING:
@@ -330,6 +330,7 @@ class SparseModule:
                 and x.is_cpu
                 and x.layout is torch.strided
                 and not x.requires_grad
+                and not x.is_neg()
             ):
                 with self._lock:
                     if self._batch == self._plan.images:
@@ -419,10 +420,11 @@ class SparseModule:
                 assert runner is not None
                 runner.run(segment.first, segment.last)
             elif isinstance(segment, ImportSegment):
-                view = plan.places[segment.place].view
-                assert view is not None
-                value = self._value(segment.value, values)
-                (view if value.shape == view.shape else view[: value.shape[0]]).copy_(value)
+                place, value = plan.places[segment.place], self._value(segment.value, values)
+                assert place.view is not None
+                if not place.borrow(value):
+                    view = place.view
+                    (view if value.shape == view.shape else view[: value.shape[0]]).copy_(value)
             else:
                 o = segment.operation
                 values[o.output] = o.target(*self._resolve(o.args, values), **self._resolve(o.kwargs, values))
@@ -541,7 +543,7 @@ class SparseModule:
         if view is None or result is None or view.shape != self._graph.shapes[value]:
             return None
         pieces = [] if view.dtype == torch.float32 else [(view[at], at) for at in _pieces(view.shape)]
-        return _StraightPath(view.shape, view.numpy(), pieces, runner, last, result)
+        return _StraightPath(view.shape, self._plan.places[place], view.numpy(), pieces, runner, last, result)
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
@@ -841,6 +843,7 @@ class _StraightPath:
     """
 
     shape: torch.Size
+    place: Place
     input: NDArray[Any]
     pieces: list[tuple[Tensor, tuple[int | slice, ...]]]
     runner: Runner
@@ -852,7 +855,7 @@ class _StraightPath:
         if self.pieces:
             for piece, at in self.pieces:
                 piece.copy_(x[at])
-        else:
+        elif not self.place.borrow(x):
             np.copyto(self.input, x.numpy(), casting="same_kind")
         self.runner.run(0, self.n_steps)
         return self.output.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

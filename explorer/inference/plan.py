@@ -83,11 +83,26 @@ class Place:
     layout: Layout
     start: int = 0
     view: torch.Tensor | None = None
+    cell: NDArray[np.int64] | None = None  # where kernels find the address of a tensor that may lie elsewhere
 
     @property
     def address(self) -> int:
         """Address of the first pixel of the first plane, or of the first value."""
         return self.start + self.layout.element_bytes * self.layout.before
+
+    def borrow(self, value: torch.Tensor) -> bool:
+        """Let kernels read `value` where it lies, until the next call; False, and they read this place, when it does not lie as they need it."""
+        if self.cell is None:
+            return False
+        fits = (
+            value.__class__ is torch.Tensor
+            and value.dtype == torch.float32
+            and value.shape[1:] == self.layout.shape[1:]
+            and value.is_contiguous()
+            and not value.is_neg()
+        )
+        self.cell[0] = value.data_ptr() if fits else self.address
+        return fits
 
 
 def _joins_channels(operation: Operation) -> bool:
@@ -364,10 +379,12 @@ class Plan:
             elif operation.kind in _ONE_PITCH:
                 for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
+        borrowed = self._borrowed(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
-            self.places[place] = Place(
-                classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens)
-            )
+            layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens)
+            if place in borrowed:
+                layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
+            self.places[place] = Place(layout)
         for place in self._range_of:
             home, whole = self.places[place], self.places[self.located(place)[0]].layout
             assert isinstance(home.layout, Planes)
@@ -380,6 +397,19 @@ class Plan:
             step = max(group, lanes) if shape[1] > group else lanes
             stride = -(-shape[1] // step) * step
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
+
+    def _borrowed(self, graph: Graph) -> set[str]:
+        """Inputs that kernels may read where the caller has them: in float32, by splits alone, which read whole rows and nothing behind their ends."""
+        if self.isa.precision != "fp32":
+            return set()
+        found = {s.place for s in self.segments if isinstance(s, ImportSegment) and s.value in graph.inputs}
+        for index in self.native:
+            operation = graph.operations[index]
+            columns, phase_columns = graph.shapes[operation.inputs[0]][-1], graph.shapes[operation.output][-1]
+            whole = -(-phase_columns // self.isa.lanes) * self.isa.lanes
+            if operation.kind != "split" or whole * operation.attributes["stride"][1] > columns:
+                found -= {*self.operands(operation)}
+        return found
 
     # ---- tiles
 
@@ -483,6 +513,10 @@ class Plan:
                     skipped = first * home.layout.plane
                     home.start = address(array) + home.layout.element_bytes * skipped
                     home.view = home.layout.view(storage, skipped)
+
+        for place in self._borrowed(graph):
+            self.places[place].cell = self.memory.zeros(1, np.int64)
+            self.places[place].borrow(torch.empty(0))
 
     def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
         """Results that may overwrite an operand which nobody reads afterwards: result -> operand.

@@ -33,7 +33,7 @@ from explorer.inference.kernels import (
 )
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_tile, tile_of, widest_pair_tile
-from explorer.inference.memory import Memory
+from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, l1_bytes, machine_code
 from explorer.inference.pack import (
     PackedConv,
@@ -693,11 +693,11 @@ class _StepBuilder:
         phases, stride = operation.attributes["phases"], operation.attributes["stride"]
         lanes = y.lanes
         common = {
-            "x": place.address, "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
+            "x": place.address if place.cell is None else address(place.cell), "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
             "out_plane": y.plane_bytes, "n_phases": len(phases), **self._channel_jobs(x.channels),
         }  # fmt: skip
         if stride[1] > split.LARGEST_SHUFFLED or x.tile:
-            kernel = split.SplitKernel(0, ())
+            kernel = split.SplitKernel(0, (), place.cell is not None)
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
             mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
@@ -707,7 +707,7 @@ class _StepBuilder:
 
         else:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-            kernel = split.SplitKernel(stride[1], tuple(columns))
+            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None)
             source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
             chunks = -(-y.columns // lanes)

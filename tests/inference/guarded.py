@@ -15,6 +15,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,13 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
                 lambda k=kernel, p=padding, s=stride, d=dilation: nn.Conv2d(3, 9, k, s, p, d),
                 (2, 3, *size),
             )
+    # Images that are read where the caller has them.
+    for stride, size in ((2, (7, 32)), (2, (6, 64)), (4, (9, 64)), (3, (4, 96))):
+        yield (
+            f"conv borrowed {stride} {size}",
+            lambda s=stride: nn.Conv2d(3, 6, 2 * s - 1, s, s - 1),
+            (2, 3, *size),
+        )
     # Many input channels: several K blocks, and parts of the channels for two threads.
     yield "conv deep", lambda: nn.Conv2d(300, 70, 3, padding=1), (1, 300, 9, 7)
     yield "conv deep 1x1", lambda: nn.Conv2d(900, 70, 1), (1, 900, 13, 11)
@@ -165,7 +173,8 @@ def check(
     """Run one network, sparse and dense, on one thread and on two; how many engines ran."""
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     torch.manual_seed(0)
-    network, x = build().eval(), torch.randn(shape)
+    network, memory = build().eval(), Memory()
+    x = torch.from_numpy(memory.zeros(prod(shape))).reshape(shape).copy_(torch.randn(shape))
     for parameter in network.parameters():
         parameter.data *= torch.rand_like(parameter) > 0.6
         if "pairs" in name and parameter.dim() > 1:
@@ -183,6 +192,8 @@ def check(
         assert engine.fallbacks == (), (name, engine.fallbacks)
         if "pairs" in name and mode != "dense" and shape[2:] != (1, 1):  # one pixel is a vector
             assert "pairs" in str(engine.choices), (name, engine.choices)
+        borrows = any(place.cell is not None for place in engine._plan.places.values())
+        assert borrows or "borrowed" not in name or precision == "fp16"
         for images in {1, shape[0]}:
             got = engine(x[:images])
             for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):

@@ -545,3 +545,66 @@ def test_torch_can_be_asked_for_and_is_then_no_surprise(
     assert (engine.isa, engine.n_bytes) == ("torch", 0)
     assert right(engine, X[:3])
     assert not [w for w in recwarn if issubclass(w.category, explorer.errors.EngineWarning)]
+
+
+class Stem(nn.Module):
+    """What reads an image where the caller has it: a convolution with a stride, of rows that fill whole vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_is_read_where_the_caller_has_it_and_only_for_the_call(threads: int) -> None:
+    torch.manual_seed(0)
+    network = Stem().eval()
+    images = torch.randn(3, 2, 3, 14, 32)
+    engine = explorer.compile(network, images[0], threads=threads)
+    own = next(place for place in engine._plan.places.values() if place.cell is not None)
+    assert own.view is not None
+    own.view.fill_(float("nan"))  # would be seen if the copy were read
+    for x in images:
+        before = x.clone()
+        out = engine(x)
+        assert torch.equal(x, before)
+        assert torch.allclose(out, network(x), atol=1e-5)
+        x.fill_(float("nan"))  # is the caller's again, and the output no part of it
+        assert torch.allclose(out, network(before), atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_images_that_lie_otherwise_are_copied(threads: int) -> None:
+    torch.manual_seed(0)
+    network, x = Stem().eval(), torch.randn(2, 3, 14, 32)
+    engine = explorer.compile(network, x, threads=threads)
+    wanted = network(x)
+    wide = torch.randn(2, 3, 14, 40)
+    wide[..., 4:36] = x
+    double = torch.repeat_interleave(x, 2, 0)
+    same = x[:1].expand(2, -1, -1, -1)
+    for value, result in (
+        (x.contiguous(memory_format=torch.channels_last), wanted),
+        (wide[..., 4:36], wanted),
+        (double[::2], wanted),
+        (x.flip(3).flip(3), wanted),
+        (nn.Parameter(x.clone()), wanted),
+        (same, network(same)),
+        (torch.complex(x, -x).conj().imag, wanted),  # negated when it is read, not before
+        (x[1:], wanted[1:]),
+        (x.transpose(2, 3).contiguous().transpose(2, 3)[:1], wanted[:1]),
+    ):
+        assert torch.allclose(engine(value), result, atol=1e-5)
+        assert torch.allclose(engine(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [31, 33, 63, 65])
+def test_rows_that_end_within_a_vector_are_not_read_in_place(columns: int) -> None:
+    torch.manual_seed(0)
+    network, x = Stem().eval(), torch.randn(1, 3, 14, columns)
+    engine = explorer.compile(network, x)
+    assert all(place.cell is None for place in engine._plan.places.values())
+    assert torch.allclose(engine(x), network(x), atol=1e-5)

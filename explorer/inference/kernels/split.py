@@ -47,10 +47,13 @@ class SplitKernel:
         Columns from one pixel of a phase to the next; 0 for the table of indices, which serves any stride.
     columns : tuple of int
         The column phases, ascending (small strides only).
+    borrows : bool
+        Whether `x` is the address of the image's address: it lies where the caller has it.
     """
 
     stride: int
     columns: tuple[int, ...]
+    borrows: bool = False
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -63,7 +66,8 @@ class SplitKernel:
 
         image, first, last = channels_of(f, field, job)
         n_phases = field("n_phases")
-        x = f.at(field("x", PTR), b.mul(image, field("x_image")))
+        x = f.load(field("x", PTR), PTR, 0, 8) if self.borrows else field("x", PTR)
+        x = f.at(x, b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
         table, out_plane = field("table", PTR), field("out_plane")
         one_phase = (
