@@ -261,10 +261,10 @@ class ForeignEngine:
             self.close()
             raise
 
-    def seconds(self, calls: int) -> float:
-        """Return what `calls` inferences after one another took, on the clock of the engine's process."""
+    def seconds(self, calls: int, warm_s: float = 0.0) -> float:
+        """Return what `calls` inferences after one another took, on the clock of the engine's process, after a warm-up of at least one."""
         try:
-            return float(self._worker.ask({"do": "run", "calls": calls})["seconds"])
+            return float(self._worker.ask({"do": "run", "calls": calls, "warm_s": warm_s})["seconds"])
         except EngineError as error:
             self.failure = str(error)
             raise

@@ -134,14 +134,16 @@ def compare_latency(
     threads: int = 1,
     batch_size: int = 1,
     seconds: float = 2.0,
+    slice_s: float = _SLICE_S,
+    warm_s: float = 0.0,
 ) -> dict[str, Benchmark]:
     """Time several callables in one run, slice by slice in turn.
 
     Parameters
     ----------
     contestants : mapping of name to callable
-        Each call is one inference of `batch_size` samples. A contestant that lives in another process may have a method ``seconds(calls)``
-        that makes so many calls there and returns their time; it is then used instead of a clock in this process.
+        Each call is one inference of `batch_size` samples. A contestant that lives in another process may have a method ``seconds(calls, warm_s)``
+        that makes so many calls there, after such a warm-up, and returns their time; it is then used instead of a clock in this process.
     repeats : int
         Turns of each contestant.
     threads : int
@@ -150,6 +152,11 @@ def compare_latency(
         Reported with the result.
     seconds : float
         About how long the whole comparison may take; slow contestants then get fewer turns (at least 5).
+    slice_s : float
+        What the calls of one turn take, about; at least one call.
+    warm_s : float
+        How long each contestant runs before its turn is timed; at least one call. Until then its caches are cold, its helpers may sleep, and those of the
+        contestant before it may still look out for work.
 
     Returns
     -------
@@ -162,14 +169,14 @@ def compare_latency(
             for _ in range(3):
                 call()
             once = max(_seconds(call, 1), 1e-7)
-            calls[name] = max(1, round(_SLICE_S / once)), once
-        one_turn = sum(n * once for n, once in calls.values())
+            calls[name] = max(1, round(slice_s / once)), once
+        one_turn = sum(n * once + max(once, warm_s) for n, once in calls.values())
         turns = max(5, min(repeats, int(seconds / one_turn)))
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(turns):
             for name, call in contestants.items():
                 n = calls[name][0]
-                times[name].append(_seconds(call, n) / n * 1e3)
+                times[name].append(_seconds(call, n, warm_s) / n * 1e3)
     return {
         name: summarise(
             t,
@@ -182,12 +189,15 @@ def compare_latency(
     }
 
 
-def _seconds(call: Callable[[], object], calls: int) -> float:
-    """Time of so many calls after one that wakes this contestant's threads and caches and is not counted."""
+def _seconds(call: Callable[[], object], calls: int, warm_s: float = 0.0) -> float:
+    """Time of so many calls after some that wake this contestant's threads and caches and are not counted: one, and as many as fit into `warm_s`."""
     own_clock = getattr(call, "seconds", None)
     if own_clock is not None:
-        return float(own_clock(calls))
+        return float(own_clock(calls, warm_s))
+    warm = time.perf_counter() + warm_s
     call()
+    while time.perf_counter() < warm:
+        call()
     start = time.perf_counter()
     for _ in range(calls):
         call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -41,6 +42,9 @@ def test_an_engine_in_another_process_computes_the_same_network_and_keeps_its_ow
             torch.testing.assert_close(engine(), NET(x), rtol=1e-4, atol=1e-5)
         assert engine.version
         assert 0 < engine.seconds(1) < engine.seconds(2000)
+        start = time.perf_counter()
+        assert engine.seconds(1, warm_s=0.2) < 0.1
+        assert time.perf_counter() - start > 0.2
         timed = compare_latency({"here": lambda: NET(x), "there": engine}, seconds=0.1, batch_size=2)
     assert 0 < timed["there"].latency_ms < 1000
     with pytest.raises(EngineError, match="onnxruntime ended"):
@@ -88,7 +92,7 @@ def test_a_speedup_refers_to_dense_float32_engines_only(monkeypatch: pytest.Monk
         def __call__(self) -> torch.Tensor:
             return outputs[self.name]
 
-        def seconds(self, calls: int) -> float:
+        def seconds(self, calls: int, _warm_s: float) -> float:
             return 1e-9 * calls
 
     torch.manual_seed(0)

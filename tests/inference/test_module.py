@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,21 @@ def test_contestants_alternate_and_the_slow_one_is_seen_to_be_slow() -> None:
     turns = "".join(c[0] for c in calls)
     assert turns.count("sq") >= 5
     assert turns.count("qs") >= 5
+
+
+def test_a_contestant_warms_up_before_each_of_its_turns() -> None:
+    calls: list[float] = []
+
+    def work() -> None:
+        time.sleep(0.002)
+        calls.append(time.perf_counter())
+
+    result = compare_latency({"one": work}, repeats=5, seconds=0.1, slice_s=0.001, warm_s=0.02)
+    assert 2 <= result["one"].latency_ms < 15  # a mean over what was timed alone
+    assert result["one"].repeats == 5
+    # Three calls, and one that is timed after one more, come first.
+    assert calls[-1] - calls[4] > 5 * 0.02
+    assert len(calls) >= 5 + 5 * 3
 
 
 def test_the_dense_contestants_compute_the_same() -> None:
