@@ -41,6 +41,7 @@ class _State:
         self.flags = self.memory.zeros(3 * 8, np.int64)  # gate, active, stop: a cache line each
         self.wake = [threading.Event() for _ in range(threads)]
         self.asleep = [False] * threads
+        self.calls = 0  # of the helpers, whether they slept or not
         self.scratch: list[int] = []
         run = machine_code(isa, "driver run", lambda: driver.build("run", isa))
         help_ = machine_code(isa, "driver help", lambda: driver.build("help", isa))
@@ -61,11 +62,15 @@ class _State:
 
 def _helper(state: _State, me: int) -> None:
     while not state.stopped:
+        calls = state.calls
         state.help(address(state.record), state.scratch[me], me)
         state.asleep[me] = True
-        state.wake[me].wait()
-        # Cleared before `stopped` is read again: `_stop` sets the flag first and the event after it.
-        state.wake[me].clear()
+        # Who called since then may have found it awake, and will not set the event: it has to look once more. Without this a helper that gave up looking
+        # while its caller held the GIL slept through the whole run (every second one of dense ResNet-50).
+        if state.calls == calls:
+            state.wake[me].wait()
+            # Cleared before `stopped` is read again: `_stop` sets the flag first and the event after it.
+            state.wake[me].clear()
         state.asleep[me] = False
 
 
@@ -155,6 +160,7 @@ class Runner:
 
     def _wake(self) -> None:
         """Call the helpers that sleep."""
+        self._state.calls += 1  # before looking who sleeps: see `_helper`
         if not any(self._state.asleep):
             return
         if not self._helpers:

@@ -1,10 +1,13 @@
-"""Where helper threads wake up."""
+"""When and where helper threads wake up."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,3 +75,31 @@ def test_a_network_runs_where_helpers_cannot_be_sent_elsewhere(
         monkeypatch.setattr(threads, "_current_cpu", lambda: None)
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(sleeping(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_helper_that_was_called_while_it_gave_up_looks_again() -> None:
+    """Its caller found it awake, and set no event."""
+    state = SimpleNamespace(
+        record=np.zeros(1, np.int64),
+        scratch=[0, 0],
+        wake=[threading.Event(), threading.Event()],
+        asleep=[False, False],
+        calls=0,
+        stopped=False,
+    )
+    looks = []
+
+    def look(*_: int) -> None:
+        looks.append(state.asleep[1])
+        if len(looks) == 1:
+            state.calls += 1
+        else:
+            state.stopped = True
+            state.wake[1].set()
+
+    state.help = look
+    helper = threading.Thread(target=threads._helper, args=(state, 1), daemon=True)
+    helper.start()
+    helper.join(timeout=20)
+    assert not helper.is_alive(), "it slept through the call"
+    assert looks == [False, False]
