@@ -78,38 +78,38 @@ def order(steps: Sequence[Step]) -> list[tuple[int, int]]:
     steps : sequence of Step
         In the order in which they would run one after the other.
     """
-    # For each step and band, how many bands of each earlier step must be done.
-    needed = [
-        np.stack([_needed(step, earlier) for earlier in steps[:s]], 1) if s else np.zeros((len(step), 0), np.int64)
-        for s, step in enumerate(steps)
-    ]  # fmt: skip
-    lengths = [len(step) for step in steps]
+    # For each step and band: earlier steps, and how many of their bands must be done.
+    needed: list[list[list[tuple[int, int]]]] = [[[] for _ in range(len(step))] for step in steps]
+    for s, step in enumerate(steps):
+        for e, earlier in enumerate(steps[:s]):
+            for band, count in enumerate(_needed(step, earlier)):
+                if count:
+                    needed[s][band].append((e, count))
+    done = [0] * len(steps)
     found: list[tuple[int, int]] = []
-    done = np.zeros(len(steps), np.int64)
-    while len(found) < sum(lengths):
+    while len(found) < sum(map(len, steps)):
         # The first step that is not done can always go on.
         s = next(
             s
             for s in range(len(steps) - 1, -1, -1)
-            if done[s] < lengths[s] and bool((done[:s] >= needed[s][done[s]]).all())
+            if done[s] < len(steps[s]) and all(done[e] >= count for e, count in needed[s][done[s]])
         )
-        found.append((s, int(done[s])))
+        found.append((s, done[s]))
         done[s] += 1
     return found
 
 
-def _needed(step: Step, earlier: Step) -> NDArray[np.int64]:
-    """How many bands of `earlier` must be done before each band of `step`: (bands,) int64."""
-    needed = np.zeros(len(step), np.int64)
+def _needed(step: Step, earlier: Step) -> list[int]:
+    """How many bands of `earlier` must be done before each band of `step`; empty when none need be."""
+    needed: list[NDArray[np.int64]] = []
     mine, theirs = (step.writes, *step.reads), (earlier.writes, *earlier.reads)
     for a in mine:
         for b in theirs:
             if a.memory != b.memory or (a is not step.writes and b is not earlier.writes):
                 continue
             if a.alike != b.alike:
-                needed[:] = len(earlier)
-                continue
+                return [len(earlier)] * len(step)
             # The lowest pixel that the bands from each on will still touch.
             lowest = np.minimum.accumulate(b.intervals[::-1, 0])[::-1]
-            needed = np.maximum(needed, np.searchsorted(lowest, a.intervals[:, 1], "left"))
-    return needed
+            needed.append(np.searchsorted(lowest, a.intervals[:, 1], "left"))
+    return np.max(needed, axis=0).tolist() if needed else []
