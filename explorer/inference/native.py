@@ -16,10 +16,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -327,8 +328,7 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
     int
         Address; it stays valid as long as the process lives.
     """
-    text = f"{generator_version()} {isa} {signature}"
-    key = hashlib.sha256(text.encode()).hexdigest()
+    key = _key(isa, signature)
     with _lock:
         if key in _loaded:
             return _loaded[key][0]
@@ -352,6 +352,33 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
             )
         _loaded[key] = (address, engine)
         return address
+
+
+def _key(isa: Isa, signature: str) -> str:
+    return hashlib.sha256(f"{generator_version()} {isa} {signature}".encode()).hexdigest()
+
+
+class Emitter:
+    """Makes machine code on a thread of its own, while the caller packs weights: LLVM needs no interpreter. For ``with``, which waits for it."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def code(self, isa: Isa, signature: str, build: Callable[[], tuple[Any, str]]) -> Callable[[], int]:
+        """As `machine_code`, but what is returned waits for the address when it is called, and raises what went wrong."""
+        there = _loaded.get(_key(isa, signature))
+        if there is not None:
+            return lambda: there[0]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "explorer-emitter")
+        return self._pool.submit(machine_code, isa, signature, build).result
 
 
 def _emit(machine: Any, build: Callable[[], tuple[Any, str]], symbol: str) -> bytes:

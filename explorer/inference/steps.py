@@ -34,7 +34,7 @@ from explorer.inference.kernels import (
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_tile, tile_of, widest_pair_tile
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Isa, l1_bytes, machine_code
+from explorer.inference.native import Emitter, Isa, l1_bytes
 from explorer.inference.pack import (
     PackedConv,
     SparseWeights,
@@ -102,9 +102,9 @@ class Steps:
 
 @dataclass(slots=True)
 class _Row:
-    """`bands`: makes the step's bands from the address of its arguments, where it can be cut into them."""
+    """One step. `kernel` waits for the address of its machine code; `bands`, where it can be cut into them, makes them from the address of its arguments."""
 
-    kernel: int
+    kernel: Callable[[], int]
     arguments: NDArray[np.int64]
     jobs: int  # per image
     label: str
@@ -133,6 +133,7 @@ class _StepBuilder:
     graph: Graph
     memory: Memory
     packed: dict[tuple[str, Choice], Any]
+    emitter: Emitter
     scratch_bytes: int = 4096
     block_bytes: int = field(default_factory=_block_bytes)
     _tables: dict[Any, int] = field(default_factory=dict)
@@ -161,10 +162,10 @@ class _StepBuilder:
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
-    def code(self, kernel: Any, isa: Isa | None = None) -> int:
-        """The address of a kernel's machine code."""
+    def code(self, kernel: Any, isa: Isa | None = None) -> Callable[[], int]:
+        """Have the machine code of a kernel made; the result waits for its address."""
         isa = isa or self.plan.isa
-        return machine_code(isa, repr(kernel), lambda: kernel.build(isa))
+        return self.emitter.code(isa, repr(kernel), lambda: kernel.build(isa))
 
     def _once(self, operation: Operation, choice: Choice, pack: Callable[[], Any]) -> Any:
         """Packed weights, from an earlier round with the same choice when there was one."""
@@ -944,8 +945,19 @@ def build_steps(
     packed : dict, optional
         Keeps packed weights between calls with the same graph, by output and choice.
     """
+    with Emitter() as emitter:
+        return _steps(plan, graph, choices, {} if packed is None else packed, emitter)
+
+
+def _steps(
+    plan: Plan,
+    graph: Graph,
+    choices: Mapping[int, Choice],
+    packed: dict[tuple[str, Choice], Any],
+    emitter: Emitter,
+) -> Steps:
     memory = Memory()
-    builder = _StepBuilder(plan, graph, memory, {} if packed is None else packed)
+    builder = _StepBuilder(plan, graph, memory, packed, emitter)
     rows, per_image, fixed, table_bytes = [], [], [], []
     for index in plan.native:
         before = memory.n_bytes
@@ -957,7 +969,7 @@ def build_steps(
         per_image.append(row.jobs if follows else 0)
         fixed.append(0 if follows else row.jobs * layout.images)
     chains = _chains(plan, graph, builder, rows)
-    table = [[0, row.kernel, arguments] for row, arguments in rows]
+    table = [[0, row.kernel(), arguments] for row, arguments in rows]
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
@@ -981,7 +993,7 @@ def _chains(plan: Plan, graph: Graph, builder: _StepBuilder, rows: Sequence[tupl
     for first, last in plan.deep(graph, [row.bands is not None for row, _ in rows]):
         cut = [row.bands(arguments) for row, arguments in rows[first:last] if row.bands]
         calls = _joined(
-            (rows[first + s][0].kernel, *call, rows[first + s][0].jobs, 8 * s)
+            (rows[first + s][0].kernel(), *call, rows[first + s][0].jobs, 8 * s)
             for s, band in order([plan.accesses(graph, first + s, these) for s, these in enumerate(cut)])
             for call in cut[s].calls[band]
         )
@@ -993,7 +1005,7 @@ def _chains(plan: Plan, graph: Graph, builder: _StepBuilder, rows: Sequence[tupl
             cycles=counters,
         )
         builder.scratch_bytes = counters + 8 * len(cut)
-        row = builder.code(chain.ChainKernel()), builder.memory.put(arguments)
+        row = builder.code(chain.ChainKernel())(), builder.memory.put(arguments)
         chains.append(Chain(first, last, row, counters))
     return chains
 
