@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
-import io
 import json
 import os
 import signal
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from explorer import __version__
 from explorer.bench import command as bench_command
 from explorer.errors import ExplorerError
+from explorer.folders import cache_contents, cache_root, clear_caches
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -119,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_command.add_options(bench)
     bench.set_defaults(command=bench_command.run)
+
+    caches = commands.add_parser(
+        "cache", parents=[common], help="show what is kept on disk to be quick the next time, or clear it"
+    )
+    caches.add_argument("--clear", action="store_true", help="delete it; it is made again when it is needed")
+    caches.set_defaults(command=_cache)
 
     app = commands.add_parser("app", parents=[common], help="open the app in a browser, on this machine only")
     app.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
@@ -246,7 +251,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     if options.json:
         write_atomically(options.json, table.to_json().encode())
     if options.csv:
-        write_atomically(options.csv, _as_csv(table).encode())
+        write_atomically(options.csv, table.to_csv().encode())
     return 0
 
 
@@ -439,6 +444,23 @@ def _show_result(document: dict[str, Any], folder: Path) -> None:
     print(f"written to {folder}: model.safetensors, recipe.yaml, result.json")
 
 
+def _cache(options: argparse.Namespace) -> int:
+    root = cache_root()
+    if root is None:
+        print("Caches are switched off (EXPLORER_CACHE=off), or there is no home folder to keep them in.")
+        return 0
+    if options.clear:
+        print(f"Deleted {clear_caches()} files below {root}.")
+        return 0
+    print(f"{root} (EXPLORER_CACHE names another folder, or switches caches off)")
+    rows = [
+        (what, str(len(files)), f"{sum(path.stat().st_size for path in files) / 2**20:.1f}")
+        for what, files in cache_contents().items()
+    ]
+    _print_table(("kept", "files", "MiB"), rows, left=1)
+    return 0
+
+
 def _app(options: argparse.Namespace) -> int:
     missing = [name for name in _APP_MODULES if importlib.util.find_spec(name) is None]
     if missing:
@@ -534,15 +556,6 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
-
-
-def _as_csv(table: SensitivityTable) -> str:
-    records = table.to_records()
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def _levels(text: str) -> tuple[float, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from explorer.errors import DistributionError, EngineError
-from explorer.sensitivity import SensitivityTable
+from explorer.sensitivity import SensitivityTable, ranking
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -22,25 +22,39 @@ _TITLES = {
     "loss": "One-shot loss",
     "accuracy": "One-shot accuracy",
     "removed_energy": "Removed share of squared weights",
+    "fisher": "Second-order estimate of the loss increase (nats)",
 }
 # Colours of Okabe and Ito (2008), told apart by colour-blind readers too; dashes tell apart the layers that share one.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_LOGARITHMIC = frozenset({"kl"})
+_LOGARITHMIC = frozenset({"kl", "fisher"})
+_FALLING = frozenset({"accuracy"})
 
 
-def sensitivity(table: SensitivityTable, kind: str = "kl", *, refreshed: bool = False) -> Figure:
+def sensitivity(
+    table: SensitivityTable,
+    kind: str = "kl",
+    *,
+    refreshed: bool = False,
+    view: Literal["curves", "heatmap", "bars"] = "curves",
+    sparsity: float = 0.9,
+) -> Figure:
     """Draw each layer's sensitivity, and beside it its latency if it was measured.
 
-    Raw points are markers, with standard errors where known; lines are the monotone curves that the solver reads. A layer has
-    the same colour on both sides, and hides on both with a click on its name.
+    Curves: raw points are markers, with standard errors where known; lines are the monotone curves that the solver reads, and a diamond on the latency marks
+    the sparsity from which the sparse kernel is faster than the dense one. A layer has the same colour on both sides, and hides on both with a click on
+    its name. Heat map: layers from top to bottom, sparsities from left to right. Bars: layers at one sparsity, the most sensitive on top; those at which
+    pruning removed nothing are hatched, since their value says nothing.
 
     Parameters
     ----------
     table : SensitivityTable
-    kind : {"kl", "loss", "accuracy", "removed_energy"}
+    kind : {"kl", "loss", "accuracy", "removed_energy", "fisher"}
     refreshed : bool
         Draw what was measured with refreshed BatchNorm statistics.
+    view : {"curves", "heatmap", "bars"}
+    sparsity : float
+        Of the bars, in [0, 1).
 
     Returns
     -------
@@ -60,6 +74,12 @@ def sensitivity(table: SensitivityTable, kind: str = "kl", *, refreshed: bool = 
         raise DistributionError(
             f"{kind!r}{how} has not been measured; measured are {', '.join(table.kinds) or 'none'}."
         )
+    if view == "heatmap":
+        return _heatmap(table, kind, refreshed=refreshed)
+    if view == "bars":
+        return _bars(table, kind, sparsity, refreshed=refreshed)
+    if view != "curves":
+        raise DistributionError(f"view must be curves, heatmap or bars; got {view!r}.")
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -117,6 +137,22 @@ def sensitivity(table: SensitivityTable, kind: str = "kl", *, refreshed: bool = 
                 row=1,
                 col=column,
             )
+            even = table.break_even(layer) if what == "latency_ms" and levels[0] == 0.0 else None
+            if even is not None:
+                figure.add_trace(
+                    go.Scatter(
+                        x=[even],
+                        y=[table.value(layer, even, what)],
+                        mode="markers",
+                        marker={"color": line["color"], "size": 11, "symbol": "diamond-open"},
+                        name=name,
+                        legendgroup=name,
+                        showlegend=False,
+                        hovertemplate=f"{name}<br>sparse is faster from %{{x:.0%}} on<extra></extra>",
+                    ),
+                    row=1,
+                    col=column,
+                )
         title = "Latency (ms)" if what == "latency_ms" else _TITLES[what]
         figure.update_xaxes(title_text="Sparsity", tickformat=".0%", row=1, col=column)
         figure.update_yaxes(
@@ -125,6 +161,71 @@ def sensitivity(table: SensitivityTable, kind: str = "kl", *, refreshed: bool = 
     figure.update_layout(
         template="plotly_white", legend_title_text="Layer", margin={"t": 30, "r": 10, "b": 50, "l": 60}
     )
+    return figure
+
+
+def _heatmap(table: SensitivityTable, kind: str, *, refreshed: bool) -> Figure:
+    import plotly.graph_objects as go
+
+    layers = [layer for layer in table.layers if table.has(layer, kind, refreshed=refreshed)]
+    levels = np.array(table.levels(kind, refreshed=refreshed))
+    values = np.array([table.values_at(layer, levels, kind, refreshed=refreshed) for layer in layers])
+    colour, ticks = values, {}
+    if kind in _LOGARITHMIC:
+        # A logarithm has no zero: a millionth of the largest value is as good as none.
+        floor = max(float(values.max()), 1e-12) / 1e6
+        colour = np.log10(np.maximum(values, floor))
+        powers = np.arange(np.ceil(colour.min()), np.floor(colour.max()) + 1)
+        ticks = {"tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
+    figure = go.Figure(
+        go.Heatmap(
+            x=[f"{level:.4g}" for level in 100 * levels],
+            y=[layer or "model" for layer in layers],
+            z=colour,
+            customdata=values,
+            colorscale="Cividis",  # the same to colour-blind readers
+            reversescale=kind not in _FALLING,
+            colorbar={"title": {"text": _TITLES[kind], "side": "right"}, **ticks},
+            hovertemplate="%{y}<br>sparsity %{x} %: %{customdata:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="Sparsity (%)", type="category")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(template="plotly_white", margin={"t": 30, "r": 10, "b": 50, "l": 60})
+    return figure
+
+
+def _bars(table: SensitivityTable, kind: str, sparsity: float, *, refreshed: bool) -> Figure:
+    import plotly.graph_objects as go
+
+    if not 0.0 <= sparsity < 1.0:
+        raise DistributionError(
+            f"sparsity is a fraction of zeros in [0, 1); got {sparsity!r}. Write 90 % as 0.9."
+        )
+    ranked = ranking(table, sparsity, kind, refreshed=refreshed)
+    figure = go.Figure(
+        go.Bar(
+            x=[one.value for one in ranked],
+            y=[one.layer or "model" for one in ranked],
+            orientation="h",
+            error_x={"type": "data", "array": [2 * (one.std_error or 0.0) for one in ranked], "thickness": 1},
+            marker={
+                "color": [_COLOURS[0] if one.is_known else "#BBBBBB" for one in ranked],
+                "pattern": {"shape": ["" if one.is_known else "/" for one in ranked]},
+            },
+            customdata=[
+                f"place {one.lowest + 1} to {one.highest + 1} of {len(ranked)}"
+                if one.is_known
+                else "was that sparse already: nothing is known"
+                for one in ranked
+            ],
+            hovertemplate="%{y}: %{x:.4g}<br>%{customdata}<extra></extra>",
+        )
+    )
+    title = f"Lost: {_TITLES[kind].lower()}" if kind in _FALLING else _TITLES[kind]
+    figure.update_xaxes(title_text=f"{title}, at {sparsity:.4g} sparsity")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(template="plotly_white", margin={"t": 30, "r": 10, "b": 50, "l": 60})
     return figure
 
 

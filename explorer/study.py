@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.data import LoadedData, check_compatible, load_data
-from explorer.distribution import DEFAULT_MARGIN, Prediction, SparsityDistribution, Target
+from explorer.distribution import DEFAULT_MARGIN, Prediction, SparsityDistribution, Target, Trust
 from explorer.distribution import feasible_range as feasible_latencies
 from explorer.distribution import predict as predict_distribution
 from explorer.distribution import solve as solve_distribution
+from explorer.distribution import trust as compare_with_joint
 from explorer.distribution import uniform as uniform_distribution
-from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, RunError
+from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, ModelError, RunError
 from explorer.formats import (
     FinalLatency,
     Recipe,
@@ -49,8 +50,10 @@ from explorer.sensitivity import (
     WHOLE_NETWORK,
     SensitivityPoint,
     SensitivityTable,
+    measure_joint,
     measure_latency,
     measure_loss,
+    published,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +67,27 @@ _CHECKS = 4
 # Seconds of timing for one of these checks, and for one point of a run's latency curve.
 _GLANCE_S = 0.4
 _CHECK_S, _CHECK_ROUNDS = 1.2, 9
+
+
+def _mobilenet_layer(theirs: str) -> str:
+    """The name of a layer of MobileNetV1 here: there ``model.I.0`` are the stem and depthwise convolutions, and ``model.I.3`` pointwise ones."""
+    parts = theirs.split(".")
+    if parts[0] != "model":
+        return theirs
+    block, part = int(parts[1]), parts[2]
+    return "stem.0" if block == 0 else f"blocks.{block - 1}.{0 if part == '0' else 1}.0"
+
+
+def _resnet_layer(theirs: str) -> str:
+    return theirs.replace("downsample", "shortcut")
+
+
+# Published table: architecture of `explorer.models.architectures`, and from the table's layer names to its own.
+_REPLAYS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "resnet50-imagenet": ("resnet50", _resnet_layer),
+    "resnet18-imagenet": ("resnet18", _resnet_layer),
+    "mobilenet-imagenet": ("mobilenet_v1", _mobilenet_layer),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +155,7 @@ class Study:
         self.data_source = self.data.name if self.data else ""
         self._layers = self.model.layers
         self._table: SensitivityTable | None = None
+        self._published: SensitivityTable | None = None
         self._dense: dict[str, Benchmark] | None = None
         self._contestants: dict[str, Callable[[], object]] | None = None
         self._engine: SparseModule | None = None
@@ -138,6 +163,61 @@ class Study:
         self._engine_lock = threading.RLock()
         self._targets: dict[SparsityDistribution, dict[str, float]] = {}
         self._final: tuple[RunResult, FinalLatency] | None = None
+
+    @classmethod
+    def replay(
+        cls, name: str = "resnet50-imagenet", *, threads: int | None = None, batch_size: int = 1
+    ) -> Study:
+        """Study a network that cannot be trained here: losses that others published, latencies of this machine.
+
+        The network has random weights. Its latency depends on how many weights are zero and where, not on their values; its losses are those of the
+        trained network, from `explorer.sensitivity.published`. So distributions can be shaped, solved and predicted, but nothing can be pruned or saved.
+
+        Parameters
+        ----------
+        name : str
+            "resnet50-imagenet", "resnet18-imagenet" or "mobilenet-imagenet".
+        threads : int, optional
+        batch_size : int
+
+        Raises
+        ------
+        ModelError
+            If there is no such replay.
+
+        Examples
+        --------
+        >>> study = Study.replay("resnet18-imagenet")
+        >>> study.table.metadata["network"], len(study.layers)
+        ('ResNet-18, ImageNet', 21)
+        """
+        from explorer.models import architectures
+
+        if name not in _REPLAYS:
+            raise ModelError(f"There is no replay {name!r}; there are {', '.join(_REPLAYS)}.")
+        architecture, rename = _REPLAYS[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module, example = getattr(architectures, architecture)(), torch.randn(1, 3, 224, 224)
+        study = cls(load_model(module, example, name=name), threads=threads, batch_size=batch_size)
+        theirs = published(name)
+        study._published = SensitivityTable.from_points(
+            [dataclasses.replace(point, layer=rename(point.layer)) for point in theirs.points],
+            layers=[layer.name for layer in study.layers],
+            metadata={
+                **theirs.metadata,
+                "weights": "random: latencies depend on where zeros are, not on the values of weights",
+            },
+        )
+        study._table = study._published
+        return study
+
+    @property
+    def provenance(self) -> str | None:
+        """Where losses come from that were not measured here; None when all were."""
+        if self._published is None:
+            return None
+        return f"Losses of {self._published.metadata['network']}: {self._published.metadata['source']}. Latencies: this machine."
 
     @property
     def layers(self) -> tuple[PrunableLayer, ...]:
@@ -352,9 +432,12 @@ class Study:
         Raises
         ------
         DataError
-            If the study has no data.
+            If the study has no data, and is no replay.
         """
         chosen = tuple(levels) if levels is not None else self.levels
+        if self._published is not None:
+            by_level = sorted(self._published.points, key=operator.attrgetter("sparsity"))
+            return self._collected(iter(by_level), chosen, stop, n_images=None, latency=latency)
         loss = measure_loss(
             self.model.module,
             self._need_data(),
@@ -362,6 +445,7 @@ class Study:
             levels=chosen,
             n_images=n_images,
             refresh_batchnorm=refresh_batchnorm,
+            resume=True,
             stop=stop,
         )
         return self._collected(loss, chosen, stop, n_images=n_images, latency=latency)
@@ -376,7 +460,7 @@ class Study:
         """Return how many points of kind "kl" or "latency_ms" `sensitivity_points` will yield: what a progress bar counts."""
         names = [layer.name for layer in self.layers]
         has_batchnorm = any(isinstance(part, _BatchNorm) for part in self.model.module.modules())
-        losses = len(names) * (1 + (refresh_batchnorm and has_batchnorm))
+        losses = 0 if self._published else len(names) * (1 + (refresh_batchnorm and has_batchnorm))
         # The whole network is timed too, unless it is its only layer.
         times = (len(names) + (names != [WHOLE_NETWORK])) * LATENCY_PASSES if latency else 0
         return (1 + len(set(levels if levels is not None else self.levels))) * (losses + times)
@@ -396,13 +480,45 @@ class Study:
             pass
         return self._need_table()
 
+    def trust(
+        self,
+        distribution: Mapping[str, float],
+        *,
+        n_images: int = 500,
+        stop: threading.Event | None = None,
+    ) -> Trust | None:
+        """Prune all layers of a copy at once and compare the outcome with what the curves of single layers add up to.
+
+        Takes about as long as one cell of the scan, on the same images.
+
+        Parameters
+        ----------
+        distribution : mapping of str to float
+        n_images : int
+            As for the scan.
+        stop : threading.Event, optional
+            When set, the measurement ends early and gives None.
+
+        Raises
+        ------
+        DataError
+            If the study has no data.
+        DistributionError
+            If the sensitivity has not been measured.
+        """
+        table, predicted = self._need_table(), self.predict(distribution)
+        joint = measure_joint(
+            self.model.module, self._need_data(), distribution, n_images=n_images, stop=stop
+        )
+        return None if joint is None else compare_with_joint(predicted, joint, table.baseline("loss"))
+
     def _collected(
         self,
         loss: Iterator[SensitivityPoint],
         levels: tuple[float, ...],
         stop: threading.Event | None,
         *,
-        n_images: int,
+        n_images: int | None,
         latency: bool,
     ) -> Iterator[SensitivityPoint]:
         pending: list[SensitivityPoint] = []
@@ -437,11 +553,12 @@ class Study:
         for _, points in loss_levels:
             yield from taken(points)
 
-    def _take(self, points: list[SensitivityPoint], n_images: int) -> None:
+    def _take(self, points: list[SensitivityPoint], n_images: int | None) -> None:
         names = [layer.name for layer in self.model.layers]
         old = self._table or SensitivityTable.from_points([], layers=names)
         self._table = old.with_points(points)
-        self._table = self._table.with_metadata(n_images=n_images, **self._facts())
+        images = {} if n_images is None else {"n_images": n_images}
+        self._table = self._table.with_metadata(**images, **self._facts())
 
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -485,7 +602,7 @@ class Study:
         locked : mapping of str to float, optional
             Sparsities that are fixed.
         score : str, optional
-            What is minimised, see `explorer.distribution.solve`.
+            What is minimised, see `explorer.distribution.solve`; by default what its tables suggest: divergences where they were measured, else losses.
         check : bool
             Measure what was solved for a speed-up or a latency on the engine, and solve again with a corrected budget where it is
             slower than asked, or pruned more than that needs.
@@ -500,9 +617,11 @@ class Study:
             If no distribution reaches the target.
         """
         target = Target(speedup=speedup, latency_ms=latency_ms, sparsity=sparsity)
+        table = self._need_table()
+        if score is None and "kl" not in table.kinds and "loss" in table.kinds:
+            score = "mix_loss_sqrt"
         if score is not None:
             options["score"] = score
-        table = self._need_table()
 
         def solved(wanted: Target) -> SparsityDistribution:
             return solve_distribution(self.model.layers, table, wanted, locked=locked, **options)

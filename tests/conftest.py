@@ -40,6 +40,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that an earlier run of the tests measured is taken from disk; tests of the cache itself give it a folder of their own."""
+    monkeypatch.setattr("explorer.sensitivity.loss.cache_folder", lambda: None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("browser") is None or find_browser() is not None:
         return

@@ -103,6 +103,35 @@ def test_sensitivity_prints_tables_and_writes_all_points(
     assert {record["layer"] for record in records} == {"conv1", "conv2", "fc"}
 
 
+def test_caches_are_shown_and_cleared_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    ours = [tmp_path / name for name in ("kernels/a.o", "kernels/b.o", "choices.json", "sensitivity/c.jsonl")]
+    theirs = [tmp_path / name for name in ("notes.txt", "kernels/notes.txt", "sensitivity/table.json")]
+    for path in (*ours, *theirs):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * (1 << 20))
+    assert cli.main(["cache"]) == 0
+    out = words(capsys.readouterr().out)
+    assert out[0][0] == str(tmp_path)
+    assert [row[-2:] for row in out[2:]] == [["2", "2.0"], ["1", "1.0"], ["1", "1.0"]]
+    assert cli.main(["cache", "--clear"]) == 0
+    assert "Deleted 4 files" in capsys.readouterr().out
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in theirs)
+    assert cli.main(["cache", "--clear"]) == 0
+    assert "Deleted 0 files" in capsys.readouterr().out
+
+
+def test_switched_off_there_is_no_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", "off")
+    assert cli.main(["cache"]) == 0
+    assert "switched off" in capsys.readouterr().out
+
+
 def test_prune_leaves_weights_recipe_and_result_and_its_recipe_repeats_it(
     tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -78,3 +78,58 @@ def test_the_roofline_places_each_layer_by_useful_operations_per_byte_and_second
 def test_a_profile_without_kernels_has_no_roofline() -> None:
     with pytest.raises(EngineError, match="nothing to draw"):
         plots.roofline(ROWS[2:], MachinePeak(50.0, 10.0, "avx2"))
+
+
+# ---- other views of sensitivities
+
+
+def test_the_heat_map_holds_every_value_of_every_layer() -> None:
+    figure = plots.sensitivity(SensitivityTable.from_points(POINTS), view="heatmap")
+    [trace] = figure.data
+    assert list(trace.y) == ["conv", "fc"]
+    assert list(trace.x) == ["0", "50", "90"]
+    np.testing.assert_allclose(trace.customdata, [[0.0, 0.3, 0.3]] * 2)
+    np.testing.assert_allclose(trace.z[:, 1], np.log10(0.3))
+    assert np.isfinite(trace.z).all()
+
+
+def test_the_heat_map_of_accuracies_is_not_logarithmic() -> None:
+    points = [SensitivityPoint("a", s, "accuracy", v) for s, v in ((0.0, 0.9), (0.5, 0.8), (0.9, 0.1))]
+    [trace] = plots.sensitivity(SensitivityTable.from_points(points), "accuracy", view="heatmap").data
+    np.testing.assert_allclose(trace.z, [[0.9, 0.8, 0.1]])
+
+
+def test_bars_are_ordered_and_what_removed_nothing_is_hatched() -> None:
+    points = [
+        SensitivityPoint("a", 0.9, "kl", 0.1, std_error=0.01, n_removed=4),
+        SensitivityPoint("empty", 0.9, "kl", 0.0, n_removed=0),
+        SensitivityPoint("b", 0.9, "kl", 0.4, std_error=0.02, n_removed=4),
+    ]
+    figure = plots.sensitivity(SensitivityTable.from_points(points), view="bars", sparsity=0.9)
+    [trace] = figure.data
+    assert list(trace.y) == ["b", "a", "empty"]
+    assert list(trace.x) == [0.4, 0.1, 0.0]
+    assert list(trace.error_x.array) == [0.04, 0.02, 0.0]
+    assert list(trace.marker.pattern.shape) == ["", "", "/"]
+    assert next(iter(trace.customdata)) == "place 1 to 1 of 3"
+    assert "nothing is known" in trace.customdata[2]
+
+
+def test_break_even_is_marked_on_the_latency() -> None:
+    points = [
+        SensitivityPoint("a", s, "latency_ms", min(2.0, 5 * (1 - s))) for s in (0.0, 0.5, 0.8, 0.9, 0.95)
+    ]
+    points += [SensitivityPoint("a", s, "kl", s) for s in (0.0, 0.5)]
+    figure = plots.sensitivity(SensitivityTable.from_points(points))
+    [mark] = [trace for trace in figure.data if trace.marker.symbol == "diamond-open"]
+    assert mark.xaxis == "x2"
+    assert mark.x[0] == pytest.approx(0.608)
+    assert mark.y[0] == pytest.approx(1.96)
+
+
+def test_views_and_sparsities_that_there_are_not() -> None:
+    table = SensitivityTable.from_points(POINTS)
+    with pytest.raises(DistributionError, match="curves, heatmap or bars"):
+        plots.sensitivity(table, view="pie")  # type: ignore[arg-type]
+    with pytest.raises(DistributionError, match=r"Write 90 % as 0\.9"):
+        plots.sensitivity(table, view="bars", sparsity=90)

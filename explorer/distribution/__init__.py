@@ -7,6 +7,7 @@ from explorer.distribution.knapsack import Frontier, solve_table
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
 from explorer.distribution.scores import DEFAULT_SCORE, SCORES
 from explorer.distribution.solver import DEFAULT_MARGIN, Target, feasible_range, solve, uniform_for_target
+from explorer.distribution.trust import Trust, trust
 
 __all__ = [
     "DEFAULT_MARGIN",
@@ -16,11 +17,13 @@ __all__ = [
     "Prediction",
     "SparsityDistribution",
     "Target",
+    "Trust",
     "feasible_range",
     "predict",
     "solve",
     "solve_table",
     "stored_bytes",
+    "trust",
     "uniform",
     "uniform_for_target",
 ]

@@ -35,10 +35,12 @@ def kl_sqrt(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> 
 
 def mix_kl_sqrt(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
     """Half the square root of KL, scaled to 1 at its largest, and half the quadratic prior."""
-    root = kl_sqrt(table, layers, levels)
-    largest = float(root.max(initial=0.0))
-    scaled = root / largest if largest > 0 else root
-    return 0.5 * scaled + 0.5 * quadratic(table, layers, levels)
+    return _half_root(kl(table, layers, levels), quadratic(table, layers, levels))
+
+
+def mix_loss_sqrt(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """As `mix_kl_sqrt`, of the increase of the one-shot loss: for tables without divergences, such as published ones."""
+    return _half_root(loss(table, layers, levels), quadratic(table, layers, levels))
 
 
 def loss(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
@@ -49,6 +51,11 @@ def loss(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Fl
 def removed_energy(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
     """Removed share of the layer's squared weights."""
     return _increase(table, layers, levels, "removed_energy")
+
+
+def fisher(table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
+    """Second-order estimate of the increase of the loss (Optimal Brain Damage with the empirical Fisher information)."""
+    return _increase(table, layers, levels, "fisher")
 
 
 def quadratic(_table: SensitivityTable, layers: Sequence[str], levels: _Floats) -> _Floats:
@@ -64,7 +71,8 @@ def quadratic(_table: SensitivityTable, layers: Sequence[str], levels: _Floats) 
 
 
 SCORES: dict[str, Score] = {
-    score.__name__: score for score in (mix_kl_sqrt, kl_sqrt, kl, loss, removed_energy, quadratic)
+    score.__name__: score
+    for score in (mix_kl_sqrt, kl_sqrt, kl, mix_loss_sqrt, loss, removed_energy, fisher, quadratic)
 }
 DEFAULT_SCORE = "mix_kl_sqrt"
 
@@ -80,6 +88,12 @@ def score_table(name: str, table: SensitivityTable, layers: Sequence[str], level
     if name not in SCORES:
         raise DistributionError(f"Unknown score {name!r}; choose one of {', '.join(SCORES)}.")
     return SCORES[name](table, layers, levels)
+
+
+def _half_root(increase: _Floats, prior: _Floats) -> _Floats:
+    root = np.sqrt(increase)
+    largest = float(root.max(initial=0.0))
+    return 0.5 * (root / largest if largest > 0 else root) + 0.5 * prior
 
 
 def _increase(table: SensitivityTable, layers: Sequence[str], levels: _Floats, kind: str) -> _Floats:

@@ -246,7 +246,7 @@ def _remaining_weights(layers: Sequence[PrunableLayer], problem: _Problem) -> tu
 
 
 def _needed_kinds(score: str) -> tuple[str, ...]:
-    for kind in ("kl", "loss", "removed_energy"):
+    for kind in ("kl", "loss", "removed_energy", "fisher"):
         if kind in score:
             return (kind,)
     return ()

@@ -25,6 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 from explorer.errors import EngineError
+from explorer.folders import cache_root, held_below
 from explorer.inference import fork
 
 try:
@@ -202,21 +203,8 @@ def _cache_bytes(level: str, darwin_name: str) -> int:
 
 def cache_folder() -> Path | None:
     """Where object code is kept; None when the user switched the cache off (EXPLORER_CACHE=off) or has no home."""
-    setting = os.environ.get("EXPLORER_CACHE")
-    if setting == "off":
-        return None
-    if setting:
-        return Path(setting) / "kernels"
-    try:
-        if sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        elif sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        else:
-            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no HOME, and a user that no list of users knows: usual in containers
-        return None
-    return base / "sparsity-explorer" / "kernels"
+    root = cache_root()
+    return None if root is None else root / "kernels"
 
 
 @cache
@@ -255,7 +243,7 @@ class _ObjectFile:
         if not code or self._seal(code) != content[:32]:
             return None
         with contextlib.suppress(OSError):
-            os.utime(self.path)  # what is in use stays, see `_prune`
+            os.utime(self.path)  # what is in use stays, see `held_below`
         return code
 
     def write(self, code: bytes) -> None:
@@ -280,31 +268,7 @@ class _ObjectFile:
 @cache
 def _prune_once(folder: Path) -> None:
     """Each process that compiles looks once: one scan of thousands of files per kernel would cost more than it saves."""
-    prune(folder, CACHE_LIMIT_BYTES)
-
-
-def prune(folder: Path, limit_bytes: int) -> None:
-    """Delete the files of the cache that were not used for longest, until the others take no more than `limit_bytes`.
-
-    Safe beside other processes: one that reads a deleted file has it open, or compiles again; one whose unfinished file is deleted writes nothing.
-    """
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    if entry.name.endswith((".o", ".tmp")) and entry.is_file(follow_symlinks=False):
-                        status = entry.stat(follow_symlinks=False)
-                        found.append((status.st_mtime, status.st_size, entry.path))
-    except OSError:
-        return
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total <= limit_bytes:
-            return
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-            total -= size
+    held_below(folder, CACHE_LIMIT_BYTES, (".o", ".tmp"))
 
 
 _lock = fork.EngineLock()

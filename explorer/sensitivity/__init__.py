@@ -6,18 +6,30 @@ measured but by its layers' names, and nothing here changes it.
 
 from __future__ import annotations
 
+from explorer.sensitivity.exchange import from_csv, from_frame, from_parquet
 from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
-from explorer.sensitivity.loss import measure_loss
+from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
 from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
+from explorer.sensitivity.published import PUBLISHED, published
+from explorer.sensitivity.ranking import RankedLayer, ranking
 from explorer.sensitivity.table import SensitivityTable
 
 __all__ = [
     "DEFAULT_LEVELS",
     "KINDS",
     "LATENCY_PASSES",
+    "PUBLISHED",
     "WHOLE_NETWORK",
+    "JointLoss",
+    "RankedLayer",
     "SensitivityPoint",
     "SensitivityTable",
+    "from_csv",
+    "from_frame",
+    "from_parquet",
+    "measure_joint",
     "measure_latency",
     "measure_loss",
+    "published",
+    "ranking",
 ]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import difflib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -26,10 +26,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from explorer.errors import DataError, ModelError
 from explorer.masks import magnitude_mask
 from explorer.models import PrunableLayer, prunable_layers
-from explorer.sensitivity.points import DEFAULT_LEVELS, SensitivityPoint, check_levels, level_order
+from explorer.sensitivity.cache import CellCache, cache_folder, scan_key
+from explorer.sensitivity.points import (
+    DEFAULT_LEVELS,
+    WHOLE_NETWORK,
+    SensitivityPoint,
+    check_levels,
+    level_order,
+)
 from explorer.sensitivity.replay import PrefixReplay
+from explorer.sensitivity.second_order import measure_fisher
 
-__all__ = ["Criterion", "LabelledData", "choose_layers", "measure_loss"]
+__all__ = ["Criterion", "JointLoss", "LabelledData", "choose_layers", "measure_joint", "measure_loss"]
 
 BATCH_SIZE = 125
 MIN_IMAGES = 16
@@ -97,6 +105,8 @@ def measure_loss(
     criterion: Criterion | None = None,
     n_images: int = 500,
     refresh_batchnorm: bool = True,
+    second_order: bool = False,
+    resume: bool = False,
     executor: Executor | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[SensitivityPoint]:
@@ -132,6 +142,11 @@ def measure_loss(
         Images to measure on, at most; drawn without replacement by a fixed seed.
     refresh_batchnorm : bool
         Do the second pass. Without BatchNorm in the model it is left out.
+    second_order : bool
+        Also give points of kind "fisher" for all levels, before the finer levels, see `explorer.sensitivity.second_order.measure_fisher`.
+    resume : bool
+        Keep what is measured on disk (see `explorer.sensitivity.cache`), and take from there what an earlier scan of the same network and data has measured. Not
+        with a criterion of one's own.
     executor : concurrent.futures.Executor, optional
         Runs each cell, one at a time, in a thread of its own. The copy is shared, so a pool of processes will not do.
     stop : threading.Event, optional
@@ -158,9 +173,93 @@ def measure_loss(
         )
     chosen = choose_layers(module, inputs[:1], layers)
     # The checks above run when the generator is made, not at its first point: a mistake shows where it was made.
+    extra: Iterator[SensitivityPoint] = iter(())
+    if second_order:
+        extra = measure_fisher(module, inputs, labels, chosen, (0.0, *ordered), stop=stop)
     return _points(
-        module, inputs, labels, calibration, chosen, ordered, criterion, refresh_batchnorm, executor, stop
+        module,
+        inputs,
+        labels,
+        calibration,
+        chosen,
+        ordered,
+        criterion,
+        refresh_batchnorm,
+        extra,
+        resume,
+        executor,
+        stop,
     )
+
+
+def measure_joint(
+    module: nn.Module,
+    data: LabelledData | tuple[Tensor, Tensor | None],
+    distribution: Mapping[str, float],
+    *,
+    n_images: int = 500,
+    refresh_batchnorm: bool = False,
+    stop: threading.Event | None = None,
+) -> JointLoss | None:
+    """Prune all layers at once, as a distribution says, and measure what single-layer curves can only add up.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A classifier, as for `measure_loss`. Not changed; a copy is.
+    data : LoadedData or (inputs, labels)
+    distribution : mapping of str to float
+        Sparsity in [0, 1) by layer; layers that are not named stay as they are.
+    n_images : int
+        As for `measure_loss`: with the same number, the same images.
+    refresh_batchnorm : bool
+        Measure with BatchNorm statistics estimated anew.
+    stop : threading.Event, optional
+        When set, the measurement ends before the next batch and gives None.
+
+    Raises
+    ------
+    DataError, ModelError
+        As `measure_loss`.
+    DistributionError
+        A sparsity outside [0, 1).
+    """
+    inputs, labels, calibration = _take_images(data, n_images)
+    chosen = choose_layers(module, inputs[:1], distribution) if distribution else ()
+    check_levels([*distribution.values(), 0.5])
+    aliases = {alias: layer.name for layer in chosen for alias in (layer.name, *layer.tied)}
+    by_name = {aliases[name]: level for name, level in distribution.items()}
+    scan = _Scan(module, inputs, labels, calibration, chosen, None, stop)
+    scan.prepare()
+    if scan.record(scan.n_batches) is None:
+        return None
+    cell = scan.measure_joint(by_name, refreshed=refresh_batchnorm and scan.has_batchnorm)
+    if cell is None:
+        return None
+    return JointLoss(
+        {kind: value for kind, (value, _) in cell.values.items()},
+        {kind: error for kind, (_, error) in cell.values.items()},
+        cell.n_removed,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class JointLoss:
+    """What a network gives when all its layers are pruned at once.
+
+    Attributes
+    ----------
+    values : dict of str to float
+        "kl", and with labels "loss" and "accuracy".
+    std_errors : dict of str to float or None
+        Over images.
+    n_removed : int
+        Non-zero weights that were removed.
+    """
+
+    values: dict[str, float]
+    std_errors: dict[str, float | None]
+    n_removed: int
 
 
 def _points(
@@ -172,20 +271,28 @@ def _points(
     levels: tuple[float, ...],
     criterion: Criterion | None,
     refresh_batchnorm: bool,
+    extra: Iterator[SensitivityPoint],
+    resume: bool,
     executor: Executor | None,
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     scan = _Scan(module, inputs, labels, calibration, layers, criterion, stop)
     _execute(executor, scan.prepare)
     refresh = refresh_batchnorm and scan.has_batchnorm
-    baseline: _Cell | None = None
-    for n_batches in sorted({1, scan.n_batches}):
-        baseline = _execute(executor, partial(scan.record, n_batches))
-        if baseline is None:
-            return
+    # A criterion is code, of which no digest tells whether it is still the same.
+    kept = CellCache(scan.key() if resume else "", cache_folder() if resume and criterion is None else None)
+    baseline = kept.get(WHOLE_NETWORK, 0.0, refreshed=False)
+    is_recorded = baseline is None
+    for n_batches in sorted({1, scan.n_batches}) if baseline is None else (scan.n_batches,):
+        if is_recorded:
+            cell = _execute(executor, partial(scan.record, n_batches))
+            if cell is None:
+                return
+            baseline = tuple(cell.points(WHOLE_NETWORK, 0.0, refreshed=False))
+        assert baseline is not None
         for layer in layers:
-            yield from baseline.points(layer.name, 0.0, refreshed=False)
-            if n_batches == 1:
+            yield from (replace(point, layer=layer.name) for point in baseline)
+            if n_batches == 1 or not is_recorded:
                 yield SensitivityPoint(layer.name, 0.0, "removed_energy", 0.0, n_removed=0)
         if n_batches < scan.n_batches:
             for layer in layers:
@@ -194,20 +301,30 @@ def _points(
                     return
                 yield from cell.points(layer.name, levels[0], refreshed=False)
     assert baseline is not None
+    kept.put(baseline)
+    yield from extra
     for refreshed in (False, True) if refresh else (False,):
         if refreshed:
             for layer in layers:  # nothing is pruned, so there is nothing to refresh
-                yield from baseline.points(layer.name, 0.0, refreshed=True)
+                yield from (replace(point, layer=layer.name, refreshed=True) for point in baseline)
         for level in levels:
             for layer in layers:
-                cell = _execute(executor, partial(scan.measure, layer, level, refreshed=refreshed))
-                if cell is None:
-                    return
-                yield from cell.points(layer.name, level, refreshed=refreshed)
-                if not refreshed:
-                    yield SensitivityPoint(
-                        layer.name, level, "removed_energy", cell.removed_energy, n_removed=cell.n_removed
-                    )
+                points = kept.get(layer.name, level, refreshed=refreshed)
+                if points is None:
+                    if not is_recorded and _execute(executor, partial(scan.record, scan.n_batches)) is None:
+                        return
+                    is_recorded = True
+                    cell = _execute(executor, partial(scan.measure, layer, level, refreshed=refreshed))
+                    if cell is None:
+                        return
+                    points = tuple(cell.points(layer.name, level, refreshed=refreshed))
+                    if not refreshed:
+                        energy = SensitivityPoint(
+                            layer.name, level, "removed_energy", cell.removed_energy, n_removed=cell.n_removed
+                        )
+                        points = (*points, energy)
+                    kept.put(points)
+                yield from points
 
 
 def _execute(executor: Executor | None, task: Callable[[], _Result]) -> _Result:
@@ -346,6 +463,19 @@ class _Scan:
         self._find_starts(few, dense)
         self._replay.choose(list(self._start.values()))
 
+    def key(self) -> str:
+        """What the numbers of this scan depend on, see `explorer.sensitivity.cache`."""
+        few = self._images[0][:_TRIAL_IMAGES]
+        with torch.inference_mode():
+            answers = self._module(few)
+        labels = () if self._labels is None else self._labels
+        return scan_key(
+            self._module,
+            (*self._images, *labels, *self._calibration),
+            answers,
+            f"batches of {BATCH_SIZE}, labels {self._labels is not None}",
+        )
+
     def record(self, n_batches: int) -> _Cell | None:
         """Record the dense outputs of the first batches, on which cells are measured from now on; returns the dense cell, or None when stopped."""
         try:
@@ -378,6 +508,23 @@ class _Scan:
                     return self._summarise(
                         self._outputs(start), where + " and BatchNorm refreshed", energy, n_removed
                     )
+        except _Stopped:
+            return None
+
+    def measure_joint(self, distribution: Mapping[str, float], *, refreshed: bool) -> _Cell | None:
+        """Prune many layers at once, measure, restore; None when stopped."""
+        names = [name for name, level in distribution.items() if level > 0.0]
+        try:
+            if refreshed and names and not self._calibration_recorded:
+                self._record_calibration()
+            with torch.inference_mode(), ExitStack() as restored:
+                n_removed = sum(
+                    restored.enter_context(self._pruned(name, distribution[name]))[1] for name in names
+                )
+                if refreshed and names:
+                    restored.enter_context(self._refreshed(min(names, key=self._first_use.__getitem__)))
+                start = min((self._start[name] for name in names), default=0)
+                return self._summarise(self._outputs(start), "with all layers pruned", 0.0, n_removed)
         except _Stopped:
             return None
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from explorer.errors import DistributionError
 
-Kind = Literal["kl", "loss", "accuracy", "removed_energy", "latency_ms"]
+Kind = Literal["kl", "loss", "accuracy", "removed_energy", "fisher", "latency_ms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Eight levels are enough for the solver; most of them sit where curves bend.
@@ -37,7 +37,7 @@ class SensitivityPoint:
     kind : str
         "kl": mean over images of the Kullback-Leibler divergence of the pruned network's softmax output from the dense one's,
         in nats. "loss": criterion on labels. "accuracy": share of right answers. "removed_energy": removed share of the layer's
-        squared weights. "latency_ms": median milliseconds.
+        squared weights. "fisher": second-order estimate of the increase of the loss, in nats. "latency_ms": median milliseconds.
     value : float
     refreshed : bool
         BatchNorm statistics were estimated anew after pruning.

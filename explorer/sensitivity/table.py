@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from explorer.errors import DistributionError, FormatError
 from explorer.sensitivity.points import KINDS, WHOLE_NETWORK, SensitivityPoint
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FORMAT = "sparsity-explorer/sensitivity"
 _FORMAT_VERSION = 1
@@ -287,6 +291,31 @@ class SensitivityTable:
             levels, values = _with_bends(levels, values)
         return np.interp(sparsities, levels, values)
 
+    def break_even(self, layer: str, tolerance: float = 0.02) -> float | None:
+        """Return the sparsity from which the sparse kernel is faster than the dense one, as measured in the running network.
+
+        Where the layer's curve (see `value`) falls below its dense time by more than `tolerance`, a share of it that is the noise of a quiet machine; None
+        where it never does.
+
+        Raises
+        ------
+        DistributionError
+            If the layer's latency was not measured at sparsity 0.
+        """
+        levels, values = _with_bends(*self.curve(layer, "latency_ms"))
+        if levels[0] != 0.0:
+            raise DistributionError(
+                f"The dense latency of layer {layer!r} has not been measured, so it has nothing to break even with."
+            )
+        limit = (1.0 - tolerance) * values[0]
+        below = np.flatnonzero(values < limit)
+        if not below.size:
+            return None
+        i = int(below[0])  # at least 1: the curve begins above
+        # On the straight line between the last level that is not below and the first that is.
+        share = (values[i - 1] - limit) / (values[i - 1] - values[i])
+        return float(levels[i - 1] + share * (levels[i] - levels[i - 1]))
+
     def std_error_at(
         self, layer: str, sparsity: float, kind: str, *, refreshed: bool = False
     ) -> float | None:
@@ -473,6 +502,24 @@ class SensitivityTable:
             except TypeError as error:
                 raise FormatError(f"A point lacks entries: {record!r}.") from error
         return cls(points, layers=content.get("layers"), metadata=content.get("metadata"))
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the raw points as tidy CSV, and write them to `path`, see `explorer.sensitivity.exchange.to_csv`."""
+        from explorer.sensitivity import exchange
+
+        return exchange.to_csv(self, path)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the raw points as a tidy pandas data frame, see `explorer.sensitivity.exchange.to_frame`."""
+        from explorer.sensitivity import exchange
+
+        return exchange.to_frame(self)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole table as Parquet, see `explorer.sensitivity.exchange.to_parquet`."""
+        from explorer.sensitivity import exchange
+
+        exchange.to_parquet(self, path)
 
     @staticmethod
     def _check_kind(kind: str) -> None:

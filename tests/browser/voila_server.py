@@ -76,7 +76,9 @@ class VoilaServer:
         self.url = f"http://127.0.0.1:{port}/"
         self._log = log
         self._command = command
-        self._environment = with_template({**os.environ, **(environment or {})})
+        # Caches of its own: a scan that an earlier run has left on disk would be over before anyone could stop it.
+        caches = {"EXPLORER_CACHE": str(log.parent / "caches")}
+        self._environment = with_template({**os.environ, **caches, **(environment or {})})
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

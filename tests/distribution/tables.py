@@ -29,6 +29,7 @@ def a_table(*, noise_ms: float = 0.0, latency: bool = True, **metadata: float) -
                 SensitivityPoint(name, s, "loss", 0.25 + harm, std_error=0.01),
                 SensitivityPoint(name, s, "accuracy", 0.92 - 0.02 * harm, std_error=0.01),
                 SensitivityPoint(name, s, "removed_energy", s**3),
+                SensitivityPoint(name, s, "fisher", 0.1 * harm, std_error=0.02 * harm),
             ]
             if latency:
                 points.append(SensitivityPoint(name, s, "latency_ms", layer_ms(name, s)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from explorer.errors import DataError, DistributionError, ModelError
-from explorer.sensitivity import SensitivityPoint, SensitivityTable, measure_loss
+from explorer.sensitivity import SensitivityPoint, SensitivityTable, measure_joint, measure_loss
 from explorer.sensitivity import loss as loss_module
 
 LEVELS = (0.5, 0.9, 0.98)
@@ -499,3 +499,56 @@ def test_a_weight_without_influence_is_never_called_robust() -> None:
 
     with pytest.raises(ModelError, match="'dead' have no influence"):
         next(iter(measure_loss(Dead(), some_data())))
+
+
+# ---- all layers at once
+
+
+DISTRIBUTION = {"stem": 0.5, "blocks.0.conv1": 0.9, "blocks.1.conv2": 0.98, "side": 0.0, "fc": 0.7}
+
+
+def jointly_pruned(net: nn.Module) -> nn.Module:
+    for name, level in DISTRIBUTION.items():
+        net = pruned_copy(net, name, level)
+    return net
+
+
+def test_pruning_all_layers_at_once_equals_doing_it_by_hand() -> None:
+    net, (x, y) = a_network(), some_data()
+    before = copy.deepcopy(net.state_dict())
+    joint = measure_joint(net, (x, y), DISTRIBUTION, n_images=60)
+    assert joint is not None
+    wanted = naive(net, jointly_pruned(net), x, y)
+    for kind, value in wanted.items():
+        assert joint.values[kind] == pytest.approx(value, rel=1e-5, abs=1e-7), kind
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    zeros = sum(int((p == 0).sum()) for p in jointly_pruned(net).parameters())
+    assert joint.n_removed == zeros - sum(int((p == 0).sum()) for p in net.parameters())
+
+
+def test_one_layer_alone_gives_what_the_scan_gives() -> None:
+    net, data = a_network(), some_data()
+    joint = measure_joint(net, data, {"blocks.0.conv1": 0.9}, n_images=60, refresh_batchnorm=True)
+    assert joint is not None
+    found = scan(net, data, n_images=60)
+    for kind in ("kl", "loss", "accuracy"):
+        assert joint.values[kind] == found["blocks.0.conv1", 0.9, kind, True].value
+
+
+def test_nothing_pruned_changes_nothing() -> None:
+    joint = measure_joint(a_network(), some_data(), {"stem": 0.0}, n_images=60, refresh_batchnorm=True)
+    assert joint is not None
+    assert joint.values["kl"] == 0.0
+    assert joint.n_removed == 0
+    assert measure_joint(a_network(), some_data(), {}, n_images=60) is not None
+
+
+def test_joint_requests_that_make_no_sense() -> None:
+    net, data = a_network(), some_data()
+    with pytest.raises(DistributionError, match="fractions of zeros"):
+        measure_joint(net, data, {"stem": 90.0}, n_images=60)
+    with pytest.raises(ModelError, match="no prunable layer"):
+        measure_joint(net, data, {"stern": 0.9}, n_images=60)
+    stop = threading.Event()
+    stop.set()
+    assert measure_joint(net, data, DISTRIBUTION, n_images=60, stop=stop) is None
