@@ -2,7 +2,7 @@
 
 From IntelLabs/distiller (https://github.com/IntelLabs/distiller, ``examples/sensitivity-analysis``; Apache License 2.0; Copyright (c) 2018 Intel
 Corporation): one tensor at a time is pruned by magnitude to 0, 5, ..., 90 or 95 % and the network evaluated on the whole test set, without any training.
-The files are as published.
+The files are as published, but for their line ends.
 """
 
 from __future__ import annotations
