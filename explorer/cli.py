@@ -226,6 +226,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _sensitivity(options: argparse.Namespace) -> int:
     from explorer.formats.atomic import write_atomically
+    from explorer.sensitivity import stability
     from explorer.study import Study
 
     study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
@@ -245,6 +246,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
         _print_levels(table, "accuracy", "{:.1%}", refreshed=True)
     print("\nKullback-Leibler divergence from the dense outputs, nats")
     _print_levels(table, "kl", "{:.4f}")
+    print(stability(table).hint(images))
     if not options.no_latency:
         print(f"\nLatency, ms (median, {study.threads} thread(s), batch {study.batch_size})")
         _print_levels(table, "latency_ms", "{:.3f}")

@@ -92,6 +92,7 @@ def test_sensitivity_prints_tables_and_writes_all_points(
     out = capsys.readouterr().out
     assert "on 64 validation images" in out
     assert "refresh of the batch norm statistics" in out
+    assert "rank correlation" in out
     table = SensitivityTable.from_json((tmp_path / "t.json").read_text())
     assert table.levels("kl") == (0.0, 0.5, 0.9)
     rows = [row for row in words(out) if row and row[0] == "conv2"]

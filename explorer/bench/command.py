@@ -40,10 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("engines", "prediction"),
+        choices=("engines", "prediction", "scan"),
         default="engines",
         help="engines: time networks in every engine (default); "
-        "prediction: compare predicted with measured speed-ups of many distributions",
+        "prediction: compare predicted with measured speed-ups of many distributions; "
+        "scan: the sensitivity scan against a naive one",
     )
     parser.add_argument(
         "--model",
@@ -57,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_sparsity,
         nargs="+",
         metavar="S",
-        help=f"fractions in [0, 1), default {' '.join(map(str, _SPARSITIES))}; for prediction, those of the uniform distributions",
+        help=f"fractions in [0, 1), default {' '.join(map(str, _SPARSITIES))}; for prediction, those of the uniform distributions, for scan its levels",
     )
     parser.add_argument(
         "--threads",
@@ -77,6 +78,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     prediction = parser.add_argument_group("prediction")
     prediction.add_argument("--data", help="default demo:fashion")
+    scan = parser.add_argument_group("scan")
+    scan.add_argument(
+        "--images", type=count, metavar="N", help="images, noise for networks without data (default 500)"
+    )
     engines = parser.add_argument_group("engines")
     engines.add_argument(
         "--engine",
@@ -137,6 +142,9 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.what == "prediction":
         return _prediction(options)
+    if options.what == "scan":
+        return _scan(options)
+    _refuse(options, ("images",))
     return _engines(options)
 
 
@@ -278,13 +286,47 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return kept, markdown
 
 
-def _prediction(options: argparse.Namespace) -> int:
-    useless = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
+_ENGINES_ONLY = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
+
+
+def _refuse(options: argparse.Namespace, useless: Sequence[str]) -> None:
+    """Refuse options that do nothing here."""
     given = [f"--{name.replace('_', '-')}" for name in useless if getattr(options, name)]
     if given:
-        raise ExplorerError(
-            f"{', '.join(given)}: for `engines` only; `prediction` prints its table. Leave it out."
-        )
+        raise ExplorerError(f"{', '.join(given)}: does nothing for `{options.what}`. Leave it out.")
+
+
+def _scan(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, "data"))
+    import torch
+
+    from explorer.bench.networks import load_network
+    from explorer.bench.scan import compare_scans
+    from explorer.bench.surroundings import summary
+    from explorer.data import load_data
+    from explorer.inference.timing import torch_threads
+    from explorer.sensitivity import DEFAULT_LEVELS
+
+    n_images = options.images or 500
+    try:
+        for name, threads in itertools.product(options.model, options.threads):
+            model, network = load_network(name)
+            if name in NETWORK_NAMES:
+                generator = torch.Generator().manual_seed(0)
+                inputs = torch.randn(n_images, *network.input_shape, generator=generator)
+            else:
+                inputs = load_data("demo:fashion").validation_tensors(n_images)[0]
+            print(f"{model.name} on {summary()}, {threads} thread(s)", flush=True)
+            with torch_threads(threads):
+                print(compare_scans(model.module, inputs, options.sparsity or DEFAULT_LEVELS), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _prediction(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, "images"))
     without_data = [name for name in options.model if name in NETWORK_NAMES]
     if without_data:
         raise ExplorerError(

@@ -11,7 +11,7 @@ from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
 from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
 from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
 from explorer.sensitivity.published import PUBLISHED, published
-from explorer.sensitivity.ranking import RankedLayer, ranking
+from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
 from explorer.sensitivity.table import SensitivityTable
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RankedLayer",
     "SensitivityPoint",
     "SensitivityTable",
+    "Stability",
     "from_csv",
     "from_frame",
     "from_parquet",
@@ -32,4 +33,5 @@ __all__ = [
     "measure_loss",
     "published",
     "ranking",
+    "stability",
 ]

@@ -8,13 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from explorer.errors import DistributionError
 from explorer.sensitivity.table import SensitivityTable
 
-__all__ = ["RankedLayer", "ranking"]
+__all__ = ["RankedLayer", "Stability", "ranking", "stability"]
 
 _DRAWS = 400
+_STABLE = 0.95
+"""Mean rank correlation from which an order is called stable; that of 500 images with the whole test set is 0.97 or more for divergences on Fashion-MNIST."""
+_FACTORS = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,73 @@ def ranking(
         )
         for place, i in enumerate(order)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """Whether other images would give the same order.
+
+    Attributes
+    ----------
+    correlation : float
+        Spearman's, between the order and orders drawn within the standard errors, on average; 1 when errors are unknown.
+    is_stable : bool
+    images_factor : int or None
+        How many times as many images would make it stable; 1 when it is, and None when not even 32 times as many would: those layers are alike.
+    """
+
+    correlation: float
+    is_stable: bool
+    images_factor: int | None
+
+    def hint(self, n_images: int) -> str:
+        """Say what to do, to a user who measured on so many images."""
+        if self.is_stable:
+            return f"The order of the layers is stable on {n_images:,} images (rank correlation {self.correlation:.2f})."
+        if self.images_factor is None:
+            return (
+                f"Some layers are so alike that no number of images would order them (rank correlation {self.correlation:.2f} on {n_images:,}); "
+                "among those the order does not matter."
+            )
+        return (
+            f"Other images may order the layers otherwise (rank correlation {self.correlation:.2f} on {n_images:,}); "
+            f"measure on about {n_images * self.images_factor:,}."
+        )
+
+
+def stability(
+    table: SensitivityTable, sparsity: float = 0.9, kind: str = "kl", *, refreshed: bool = False
+) -> Stability:
+    """Tell whether the ranking at one sparsity would be the same on other images.
+
+    Standard errors fall with the square root of the number of images.
+
+    Raises
+    ------
+    DistributionError
+        As `ranking`.
+    """
+    known = [one for one in ranking(table, sparsity, kind, refreshed=refreshed) if one.is_known]
+    values = np.array([one.value for one in known])
+    errors = np.array([one.std_error or 0.0 for one in known])
+    correlation = _correlation(values, errors)
+    if correlation >= _STABLE:
+        return Stability(correlation, True, 1)
+    for factor in _FACTORS:
+        if _correlation(values, errors / factor**0.5) >= _STABLE:
+            return Stability(correlation, False, factor)
+    return Stability(correlation, False, None)
+
+
+def _correlation(values: NDArray[np.float64], errors: NDArray[np.float64]) -> float:
+    """Spearman's correlation of the order with orders drawn within the errors, on average."""
+    n = len(values)
+    if n < 2:
+        return 1.0
+    draws = values + errors * np.random.default_rng(0).standard_normal((_DRAWS, n))
+    ranks = np.argsort(np.argsort(-draws, axis=1, kind="stable"), axis=1)
+    own = np.argsort(np.argsort(-values, kind="stable"))
+    return float(1 - 6 * ((ranks - own) ** 2).sum(1).mean() / (n * (n**2 - 1)))
 
 
 def _minded(table: SensitivityTable, layer: str, sparsity: float, kind: str, *, refreshed: bool) -> float:

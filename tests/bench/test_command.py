@@ -254,7 +254,9 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
         (["--json", str(tmp_path / "no" / "r.json")], "there is no folder"),
         (["--json", str(tmp_path / "r.md"), "--markdown", str(tmp_path / "r.md")], "name two files"),
         (["--data", "demo:fashion"], "for `prediction`"),
-        (["prediction", "--resume", "--seconds", "3"], "--seconds, --resume: for `engines` only"),
+        (["prediction", "--resume", "--seconds", "3"], "--seconds, --resume: does nothing for `prediction`"),
+        (["scan", "--engine", "mnn=x"], "--engine: does nothing for `scan`"),
+        (["engines", "--images", "3"], "--images: does nothing for `engines`"),
         (["prediction", "--model", "resnet18"], "without data"),
     ):
         assert module.main(arguments) == 2, arguments

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from explorer.errors import DistributionError
-from explorer.sensitivity import SensitivityPoint, SensitivityTable, published, ranking
+from explorer.sensitivity import SensitivityPoint, SensitivityTable, published, ranking, stability
 
 
 def table(values: dict[str, float], error: float | None, *, removed: int | None = 5) -> SensitivityTable:
@@ -70,6 +70,48 @@ def test_what_was_not_measured_has_no_ranking(kind: str) -> None:
     made = SensitivityTable.from_points([SensitivityPoint("a", 0.5, "loss", 1.0)])
     with pytest.raises(DistributionError):
         ranking(made, 0.5, kind)
+
+
+# ---- stability
+
+
+def test_clear_differences_are_stable_on_any_images() -> None:
+    found = stability(table({"a": 1.0, "b": 2.0, "c": 3.0}, 0.01))
+    assert found.correlation == 1.0
+    assert (found.is_stable, found.images_factor) == (True, 1)
+    assert "stable on 500 images" in found.hint(500)
+
+
+def test_noise_asks_for_as_many_images_as_it_takes() -> None:
+    """The factor that is found makes it stable, and half of it does not."""
+    values = {f"l{i}": float(i) for i in range(8)}
+    found = stability(table(values, 1.5))
+    assert not found.is_stable
+    assert found.images_factor is not None
+    assert stability(table(values, 1.5 / found.images_factor**0.5)).is_stable
+    assert not stability(table(values, 1.5 / (found.images_factor / 2) ** 0.5)).is_stable
+    assert f"{500 * found.images_factor:,}" in found.hint(500)
+
+
+def test_the_correlation_is_spearmans() -> None:
+    """Against scipy's definition by Pearson's correlation of ranks, over the same draws."""
+    values, error = np.array([3.0, 2.0, 1.5, 0.2]), 0.8
+    found = stability(table(dict(zip("abcd", values.tolist(), strict=True)), error))
+    draws = values + error * np.random.default_rng(0).standard_normal((400, 4))
+    ranks = [np.argsort(np.argsort(draw)) for draw in draws]
+    own = np.argsort(np.argsort(values))
+    assert found.correlation == pytest.approx(np.mean([np.corrcoef(own, rank)[0, 1] for rank in ranks]))
+
+
+def test_layers_that_are_alike_need_no_order() -> None:
+    found = stability(table({"a": 1.0, "b": 1.0, "c": 1.0}, 0.5))
+    assert found.images_factor is None
+    assert "does not matter" in found.hint(100)
+
+
+def test_one_layer_and_unknown_errors_are_stable() -> None:
+    assert stability(table({"a": 1.0}, 0.5)).is_stable
+    assert stability(table({"a": 1.0, "b": 1.1}, None)).is_stable
 
 
 # ---- break-even
