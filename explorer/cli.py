@@ -216,7 +216,7 @@ def _inspect(options: argparse.Namespace) -> int:
     )
     _print_table(("layer", "kind", "weight", "weights", "MACs", "dense ms", "share"), [*rows, total], left=3)
     if options.json:
-        from explorer.formats.atomic import write_atomically
+        from explorer.atomic import write_atomically
 
         fields = ("name", "kind", "weight_shape", "n_params", "macs", "dense_ms", "share", "tied")
         layers = [{field: getattr(layer, field) for field in fields} for layer in study.layers]
@@ -225,7 +225,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
-    from explorer.formats.atomic import write_atomically
+    from explorer.atomic import write_atomically
     from explorer.sensitivity import stability
     from explorer.study import Study
 

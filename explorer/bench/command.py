@@ -246,8 +246,8 @@ def _measured(
 
 
 def _write(results: Results, kept: Path | None, markdown: Path | None) -> None:
+    from explorer.atomic import write_atomically
     from explorer.bench.report import markdown as as_markdown
-    from explorer.formats.atomic import write_atomically
 
     if kept is not None:
         write_atomically(kept, results.to_json().encode())

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from explorer.atomic import write_atomically
 from explorer.errors import ExplorerError, FormatError
-from explorer.formats.atomic import write_atomically
 from explorer.pruning.settings import RunSettings
 
 _VERSION = 1

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from explorer.formats.atomic import write_atomically
+from explorer.atomic import write_atomically
 from explorer.formats.machine import machine
 from explorer.pruning.result import RunResult
 

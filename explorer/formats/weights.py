@@ -15,8 +15,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from explorer.atomic import write_atomically
 from explorer.errors import FormatError
-from explorer.formats.atomic import write_atomically
 
 _ALIASES = "sparsity-explorer.tied"
 

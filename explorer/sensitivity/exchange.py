@@ -21,6 +21,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from explorer.atomic import write_atomically
 from explorer.errors import FormatError
 from explorer.sensitivity.points import KINDS, WHOLE_NETWORK, SensitivityPoint
 from explorer.sensitivity.table import SensitivityTable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["from_csv", "from_frame", "from_parquet", "to_csv", "to_frame", "to_parquet"]
 
 PathLike = str | os.PathLike[str]
+_Reader = Callable[[Mapping[str, str]], Iterator[SensitivityPoint]]
 
 _COLUMNS = tuple(field.name for field in fields(SensitivityPoint))
 _REQUIRED = ("layer", "sparsity", "kind", "value")
@@ -68,7 +70,7 @@ def to_csv(table: SensitivityTable, path: PathLike | None = None) -> str:
         row["refreshed"] = int(point.refreshed)
         writer.writerow({name: "" if value is None else value for name, value in row.items()})
     if path is not None:
-        _write(path, text.getvalue().encode())
+        write_atomically(path, text.getvalue().encode())
     return text.getvalue()
 
 
@@ -112,16 +114,15 @@ def from_csv(
             f"{path} begins with {','.join(header)!r}. Accepted are tidy points ({','.join(_COLUMNS)}), Distiller's sensitivity analysis "
             f"({','.join(_DISTILLER)}), and layer times ({','.join(_TIMINGS)})."
         )
-    points: list[SensitivityPoint] = []
-    for number, row in rows:
+
+    def cells(number: int, row: list[str]) -> dict[str, str]:
         if len(row) != len(header):
             raise FormatError(
                 f"{path}, line {number}: {len(row)} values, but the header names {len(header)}."
             )
-        try:
-            points += reader(dict(zip(header, (cell.strip() for cell in row), strict=True)))
-        except ValueError as error:
-            raise FormatError(f"{path}, line {number}: {error}.") from error
+        return dict(zip(header, (cell.strip() for cell in row), strict=True))
+
+    points = _read(reader, ((f"{path}, line {number}", cells(number, row)) for number, row in rows))
     if not points:
         raise FormatError(f"{path} holds a header and no values.")
     return _collected(points, path, layers, rename)
@@ -154,17 +155,13 @@ def from_frame(frame: pd.DataFrame) -> SensitivityTable:
         raise FormatError(
             f"The data frame lacks {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
         )
-    points: list[SensitivityPoint] = []
-    for number, record in enumerate(frame.to_dict("records")):
-        cells = {
-            name: "" if pandas.isna(record[name]) else str(record[name])
-            for name in _COLUMNS
-            if name in record
-        }
-        try:
-            points += _tidy(cells)
-        except ValueError as error:
-            raise FormatError(f"Row {number} of the data frame: {error}.") from error
+
+    def cells(record: dict[Any, Any]) -> dict[str, str]:
+        present = [name for name in _COLUMNS if name in record]
+        return {name: "" if pandas.isna(record[name]) else str(record[name]) for name in present}
+
+    records = enumerate(frame.to_dict("records"))
+    points = _read(_tidy, ((f"Row {number} of the data frame", cells(record)) for number, record in records))
     return SensitivityTable.from_points(points)
 
 
@@ -186,7 +183,7 @@ def to_parquet(table: SensitivityTable, path: PathLike) -> None:
     )
     buffer = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(table.to_records(), schema=schema), buffer)
-    _write(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def from_parquet(path: PathLike) -> SensitivityTable:
@@ -205,15 +202,25 @@ def from_parquet(path: PathLike) -> SensitivityTable:
     missing = [name for name in _REQUIRED if name not in content.column_names]
     if missing:
         raise FormatError(f"{path} lacks the columns {', '.join(missing)}.")
-    points: list[SensitivityPoint] = []
-    for number, record in enumerate(content.to_pylist()):
-        cells = {name: "" if record.get(name) is None else str(record[name]) for name in _COLUMNS}
-        try:
-            points += _tidy(cells)
-        except ValueError as error:
-            raise FormatError(f"{path}, row {number}: {error}.") from error
+
+    def cells(record: dict[str, Any]) -> dict[str, str]:
+        return {name: "" if record.get(name) is None else str(record[name]) for name in _COLUMNS}
+
+    records = enumerate(content.to_pylist())
+    points = _read(_tidy, ((f"{path}, row {number}", cells(record)) for number, record in records))
     about = json.loads((content.schema.metadata or {}).get(_KEY, b"{}"))
     return SensitivityTable.from_points(points, layers=about.get("layers"), metadata=about.get("metadata"))
+
+
+def _read(reader: _Reader, rows: Iterable[tuple[str, Mapping[str, str]]]) -> list[SensitivityPoint]:
+    """The points of all rows; each comes with what an error calls it."""
+    points: list[SensitivityPoint] = []
+    for where, cells in rows:
+        try:
+            points += reader(cells)
+        except ValueError as error:
+            raise FormatError(f"{where}: {error}.") from error
+    return points
 
 
 # One reader for each header: the points of a line. What is wrong with it is a ValueError.
@@ -326,10 +333,3 @@ def _need(module: str) -> Any:
         raise FormatError(
             f"This needs {package}, which is not installed: pip install {package}. CSV and JSON need nothing more."
         ) from error
-
-
-def _write(path: PathLike, content: bytes) -> None:
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise FormatError(f"Cannot write {path}: {error.strerror or error}.") from error

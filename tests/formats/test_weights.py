@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from explorer.atomic import write_atomically
 from explorer.errors import FormatError
 from explorer.formats import load_weights, read_weights, save_weights
-from explorer.formats.atomic import write_atomically
 
 
 def network(seed: int = 0) -> nn.Module:
