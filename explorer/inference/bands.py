@@ -30,14 +30,19 @@ def _cut(count: int, size: int) -> Cuts:
     return first, np.minimum(first + size, count) - first
 
 
+def _reached(writes: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is read for those pixels; `shifts`: elements from a pixel to the operand of each tap."""
+    return writes + np.array([shifts.min(), shifts.max()])
+
+
 def _of_convolution(
     calls: Sequence[tuple[tuple[int, int, int], ...]],
     writes: NDArray[np.int64],
     shifts: NDArray[np.int64],
     has_residual: bool,
 ) -> Bands:
-    """`shifts`: elements from a pixel to the operand of each tap."""
-    reads = writes + np.array([shifts.min(), shifts.max()])
+    """`shifts` as in `_reached`."""
+    reads = _reached(writes, shifts)
     return Bands(tuple(calls), (reads, writes) if has_residual else (reads,), writes)
 
 
@@ -107,7 +112,7 @@ class ByChannel:
             mask = start if self.arguments[self.record.index("mask")] else 0
             shifts = np.array([row * x.pitch + column for row, column in taps])
             writes = np.stack([first, first + count], 1) * y.lanes
-            reads = writes + np.array([shifts.min(), shifts.max()])
+            reads = _reached(writes, shifts)
             return self._bands(reads, writes, {"vectors": count}, {"x": start, "out": start, "mask": mask})
         first, count = _cut(y.rows, max(1, BAND_VECTORS // vectors))
         window, columns = [row for row, _ in taps], [column for _, column in taps]

@@ -87,7 +87,8 @@ def order(steps: Sequence[Step]) -> list[tuple[int, int]]:
                     needed[s][band].append((e, count))
     done = [0] * len(steps)
     found: list[tuple[int, int]] = []
-    while len(found) < sum(map(len, steps)):
+    total = sum(map(len, steps))
+    while len(found) < total:
         # The first step that is not done can always go on.
         s = next(
             s

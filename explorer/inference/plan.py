@@ -379,10 +379,10 @@ class Plan:
             elif operation.kind in _ONE_PITCH:
                 for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
-        borrowed = self._borrowed(graph)
+        self._borrowed = self._readable_in_place(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens)
-            if place in borrowed:
+            if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
             self.places[place] = Place(layout)
         for place in self._range_of:
@@ -398,7 +398,7 @@ class Plan:
             stride = -(-shape[1] // step) * step
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
-    def _borrowed(self, graph: Graph) -> set[str]:
+    def _readable_in_place(self, graph: Graph) -> set[str]:
         """Inputs that kernels may read where the caller has them: in float32, by splits alone, which read whole rows and nothing behind their ends."""
         if self.isa.precision != "fp32":
             return set()
@@ -514,7 +514,7 @@ class Plan:
                     home.start = address(array) + home.layout.element_bytes * skipped
                     home.view = home.layout.view(storage, skipped)
 
-        for place in self._borrowed(graph):
+        for place in self._borrowed:
             self.places[place].cell = self.memory.zeros(1, np.int64)
             self.places[place].borrow(torch.empty(0))
 

@@ -124,13 +124,14 @@ class CellCache:
         self._cells[first.layer, first.sparsity, first.refreshed] = points
         if self._path is None:
             return
-        line = json.dumps([asdict(point) for point in points], allow_nan=False) + "\n"
+        # Begun with the line break: one that was cut short spoils only itself.
+        line = "\n" + json.dumps([asdict(point) for point in points], allow_nan=False)
         with contextlib.suppress(OSError):
             is_new = not self._path.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # One write, at the end: lines of two processes do not mix, and one that was cut short spoils only itself.
+            # One write, at the end: lines of two processes do not mix.
             with self._path.open("ab", buffering=0) as file:
-                file.write(b"\n" + line.encode() if is_new else line.encode())
+                file.write(line.encode())
             if is_new:
                 held_below(self._path.parent, LIMIT_BYTES, (_SUFFIX,))
 

@@ -280,7 +280,7 @@ def _points(
     _execute(executor, scan.prepare)
     refresh = refresh_batchnorm and scan.has_batchnorm
     # A criterion is code, of which no digest tells whether it is still the same.
-    kept = CellCache(scan.key() if resume else "", cache_folder() if resume and criterion is None else None)
+    kept = CellCache(scan.key(), cache_folder()) if resume and criterion is None else CellCache("", None)
     baseline = kept.get(WHOLE_NETWORK, 0.0, refreshed=False)
     is_recorded = baseline is None
     for n_batches in sorted({1, scan.n_batches}) if baseline is None else (scan.n_batches,):
@@ -301,7 +301,8 @@ def _points(
                     return
                 yield from cell.points(layer.name, levels[0], refreshed=False)
     assert baseline is not None
-    kept.put(baseline)
+    if is_recorded:
+        kept.put(baseline)
     yield from extra
     for refreshed in (False, True) if refresh else (False,):
         if refreshed:

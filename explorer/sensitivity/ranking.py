@@ -85,8 +85,7 @@ def ranking(
     order = np.lexsort((-values, ~known))
     n_known = int(known.sum())
     spread = np.array([error or 0.0 for error in errors])[order][:n_known]
-    draws = values[order][:n_known] + spread * np.random.default_rng(0).standard_normal((_DRAWS, n_known))
-    places = np.argsort(np.argsort(-draws, axis=1, kind="stable"), axis=1)
+    places = _drawn_places(values[order][:n_known], spread)
     low, high = np.percentile(places, [2.5, 97.5], axis=0, method="nearest").astype(int)
     return tuple(
         RankedLayer(
@@ -157,13 +156,18 @@ def stability(
     return Stability(correlation, False, None)
 
 
+def _drawn_places(values: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Places of the values, 0 the largest, when they are drawn within their errors: (draws, values) int64, the same at every call."""
+    draws = values + errors * np.random.default_rng(0).standard_normal((_DRAWS, len(values)))
+    return np.argsort(np.argsort(-draws, axis=1, kind="stable"), axis=1)
+
+
 def _correlation(values: NDArray[np.float64], errors: NDArray[np.float64]) -> float:
     """Spearman's correlation of the order with orders drawn within the errors, on average."""
     n = len(values)
     if n < 2:
         return 1.0
-    draws = values + errors * np.random.default_rng(0).standard_normal((_DRAWS, n))
-    ranks = np.argsort(np.argsort(-draws, axis=1, kind="stable"), axis=1)
+    ranks = _drawn_places(values, errors)
     own = np.argsort(np.argsort(-values, kind="stable"))
     return float(1 - 6 * ((ranks - own) ** 2).sum(1).mean() / (n * (n**2 - 1)))
 
