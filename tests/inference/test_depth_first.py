@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -13,13 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 import explorer
-from explorer.inference import module as engine_module
-from explorer.inference import native
 from explorer.inference import plan as plan_module
 from explorer.inference.depth_first import Access, Step, order
 from explorer.inference.module import SparseModule
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
 from tests.inference.test_tiles import Bottlenecks, Separable
 
@@ -164,12 +160,7 @@ class Strided(nn.Module):
 def test_windows_of_all_sizes_and_strides_equal_torch(
     isa: str, precision: str, tolerance: float, stride: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    if precision == "fp16" and isa != native.current_isa().name:
-        pytest.skip("emulated for the widest instruction set only")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    compute_in(isa, precision, monkeypatch)
     torch.manual_seed(0)
     network, x = pruned(Strided(stride, size), 0.7), torch.randn(2, 3, 61, 83)
     engine = explorer.compile(network, x, threads=2, precision=precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from explorer.inference import module as engine_module
 from explorer.inference import native
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import conv, depthwise, linear, max_pool, pointwise, pool, split
@@ -30,6 +32,23 @@ def runnable(isa: str) -> bool:
     except Exception:  # noqa: BLE001 - this machine cannot run it
         return False
     return True
+
+
+def why_not(isa: str, precision: str) -> str:
+    """Why a test of kernels in this precision, emulated where the CPU lacks it, cannot run; empty when it can."""
+    if not runnable(isa):
+        return f"this CPU does not run {isa}"
+    if precision == "fp16" and isa != native.current_isa().name:
+        return "emulated for the widest instruction set only"
+    return ""
+
+
+def compute_in(isa: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let networks be compiled for this instruction set and precision, or skip the test."""
+    if why := why_not(isa, precision):
+        pytest.skip(why)
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
 
 
 @st.composite

@@ -32,6 +32,7 @@ from explorer.inference.memory import Memory
 from explorer.inference.module import SparseModule
 from explorer.inference.pack import SparseWeights, linear_sparse, sparse_entries, weight_words
 from tests.inference.graphs import conv_graph, relative_error
+from tests.inference.test_kernels import why_not
 from tests.inference.workers import X, expected, network, right
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -463,18 +464,8 @@ def guarded_runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...
                 EXPLORER_ISA=isa,
             )
             for isa, side, networks, precision in wanted
-            if not why_not_guarded(isa, precision)
+            if not why_not(isa, precision)
         }
-
-
-def why_not_guarded(isa: str, precision: str) -> str:
-    if precision == "fp16" and isa != native.current_isa().name:
-        return "emulated for the widest instruction set only"
-    try:
-        native.host_isa(isa)
-    except EngineError:
-        return f"this CPU does not run {isa}"
-    return ""
 
 
 @POSIX
@@ -491,7 +482,7 @@ def why_not_guarded(isa: str, precision: str) -> str:
 def test_no_kernel_reads_or_writes_outside_its_buffers(
     isa: str, side: str, networks: str, precision: str, guarded_runs: dict[tuple[str, ...], Future[Any]]
 ) -> None:
-    if why := why_not_guarded(isa, precision):
+    if why := why_not(isa, precision):
         pytest.skip(why)
     done = guarded_runs[isa, side, networks, precision].result()
     assert done.returncode == 0, done.stdout[-200:] + done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -13,12 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explorer
-from explorer.inference import module as engine_module
 from explorer.inference import native
 from explorer.inference.layout import Planes
 from explorer.inference.module import SparseModule
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
 
 WIDE = native.Isa("avx512", 16, 32, "", "")
@@ -91,12 +89,7 @@ def test_bottlenecks_of_any_size_equal_torch(
 def test_what_pointwise_convolutions_read_lies_in_tiles(
     isa: str, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    if precision == "fp16" and isa != native.current_isa().name:
-        pytest.skip("emulated for the widest instruction set only")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    compute_in(isa, precision, monkeypatch)
     torch.manual_seed(0)
     network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(1, 3, 32, 31)
     engine = explorer.compile(network, x, threads=2, precision=precision)
