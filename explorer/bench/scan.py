@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from explorer.masks import magnitude_mask
 from explorer.sensitivity import measure_loss
-from explorer.sensitivity.loss import BATCH_SIZE
+from explorer.sensitivity.scan import BATCH_SIZE
 
 __all__ = ["ScanComparison", "compare_scans"]
 

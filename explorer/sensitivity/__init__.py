@@ -13,6 +13,7 @@ from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, Se
 from explorer.sensitivity.published import PUBLISHED, published
 from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
 from explorer.sensitivity.table import SensitivityTable
+from explorer.sensitivity.tasks import worker_pool
 
 __all__ = [
     "DEFAULT_LEVELS",
@@ -34,4 +35,5 @@ __all__ = [
     "published",
     "ranking",
     "stability",
+    "worker_pool",
 ]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from explorer.errors import EngineError
 from explorer.masks import magnitude_mask
 from explorer.models import PrunableLayer
-from explorer.sensitivity.loss import choose_layers
+from explorer.sensitivity.material import choose_layers
 from explorer.sensitivity.points import (
     DEFAULT_LEVELS,
     WHOLE_NETWORK,

@@ -46,6 +46,8 @@ class SensitivityPoint:
     n_removed : int or None
         How many non-zero weights this sparsity removed. Zero at a positive sparsity means that the layer was already that
         sparse: the value then says nothing about how much the layer minds.
+    low, high : float or None
+        Where the value lies in 95 of 100 draws of other images, see `explorer.sensitivity.estimates`.
     """
 
     layer: str
@@ -55,6 +57,8 @@ class SensitivityPoint:
     refreshed: bool = False
     std_error: float | None = None
     n_removed: int | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 def check_levels(levels: Iterable[float]) -> tuple[float, ...]:

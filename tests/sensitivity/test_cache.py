@@ -16,6 +16,7 @@ from torch.nn import functional
 from explorer.sensitivity import SensitivityPoint, measure_loss
 from explorer.sensitivity import cache as cache_module
 from explorer.sensitivity import loss as loss_module
+from explorer.sensitivity import scan as scan_module
 from explorer.sensitivity.cache import CellCache
 
 LEVELS = (0.5, 0.9)
@@ -51,13 +52,13 @@ def data(seed: int = 0) -> tuple[Tensor, Tensor]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, bool]]:
     """The cells that were really measured."""
     cells: list[tuple[str, float, bool]] = []
-    real = loss_module._Scan.measure
+    real = scan_module.Scan.measure
 
     def counting(self: object, layer: object, level: float, *, refreshed: bool) -> object:
-        cells.append((layer.name, level, refreshed))
+        cells.append((layer, level, refreshed))
         return real(self, layer, level, refreshed=refreshed)
 
-    monkeypatch.setattr(loss_module._Scan, "measure", counting)
+    monkeypatch.setattr(scan_module.Scan, "measure", counting)
     return cells
 
 
@@ -174,7 +175,7 @@ def test_a_criterion_of_ones_own_is_never_taken_from_disk(
     for _ in range(2):
         measured.clear()
         scan(net(), data(), criterion=functional.cross_entropy)
-        assert len(measured) == 8
+        assert len(measured) == 2 + 8, "the first picture and all cells"
     assert not folder.exists()
 
 

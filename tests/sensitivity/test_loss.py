@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from explorer.errors import DataError, DistributionError, ModelError
 from explorer.sensitivity import SensitivityPoint, SensitivityTable, measure_joint, measure_loss
-from explorer.sensitivity import loss as loss_module
+from explorer.sensitivity import scan as scan_module
 
 LEVELS = (0.5, 0.9, 0.98)
 
@@ -103,8 +103,8 @@ def naive(dense: nn.Module, pruned: nn.Module, x: Tensor, y: Tensor) -> dict[str
 
 @pytest.mark.parametrize("memory_limit", [1 << 30, 0, 60_000])
 def test_every_cell_equals_the_naive_scan(memory_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "MEMORY_LIMIT", memory_limit)
-    monkeypatch.setattr(loss_module, "BATCH_SIZE", 20)
+    monkeypatch.setattr(scan_module, "MEMORY_LIMIT", memory_limit)
+    monkeypatch.setattr(scan_module, "BATCH_SIZE", 20)
     net, (x, y) = a_network(), some_data()
     points = measure_loss(net, (x, y), levels=LEVELS, n_images=60, refresh_batchnorm=False)
     cells = {(p.layer, p.sparsity, p.kind, p.refreshed): p for p in points}
@@ -251,7 +251,7 @@ def test_points_come_coarse_first_and_refreshed_last() -> None:
 
 
 def test_the_first_picture_comes_from_one_batch_and_is_then_refined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "BATCH_SIZE", 20)
+    monkeypatch.setattr(scan_module, "BATCH_SIZE", 20)
     net, (x, y) = a_network(), some_data(60)
     points = [
         p
@@ -305,7 +305,9 @@ def test_removed_energy_is_the_removed_share_of_squared_weights() -> None:
 def test_a_layer_that_is_already_sparser_is_reported_as_a_no_op() -> None:
     net = pruned_copy(a_network(), "side", 0.95)
     cells = scan(net, some_data(), refresh_batchnorm=False)
-    assert cells["side", 0.5, "kl", False] == SensitivityPoint("side", 0.5, "kl", 0.0, False, 0.0, 0)
+    assert cells["side", 0.5, "kl", False] == SensitivityPoint(
+        "side", 0.5, "kl", 0.0, False, 0.0, 0, 0.0, 0.0
+    )
     assert cells["side", 0.98, "kl", False].n_removed > 0
     assert SensitivityTable.from_points(cells.values()).no_ops() == (("side", 0.9), ("side", 0.5))
 
@@ -419,10 +421,26 @@ def test_without_labels_there_is_the_divergence_alone() -> None:
 
 def test_own_criterion_is_averaged_over_images() -> None:
     net, (x, y) = a_network(), some_data(50)
-    mine = scan(net, (x, y), n_images=50, criterion=nn.CrossEntropyLoss())
+    points = measure_loss(net, (x, y), levels=LEVELS, n_images=50, criterion=nn.CrossEntropyLoss())
+    mine = {(p.layer, p.sparsity, p.kind, p.refreshed): p for p in points}
     default = scan(net, (x, y), n_images=50)
+    assert mine.keys() == default.keys()
     for key, point in default.items():
         assert mine[key].value == pytest.approx(point.value, abs=1e-5)
+
+
+def test_the_error_of_a_criterion_is_that_of_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_module, "CRITERION_BATCH", 6)
+    net, (x, y) = a_network(), some_data(60)
+    points = measure_loss(net, (x, y), levels=(0.9,), n_images=60, criterion=nn.CrossEntropyLoss())
+    found = {(p.layer, p.kind, p.sparsity): p for p in points if not p.refreshed}
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        q = pruned_copy(net, "side", 0.9)(x[order]).double()
+    each = functional.cross_entropy(q, y[order], reduction="none").reshape(10, 6).mean(1).numpy()
+    point = found["side", "loss", 0.9]
+    assert point.std_error == pytest.approx(each.std(ddof=1) / np.sqrt(10), rel=1e-4)
+    assert point.low < point.value < point.high
 
 
 def test_a_loaded_data_set_is_asked_for_its_validation_part() -> None:
@@ -498,7 +516,7 @@ def test_a_weight_without_influence_is_never_called_robust() -> None:
             return self.alive(x.flatten(1)) + 0 * self.dead(x.flatten(1))
 
     with pytest.raises(ModelError, match="'dead' have no influence"):
-        next(iter(measure_loss(Dead(), some_data())))
+        list(measure_loss(Dead(), some_data()))
 
 
 # ---- all layers at once

@@ -105,7 +105,7 @@ def test_records_are_tidy() -> None:
     records = TABLE.to_records()
     assert len(records) == len(TABLE)
     assert {tuple(record) for record in records} == {
-        ("layer", "sparsity", "kind", "value", "refreshed", "std_error", "n_removed")
+        ("layer", "sparsity", "kind", "value", "refreshed", "std_error", "n_removed", "low", "high")
     }
 
 
