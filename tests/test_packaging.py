@@ -116,7 +116,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         assert [entry for entry in archive.namelist() if entry.endswith(".dist-info/licenses/LICENSE")]
     assert about["Name"] == "sparsity-explorer"
     assert about["License-Expression"] == "Apache-2.0"
-    assert set(about.get_all("Provides-Extra")) == {"app", "bench", "models", "tables", "test"}
+    assert set(about.get_all("Provides-Extra")) == {"app", "bench", "cluster", "models", "tables", "test"}
 
 
 def test_the_wheel_is_small_enough_for_a_slow_line(wheel: Path) -> None:

@@ -6,6 +6,7 @@ measured but by its layers' names, and nothing here changes it.
 
 from __future__ import annotations
 
+from explorer.sensitivity.cluster import RayExecutor
 from explorer.sensitivity.exchange import from_csv, from_frame, from_parquet
 from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
 from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
@@ -23,6 +24,7 @@ __all__ = [
     "WHOLE_NETWORK",
     "JointLoss",
     "RankedLayer",
+    "RayExecutor",
     "SensitivityPoint",
     "SensitivityTable",
     "Stability",

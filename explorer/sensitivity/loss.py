@@ -25,7 +25,7 @@ from explorer.sensitivity.points import (
     check_levels,
     level_order,
 )
-from explorer.sensitivity.scan import Scan
+from explorer.sensitivity.scan import Sample, Scan
 from explorer.sensitivity.second_order import measure_fisher
 from explorer.sensitivity.tasks import Task, by_groups, distributed, inline
 
@@ -214,6 +214,7 @@ def _points(
             yield SensitivityPoint(name, 0.0, "removed_energy", 0.0, n_removed=0)
 
     everything = range(scan.n_batches)
+    begun: dict[Task, Sample] = {}
     baseline = kept.get(WHOLE_NETWORK, 0.0, refreshed=False)
     if baseline is None:
         if executor is None and scan.n_first < scan.n_batches:
@@ -222,10 +223,11 @@ def _points(
                 return
             yield from of_all_layers(dense.points(WHOLE_NETWORK, 0.0, refreshed=False))
             for name, level in coarse:
-                cell = scan.measure(name, level, refreshed=False)
-                if cell is None:
+                sample = scan.sample(name, level, range(scan.n_first))
+                if sample is None:
                     return
-                yield from cell.points(name, level, refreshed=False)
+                begun[Task(name, level, False)] = sample
+                yield from scan.cell(sample).points(name, level, refreshed=False)
         dense = scan.record(everything)
         if dense is None:
             return
@@ -247,9 +249,9 @@ def _points(
         if executor is not None:
             measured = distributed(material, scan, missing, executor, stop, memory_limit)
         elif not refreshed and scan.n_fitting < scan.n_batches:
-            measured = by_groups(scan, missing)
+            measured = by_groups(scan, missing, begun)
         else:
-            measured = inline(scan, missing)
+            measured = inline(scan, missing, begun)
         for task, points in known.items():
             while points is None:
                 done = next(measured, None)

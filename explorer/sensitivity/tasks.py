@@ -18,7 +18,7 @@ import threading
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,26 +89,45 @@ class _File:
         return material
 
 
-def inline(scan: Scan, tasks: Iterable[Task]) -> Iterator[Done]:
-    """Measure cells here, in order; ends early when the scan's stop event is set."""
+def inline(scan: Scan, tasks: Iterable[Task], begun: Mapping[Task, Sample] | None = None) -> Iterator[Done]:
+    """Measure cells here, in order; ends early when the scan's stop event is set.
+
+    Parameters
+    ----------
+    scan : Scan
+    tasks : iterable of Task
+    begun : mapping of Task to Sample, optional
+        What the first `Scan.n_first` batches gave already.
+    """
+    rest = range(scan.n_first, scan.n_batches)
     for task in tasks:
-        cell = scan.measure(task.layer, task.level, refreshed=task.refreshed)
+        if begun and task in begun:
+            sample = scan.sample(task.layer, task.level, rest)
+            cell = None if sample is None else scan.cell(begun[task] + sample)
+        else:
+            cell = scan.measure(task.layer, task.level, refreshed=task.refreshed)
         if cell is None:
             return
         yield Done(task, cell)
 
 
-def by_groups(scan: Scan, tasks: Sequence[Task]) -> Iterator[Done]:
+def by_groups(
+    scan: Scan, tasks: Sequence[Task], begun: Mapping[Task, Sample] | None = None
+) -> Iterator[Done]:
     """Measure cells here, of all layers at a level on one group of images after the other, where memory does not hold all that shortened passes need.
 
     Recording a group again for each level costs one pass of the whole network, and measuring all layers costs half a pass each.
     """
     size = scan.n_fitting
-    groups = [range(first, min(first + size, scan.n_batches)) for first in range(0, scan.n_batches, size)]
+    begun = begun or {}
     for _, same_level in itertools.groupby(tasks, key=lambda task: task.level):
         wanted = list(same_level)
-        samples: dict[Task, Sample] = {}
-        for group in groups:
+        samples = {task: begun[task] for task in wanted if task in begun}
+        start = scan.n_first if len(samples) == len(wanted) else 0
+        if not start:
+            samples.clear()
+        for first in range(start, scan.n_batches, size):
+            group = range(first, min(first + size, scan.n_batches))
             scan.forget()
             if scan.record(group, again=True) is None:
                 return

@@ -97,7 +97,7 @@ def test_with_little_memory_levels_are_measured_group_by_group(
 
     monkeypatch.setattr(scan_module.Scan, "sample", counted)
     grouped = divergences(net, data, criterion=criterion, memory_limit=limit)
-    assert passes == 3 * 3 * 2, "layers, groups, levels"
+    assert passes == 3 * (1 + 3) + 3 * 3, "the first picture of each layer, the groups of two levels"
     assert grouped.keys() == in_full.keys()
     assert all(grouped[key] == pytest.approx(in_full[key], abs=1e-6) for key in in_full)
 
@@ -108,7 +108,7 @@ def test_groups_tell_more_and_more(monkeypatch: pytest.MonkeyPatch) -> None:
         small(), images(80), levels=(0.9,), n_images=80, memory_limit=1, refresh_batchnorm=False
     )
     errors = [p.std_error for p in points if (p.layer, p.sparsity, p.kind) == ("middle", 0.9, "kl")]
-    assert len(errors) == 1 + 8 + 1, "the first picture, each group, all"
+    assert len(errors) == 1 + 7 + 1, "the first picture, each group, all"
     assert errors[-1] == errors[-2]
     assert errors[-1] < errors[1]
 
