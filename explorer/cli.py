@@ -27,6 +27,7 @@ from explorer.errors import ExplorerError
 from explorer.folders import cache_contents, cache_root, clear_caches
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
     from types import FrameType
 
     from explorer.distribution import SparsityDistribution
@@ -103,6 +104,32 @@ def _parser() -> argparse.ArgumentParser:
         "--no-refresh", action="store_true", help="do not measure with refreshed batch norm statistics"
     )
     sensitivity.add_argument("--no-latency", action="store_true", help="measure the loss only")
+    sensitivity.add_argument(
+        "--kinds",
+        type=_names,
+        metavar="KIND,KIND,...",
+        help="kl, loss, accuracy, removed_energy, fisher (default all but the last)",
+    )
+    sensitivity.add_argument(
+        "--refine",
+        type=bench_command.count,
+        metavar="N",
+        help="afterwards measure so many more pairs of layer and level, where curves bend",
+    )
+    workers = sensitivity.add_mutually_exclusive_group()
+    workers.add_argument(
+        "--workers",
+        type=bench_command.count,
+        metavar="N",
+        help="processes that measure losses (default: this one)",
+    )
+    workers.add_argument(
+        "--cluster",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="measure losses on a Ray cluster, by default the one that this machine belongs to",
+    )
     sensitivity.add_argument("--csv", type=Path, metavar="FILE", help="write all points as CSV")
     sensitivity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     sensitivity.set_defaults(command=_sensitivity)
@@ -230,26 +257,48 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from explorer.study import Study
 
     study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
-    table = _measured(
-        study,
-        levels=options.levels,
-        n_images=options.images,
-        refresh=not options.no_refresh,
-        latency=not options.no_latency,
-    )
-    dense = table.baseline("accuracy")
+    if options.refine and options.kinds is not None and "kl" not in options.kinds:
+        raise ExplorerError(
+            "Curves are refined by their divergences; add kl to --kinds, or leave out --refine."
+        )
+    with _workers(options) as executor:
+        table = _measured(
+            study,
+            levels=options.levels,
+            n_images=options.images,
+            refresh=not options.no_refresh,
+            latency=not options.no_latency,
+            kinds=options.kinds,
+            executor=executor,
+        )
+        refined: dict[str, list[float]] = {}
+        if options.refine:
+            for point in study.refine(options.refine, n_images=options.images, executor=executor):
+                if point.kind == "kl" and point.sparsity > 0.0:
+                    refined.setdefault(point.layer, []).append(point.sparsity)
     images = min(options.images, len(study.data.validation_tensors()[0])) if study.data else 0
-    print(f"\nAccuracy on {images} validation images with one layer pruned (dense {dense:.1%})")
-    _print_levels(table, "accuracy", "{:.1%}")
-    if not options.no_refresh and table.levels("accuracy", refreshed=True):
-        print("\nThe same after a refresh of the batch norm statistics")
-        _print_levels(table, "accuracy", "{:.1%}", refreshed=True)
-    print("\nKullback-Leibler divergence from the dense outputs, nats")
-    _print_levels(table, "kl", "{:.4f}")
-    print(stability(table).hint(images))
-    if not options.no_latency:
+    kinds = table.kinds
+    if "accuracy" in kinds:
+        dense = table.baseline("accuracy")
+        print(f"\nAccuracy on {images} validation images with one layer pruned (dense {dense:.1%})")
+        _print_levels(table, "accuracy", "{:.1%}")
+        if table.levels("accuracy", refreshed=True):
+            print("\nThe same after a refresh of the batch norm statistics")
+            _print_levels(table, "accuracy", "{:.1%}", refreshed=True)
+    if "kl" in kinds:
+        print("\nKullback-Leibler divergence from the dense outputs, nats")
+        _print_levels(table, "kl", "{:.4f}")
+        print(stability(table).hint(images))
+    if "fisher" in kinds:
+        print("\nSecond-order estimate of the increase of the loss, nats")
+        _print_levels(table, "fisher", "{:.4f}")
+    if "latency_ms" in kinds:
         print(f"\nLatency, ms (median, {study.threads} thread(s), batch {study.batch_size})")
         _print_levels(table, "latency_ms", "{:.3f}")
+    table = study.table or table
+    if options.refine:
+        print("\nMeasured besides, where the divergence bends")
+        _print_refined(table, refined)
     if options.json:
         write_atomically(options.json, table.to_json().encode())
     if options.csv:
@@ -351,16 +400,45 @@ def _solved(study: Study, options: argparse.Namespace) -> SparsityDistribution:
     return distribution
 
 
+@contextlib.contextmanager
+def _workers(options: argparse.Namespace) -> Iterator[Executor | None]:
+    """Yield what measures losses, None for this process."""
+    from explorer.sensitivity import RayExecutor, worker_pool
+
+    if options.workers is not None:
+        with worker_pool(options.workers) as pool:
+            yield pool
+    elif options.cluster is not None:
+        with RayExecutor(options.cluster) as cluster:
+            yield cluster
+    else:
+        yield None
+
+
 def _measured(
-    study: Study, *, levels: tuple[float, ...] | None, n_images: int, refresh: bool, latency: bool
+    study: Study,
+    *,
+    levels: tuple[float, ...] | None,
+    n_images: int,
+    refresh: bool,
+    latency: bool,
+    kinds: Sequence[str] | None = None,
+    executor: Executor | None = None,
 ) -> SensitivityTable:
     from tqdm import tqdm
 
     total = study.n_sensitivity_cells(levels, refresh_batchnorm=refresh, latency=latency)
+    points = study.sensitivity_points(
+        levels, n_images, refresh_batchnorm=refresh, latency=latency, kinds=kinds, executor=executor
+    )
+    # Of the kinds that one measurement gives, one is counted; losses that come again from more images once, each pass of a latency.
+    counted = "kl" if kinds is None or "kl" in kinds else kinds[0]
+    seen: set[tuple[str, float, bool]] = set()
     with tqdm(total=total, desc="sensitivity", unit="cell", leave=False, disable=None) as bar:
-        for point in study.sensitivity_points(levels, n_images, refresh_batchnorm=refresh, latency=latency):
-            # Of the kinds that one measurement gives, one is counted.
-            if point.kind in ("kl", "latency_ms"):
+        for point in points:
+            cell = (point.layer, point.sparsity, point.refreshed)
+            if point.kind == "latency_ms" or (point.kind == counted and cell not in seen):
+                seen.add(cell)
                 bar.update()
     table = study.table
     assert table is not None
@@ -549,6 +627,18 @@ def _print_levels(table: SensitivityTable, kind: str, form: str, *, refreshed: b
     _print_table(("layer", *(f"{level:.0%}" for level in levels)), rows, left=1)
 
 
+def _print_refined(table: SensitivityTable, levels: dict[str, list[float]]) -> None:
+    rows = [
+        (layer or "model", f"{level:.2%}", f"{table.value(layer, level, 'kl'):.4f}")
+        for layer in table.layers
+        for level in sorted(levels.get(layer, ()))
+    ]
+    if rows:
+        _print_table(("layer", "sparsity", "kl"), rows, left=1)
+    else:
+        print("nothing: more levels would only show noise. More images would lower it.")
+
+
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
     """Print aligned columns, the first `left` of them to the left."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -568,6 +658,10 @@ def _levels(text: str) -> tuple[float, ...]:
     if not levels or not all(0.0 <= level < 1.0 for level in levels):
         raise argparse.ArgumentTypeError(f"{text!r} are not sparsities; give fractions such as 0.5,0.9,0.98")
     return levels
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _lock(text: str) -> tuple[str, float]:

@@ -14,7 +14,8 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -54,6 +55,7 @@ from explorer.sensitivity import (
     measure_latency,
     measure_loss,
     published,
+    refinement,
 )
 
 if TYPE_CHECKING:
@@ -410,6 +412,8 @@ class Study:
         *,
         refresh_batchnorm: bool = True,
         latency: bool = True,
+        kinds: Iterable[str] | None = None,
+        executor: Executor | None = None,
     ) -> Iterator[SensitivityPoint]:
         """Measure loss and latency layer by layer and yield each point as it is measured; `table` grows meanwhile.
 
@@ -428,6 +432,10 @@ class Study:
             Measure also with batch norm statistics estimated anew, which about doubles the time.
         latency : bool
             Measure latency as well as loss.
+        kinds : iterable of str, optional
+            Of losses, see `explorer.sensitivity.measure_loss`.
+        executor : concurrent.futures.Executor, optional
+            Its workers measure losses, see `explorer.sensitivity.measure_loss`; latencies are then measured afterwards, here, when the workers are at rest.
 
         Raises
         ------
@@ -445,9 +453,15 @@ class Study:
             levels=chosen,
             n_images=n_images,
             refresh_batchnorm=refresh_batchnorm,
+            kinds=kinds,
             resume=True,
+            executor=executor,
             stop=stop,
         )
+        if executor is not None:
+            alone = self._collected(loss, chosen, stop, n_images=n_images, latency=False)
+            times = self._collected(iter(()), chosen, stop, n_images=n_images, latency=latency)
+            return itertools.chain(alone, times)
         return self._collected(loss, chosen, stop, n_images=n_images, latency=latency)
 
     def n_sensitivity_cells(
@@ -472,13 +486,71 @@ class Study:
         *,
         refresh_batchnorm: bool = True,
         latency: bool = True,
+        kinds: Iterable[str] | None = None,
+        executor: Executor | None = None,
     ) -> SensitivityTable:
         """Measure all points and return the table; see `sensitivity_points`."""
         for _ in self.sensitivity_points(
-            levels, n_images, refresh_batchnorm=refresh_batchnorm, latency=latency
+            levels,
+            n_images,
+            refresh_batchnorm=refresh_batchnorm,
+            latency=latency,
+            kinds=kinds,
+            executor=executor,
         ):
             pass
         return self._need_table()
+
+    def refine(
+        self,
+        n_cells: int,
+        *,
+        near: Mapping[str, float] | None = None,
+        layers: Collection[str] | None = None,
+        between: tuple[float, float] = (0.0, 1.0),
+        n_images: int = 500,
+        stop: threading.Event | None = None,
+        executor: Executor | None = None,
+    ) -> Iterator[SensitivityPoint]:
+        """Measure losses where that tells most about the curves, and yield each point; `table` grows meanwhile.
+
+        Parameters
+        ----------
+        n_cells : int
+            How many pairs of layer and level, at most; fewer when no more would tell anything.
+        near : mapping of str to float, optional
+            A distribution, around which curves are to be known best.
+        layers : collection of str, optional
+            Only these.
+        between : (float, float)
+            Only sparsities in this range.
+        n_images : int
+            As for the scan: with the same number, the same images.
+        stop : threading.Event, optional
+        executor : concurrent.futures.Executor, optional
+
+        Raises
+        ------
+        DataError
+            If the study has no data.
+        DistributionError
+            If no divergence has been measured, or a layer is unknown.
+        """
+        data, table = self._need_data(), self._need_table()
+        cells = refinement(table, n_cells, near=near, layers=layers, between=between)
+        if not cells:
+            return iter(())
+        loss = measure_loss(
+            self.model.module,
+            data,
+            cells=cells,
+            n_images=n_images,
+            refresh_batchnorm=False,
+            resume=True,
+            executor=executor,
+            stop=stop,
+        )
+        return self._collected(loss, (), stop, n_images=n_images, latency=False)
 
     def trust(
         self,

@@ -104,6 +104,29 @@ def test_sensitivity_prints_tables_and_writes_all_points(
     assert {record["layer"] for record in records} == {"conv1", "conv2", "fc"}
 
 
+def test_sensitivity_is_refined_by_several_workers(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--levels", "0.5,0.98", "--images", "64", "--no-latency", "--no-refresh"]
+    more = ["--kinds", "kl, fisher", "--refine", "3", "--workers", "2", "--json", str(tmp_path / "t.json")]
+    assert cli.main(["sensitivity", *ON_TINY, *options, *more]) == 0
+    out = capsys.readouterr().out
+    assert "Accuracy" not in out
+    assert "Second-order estimate" in out
+    table = SensitivityTable.from_json((tmp_path / "t.json").read_text())
+    new = [(p.layer, p.sparsity) for p in table.points if p.kind == "kl" and p.sparsity not in (0, 0.5, 0.98)]
+    assert 1 <= len(new) <= 3
+    shown = [row[:2] for row in words(out[out.index("Measured besides") :])[2:] if row]
+    assert sorted(shown) == sorted([layer, f"{level:.2%}"] for layer, level in new)
+
+
+def test_sensitivity_asks_for_what_refining_needs(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sensitivity", *ON_TINY, "--kinds", "fisher", "--refine", "3"]) == 2
+    assert "add kl to --kinds" in capsys.readouterr().err
+    assert cli.main(["sensitivity", *ON_TINY, "--kinds", "magic"]) == 2
+    assert "got magic" in capsys.readouterr().err
+
+
 def test_caches_are_shown_and_cleared_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -321,3 +321,45 @@ def test_a_module_takes_its_example_input_from_the_data(data: LoadedData) -> Non
 def test_a_recipe_names_what_loads_the_demo_again() -> None:
     study = Study(load_model("demo:fashion-resnet"), load_data("demo:fashion"))
     assert (study.model_source, study.data_source) == ("demo:fashion-resnet", "demo:fashion")
+
+
+def test_refining_measures_where_curves_bend_and_leaves_the_rest(
+    model: LoadedModel, data: LoadedData
+) -> None:
+    study = Study(model, data)
+    study.measure_sensitivity(LEVELS, n_images=128, latency=False, refresh_batchnorm=False)
+    before = study.table
+    points = list(study.refine(4, n_images=128))
+    cells = {(p.layer, p.sparsity) for p in points if p.kind == "kl" and p.sparsity > 0}
+    assert 1 <= len(cells) <= 4
+    assert not cells & {(p.layer, p.sparsity) for p in before.points}
+    assert all(study.table.point(layer, level, "kl") is not None for layer, level in cells)
+    assert set(before.points) <= set(study.table.points)
+    solved = {layer.name: 0.7 for layer in model.layers}
+    inside = {
+        p.sparsity
+        for p in study.refine(3, near=solved, layers=["conv2"], between=(0.5, 0.9), n_images=128)
+        if p.sparsity > 0
+    }
+    assert all(0.5 < level < 0.9 for level in inside)
+
+
+def test_with_workers_the_table_is_the_same(model: LoadedModel, data: LoadedData) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone, shared = Study(model, data), Study(model, data)
+    alone.measure_sensitivity(LEVELS, n_images=64, latency=False)
+    with ThreadPoolExecutor(2) as pool:
+        shared.measure_sensitivity(LEVELS, n_images=64, executor=pool)
+    expected = {(p.layer, p.sparsity, p.kind, p.refreshed): p.value for p in alone.table.points}
+    losses = [p for p in shared.table.points if p.kind != "latency_ms"]
+    assert {(p.layer, p.sparsity, p.kind, p.refreshed): p.value for p in losses} == pytest.approx(
+        expected, abs=1e-9
+    )
+    assert shared.table.levels("latency_ms") == (0.0, *LEVELS)
+
+
+def test_kinds_are_chosen(model: LoadedModel, data: LoadedData) -> None:
+    study = Study(model, data)
+    study.measure_sensitivity(LEVELS, n_images=64, latency=False, kinds=("fisher", "removed_energy"))
+    assert study.table.kinds == ("removed_energy", "fisher")

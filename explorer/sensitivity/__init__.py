@@ -13,6 +13,7 @@ from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
 from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
 from explorer.sensitivity.published import PUBLISHED, published
 from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
+from explorer.sensitivity.refine import refinement
 from explorer.sensitivity.table import SensitivityTable
 from explorer.sensitivity.tasks import worker_pool
 
@@ -36,6 +37,7 @@ __all__ = [
     "measure_loss",
     "published",
     "ranking",
+    "refinement",
     "stability",
     "worker_pool",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from explorer.errors import DataError, DistributionError
 from explorer.models import PrunableLayer
 from explorer.sensitivity.cache import CellCache, cache_folder
 from explorer.sensitivity.material import Criterion, LabelledData, Material, take_material
@@ -25,7 +26,7 @@ from explorer.sensitivity.points import (
     check_levels,
     level_order,
 )
-from explorer.sensitivity.scan import Sample, Scan
+from explorer.sensitivity.scan import Sample, Scan, removed_energy
 from explorer.sensitivity.second_order import measure_fisher
 from explorer.sensitivity.tasks import Task, by_groups, distributed, inline
 
@@ -41,7 +42,8 @@ def measure_loss(
     criterion: Criterion | None = None,
     n_images: int = 500,
     refresh_batchnorm: bool = True,
-    second_order: bool = False,
+    kinds: Iterable[str] | None = None,
+    cells: Iterable[tuple[str, float]] | None = None,
     resume: bool = False,
     executor: Executor | None = None,
     memory_limit: int | None = None,
@@ -79,8 +81,11 @@ def measure_loss(
         Images to measure on, at most; drawn without replacement by a fixed seed.
     refresh_batchnorm : bool
         Do the second pass. Without BatchNorm in the model it is left out.
-    second_order : bool
-        Also give points of kind "fisher" for all levels, before the finer levels, see `explorer.sensitivity.second_order.measure_fisher`.
+    kinds : iterable of str, optional
+        What to give: "kl", "loss", "accuracy" (these three come of the same passes), "removed_energy", and "fisher", a second-order estimate from one pass for all levels
+        (`explorer.sensitivity.second_order.measure_fisher`), which comes before the finer levels. By default all but the last, without labels without loss and accuracy.
+    cells : iterable of (str, float), optional
+        Layer and level of the only cells to measure besides the baseline, in place of `layers` and `levels`; see `explorer.sensitivity.refinement`.
     resume : bool
         Keep what is measured on disk (see `explorer.sensitivity.cache`), and take from there what an earlier scan of the same network and data has measured. Not
         with a criterion of one's own.
@@ -104,20 +109,90 @@ def measure_loss(
     ModelError
         Unknown layer names, outputs that are no logits, or weights that have no influence on them.
     DistributionError
-        A level outside [0, 1).
+        A level outside [0, 1), an unknown kind, or no cell.
     """
+    chosen = None if cells is None else list(dict.fromkeys(cells))
+    if chosen is not None:
+        if not chosen:
+            raise DistributionError("No cell was named; leave `cells` out to measure all layers and levels.")
+        layers, levels = [name for name, _ in chosen], [level for _, level in chosen]
     ordered = level_order(check_levels(levels))
     material = take_material(module, data, n_images, layers, criterion)
+    wanted = _wanted(kinds, has_labels=material.labels is not None)
     # The checks above run when the generator is made, not at its first point: a mistake shows where it was made.
-    extra: Iterator[SensitivityPoint] = iter(())
-    if second_order:
-        extra = measure_fisher(
-            module, material.inputs, material.labels, material.layers, (0.0, *ordered), stop=stop
-        )
+    fisher_levels = (0.0, *ordered) if "fisher" in wanted else ()
     names = [layer.name for layer in material.layers]
-    coarse = [(name, ordered[0]) for name in names]
-    cells = [(name, level) for level in ordered for name in names]
-    return _points(material, coarse, cells, refresh_batchnorm, extra, resume, executor, memory_limit, stop)
+    every = [(name, level) for level in ordered for name in names]
+    if chosen is not None:
+        aliases = {alias: layer.name for layer in material.layers for alias in (layer.name, *layer.tied)}
+        given = {(aliases[name], level) for name, level in chosen}
+        every = [cell for cell in every if cell in given]
+    if not wanted & _OF_PASSES:
+        points = _without_passes(material, every, fisher_levels, resume, stop)
+        return (point for point in points if point.kind in wanted)
+    coarse = [] if chosen is not None else every[: len(names)]
+    points = _points(
+        material, coarse, every, refresh_batchnorm, fisher_levels, resume, executor, memory_limit, stop
+    )
+    return (point for point in points if point.kind in wanted)
+
+
+_OF_PASSES = frozenset({"kl", "loss", "accuracy"})
+_WITHOUT = frozenset({"removed_energy", "fisher"})
+
+
+def _wanted(kinds: Iterable[str] | None, *, has_labels: bool) -> frozenset[str]:
+    needs_labels = frozenset({"loss", "accuracy"})
+    if kinds is None:
+        return _OF_PASSES - (frozenset() if has_labels else needs_labels) | {"removed_energy"}
+    wanted = frozenset([kinds] if isinstance(kinds, str) else kinds)
+    known = _OF_PASSES | _WITHOUT
+    if not wanted or wanted - known:
+        raise DistributionError(
+            f"kinds are {', '.join(sorted(known))}; got {', '.join(sorted(wanted)) or 'none'}."
+        )
+    if not has_labels and wanted & needs_labels:
+        raise DataError(
+            f"{' and '.join(sorted(wanted & needs_labels))} need labels, and the data have none. Pass labels, or ask for 'kl'."
+        )
+    return wanted
+
+
+def _without_passes(
+    material: Material,
+    cells: Sequence[tuple[str, float]],
+    fisher_levels: Sequence[float],
+    resume: bool,
+    stop: threading.Event | None,
+) -> Iterator[SensitivityPoint]:
+    """Yield what needs no pass with pruned weights: the removed share of squared weights, and the second-order estimate."""
+    for name in [layer.name for layer in material.layers]:
+        yield SensitivityPoint(name, 0.0, "removed_energy", 0.0, n_removed=0)
+    for name, level in cells:
+        energy, n_removed = removed_energy(material.module.get_submodule(name).get_parameter("weight"), level)
+        yield SensitivityPoint(name, level, "removed_energy", energy, n_removed=n_removed)
+    if fisher_levels:
+        yield from _fisher(material, fisher_levels, Scan(material).key() if resume else None, stop)
+
+
+def _fisher(
+    material: Material, levels: Sequence[float], key: str | None, stop: threading.Event | None
+) -> Iterator[SensitivityPoint]:
+    """Yield the second-order estimate of all layers and levels, from disk when all of it is there; under `key`, if there is one."""
+    kept = CellCache("", None) if key is None else CellCache(f"{key}-fisher", cache_folder())
+    known = [
+        kept.get(layer.name, level, refreshed=False) for layer in material.layers for level in sorted(levels)
+    ]
+    if all(known):
+        for points in known:
+            yield from points or ()
+        return
+    estimated = measure_fisher(
+        material.module, material.inputs, material.labels, material.layers, levels, stop=stop
+    )
+    for point in estimated:
+        kept.put((point,))
+        yield point
 
 
 def measure_joint(
@@ -194,19 +269,19 @@ def _points(
     coarse: Sequence[tuple[str, float]],
     cells: Sequence[tuple[str, float]],
     refresh_batchnorm: bool,
-    extra: Iterator[SensitivityPoint],
+    fisher_levels: Sequence[float],
     resume: bool,
     executor: Executor | None,
     memory_limit: int | None,
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
-    """Yield the baseline of all layers, the coarse cells on few images, what is `extra`, and all cells; then the refreshed ones."""
+    """Yield the baseline of all layers, the coarse cells on few images, the second-order estimate, and all cells; then the refreshed ones."""
     names = [layer.name for layer in material.layers]
     scan = Scan(material, stop, memory_limit)
     scan.prepare()
     # A criterion is code, of which no digest tells whether it is still the same.
-    is_kept = resume and material.criterion is None
-    kept = CellCache(scan.key(), cache_folder()) if is_kept else CellCache("", None)
+    key = scan.key() if resume and material.criterion is None else None
+    kept = CellCache("", None) if key is None else CellCache(key, cache_folder())
 
     def of_all_layers(dense: Sequence[SensitivityPoint]) -> Iterator[SensitivityPoint]:
         for name in names:
@@ -234,7 +309,8 @@ def _points(
         baseline = dense.points(WHOLE_NETWORK, 0.0, refreshed=False)
         kept.put(baseline)
     yield from of_all_layers(baseline)
-    yield from extra
+    if fisher_levels:
+        yield from _fisher(material, fisher_levels, key, stop)
 
     for refreshed in (False, True) if refresh_batchnorm and scan.has_batchnorm else (False,):
         if refreshed:

@@ -27,7 +27,7 @@ from explorer.sensitivity.material import Material
 from explorer.sensitivity.points import SensitivityPoint
 from explorer.sensitivity.replay import PrefixReplay
 
-__all__ = ["Cell", "Sample", "Scan"]
+__all__ = ["Cell", "Sample", "Scan", "removed_energy"]
 
 BATCH_SIZE = 125
 # A criterion says one thing of a batch, so that its error can only be had from several batches.
@@ -208,7 +208,7 @@ class Scan:
             self._module,
             (self._inputs, self._all_labels, *self._calibration),
             answers,
-            f"labels {self._labels is not None}",
+            f"labels {self._all_labels is not None}",
         )
 
     @property
@@ -333,11 +333,9 @@ class Scan:
         weight = self._weight(name)
         saved = weight.detach().clone()
         removed = saved.masked_fill(magnitude_mask(saved, level), 0.0)
-        total = float(saved.double().square().sum())
-        energy = float(removed.double().square().sum()) / total if total > 0 else 0.0
         try:
             weight.detach().masked_fill_(removed != 0, 0.0)
-            yield energy, int(torch.count_nonzero(removed))
+            yield _share(removed, saved), int(torch.count_nonzero(removed))
         finally:
             weight.detach().copy_(saved)
 
@@ -523,6 +521,18 @@ class Scan:
             for kind, each in sample.values.items()
         }
         return Cell(estimates, sample.removed_energy, sample.n_removed)
+
+
+def removed_energy(weight: Tensor, level: float) -> tuple[float, int]:
+    """Return the share of a weight's squares that pruning by magnitude to `level` removes, and how many non-zero weights."""
+    dense = weight.detach()
+    removed = dense.masked_fill(magnitude_mask(dense, level), 0.0)
+    return _share(removed, dense), int(torch.count_nonzero(removed))
+
+
+def _share(removed: Tensor, dense: Tensor) -> float:
+    total = float(dense.double().square().sum())
+    return float(removed.double().square().sum()) / total if total > 0 else 0.0
 
 
 def default_memory_limit() -> int:

@@ -519,6 +519,49 @@ def test_a_weight_without_influence_is_never_called_robust() -> None:
         list(measure_loss(Dead(), some_data()))
 
 
+# ---- kinds, and single cells
+
+
+def test_only_the_kinds_that_are_asked_for_are_given() -> None:
+    net, data = a_network(), some_data()
+    every = scan(net, data, n_images=60)
+    for kinds in (("kl",), ("accuracy", "loss"), ("removed_energy",)):
+        found = {
+            (p.layer, p.sparsity, p.kind, p.refreshed): p
+            for p in measure_loss(net, data, levels=LEVELS, n_images=60, kinds=kinds)
+        }
+        expected = {key: point.value for key, point in every.items() if key[2] in kinds}
+        assert {key: point.value for key, point in found.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_kinds_that_cannot_be_given_are_refused_before_any_work() -> None:
+    net, (x, y) = a_network(), some_data()
+    with pytest.raises(DistributionError, match="got kl, magic"):
+        measure_loss(net, (x, y), kinds=("kl", "magic"))
+    with pytest.raises(DistributionError, match="got none"):
+        measure_loss(net, (x, y), kinds=())
+    with pytest.raises(DataError, match="accuracy and loss need labels"):
+        measure_loss(net, (x, None), kinds=("accuracy", "loss", "kl"))
+
+
+def test_single_cells_are_those_of_the_whole_scan() -> None:
+    net, data = a_network(), some_data()
+    every = scan(net, data, n_images=60)
+    cells = [("fc", 0.98), ("stem", 0.5), ("blocks.0.conv1", 0.98), ("stem", 0.5)]
+    found = {
+        (p.layer, p.sparsity, p.kind, p.refreshed): p
+        for p in measure_loss(net, data, cells=cells, n_images=60)
+        if p.sparsity > 0
+    }
+    assert {(layer, level) for layer, level, _, _ in found} == set(cells)
+    for key, point in found.items():
+        assert point.value == pytest.approx(every[key].value, abs=1e-9)
+    with pytest.raises(DistributionError, match="No cell"):
+        measure_loss(net, data, cells=[])
+    with pytest.raises(ModelError, match="no prunable layer"):
+        measure_loss(net, data, cells=[("stern", 0.5)])
+
+
 # ---- all layers at once
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional
 from explorer.errors import ModelError
 from explorer.masks import magnitude_mask
 from explorer.models import PrunableLayer, prunable_layers
-from explorer.sensitivity import SensitivityTable, measure_loss
+from explorer.sensitivity import SensitivityPoint, SensitivityTable, measure_loss
 from explorer.sensitivity.second_order import N_IMAGES, measure_fisher
 
 LEVELS = (0.0, 0.3, 0.5, 0.9)
@@ -143,7 +144,54 @@ def test_a_stop_gives_no_points() -> None:
 def test_a_scan_gives_it_beside_the_other_kinds_when_it_is_asked_to() -> None:
     net, data = small(), images(64)
     plain = {point.kind for point in measure_loss(net, data, levels=(0.5,), n_images=64)}
-    more = list(measure_loss(net, data, levels=(0.5,), n_images=64, second_order=True))
+    more = list(
+        measure_loss(
+            net,
+            data,
+            levels=(0.5,),
+            n_images=64,
+            kinds=("kl", "loss", "accuracy", "removed_energy", "fisher"),
+        )
+    )
     assert {point.kind for point in more} == plain | {"fisher"}
     found = {(p.layer, p.sparsity) for p in more if p.kind == "fisher"}
     assert found == {(layer, level) for layer in ("0", "4") for level in (0.0, 0.5)}
+
+
+def test_alone_it_needs_no_pass_with_pruned_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = small(), images(64)
+    both = measure_loss(net, data, levels=(0.5,), n_images=64, kinds=("kl", "fisher", "removed_energy"))
+    expected = {(p.layer, p.sparsity, p.kind): p.value for p in both if p.kind != "kl"}
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a pass with pruned weights")
+
+    monkeypatch.setattr("explorer.sensitivity.scan.Scan.prepare", never)
+    alone = measure_loss(net, data, levels=(0.5,), n_images=64, kinds=("fisher", "removed_energy"))
+    assert {(p.layer, p.sparsity, p.kind): p.value for p in alone} == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("measured_anew")
+def test_it_is_kept_on_disk_like_the_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explorer.sensitivity.loss.cache_folder", lambda: tmp_path)
+    net, data = small(), images(64)
+
+    def scan(levels: tuple[float, ...], kinds: tuple[str, ...]) -> list[SensitivityPoint]:
+        points = measure_loss(net, data, levels=levels, n_images=64, kinds=kinds, resume=True)
+        return [point for point in points if point.kind == "fisher"]
+
+    first = scan((0.5, 0.9), ("fisher",))
+    calls = 0
+    real = measure_fisher
+
+    def counted(*args: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr("explorer.sensitivity.loss.measure_fisher", counted)
+    assert scan((0.5, 0.9), ("fisher",)) == first
+    assert scan((0.5, 0.9), ("kl", "fisher")) == first
+    assert calls == 0
+    assert len(scan((0.5, 0.8), ("fisher",))) == len(first)
+    assert calls == 1
