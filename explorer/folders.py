@@ -61,6 +61,7 @@ _KEPT = {
     "machine code": "kernels/*.o",
     "kernel choices": "choices.json",
     "sensitivity scans": "sensitivity/*.jsonl",
+    "layer times": "sensitivity/*.times.json",
 }
 
 

@@ -616,6 +616,7 @@ class Study:
                 layers=self.model.layers,
                 levels=levels,
                 threads=self.threads,
+                resume=True,
                 stop=stop,
             )
             for _, points in itertools.groupby(times, key=lambda point: point.sparsity):

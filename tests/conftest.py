@@ -43,7 +43,8 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that an earlier run of the tests measured is taken from disk; tests of the cache itself give it a folder of their own."""
-    monkeypatch.setattr("explorer.sensitivity.loss.cache_folder", lambda: None)
+    for part in ("loss", "latency"):
+        monkeypatch.setattr(f"explorer.sensitivity.{part}.cache_folder", lambda: None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -131,7 +131,16 @@ def test_caches_are_shown_and_cleared_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
-    ours = [tmp_path / name for name in ("kernels/a.o", "kernels/b.o", "choices.json", "sensitivity/c.jsonl")]
+    ours = [
+        tmp_path / name
+        for name in (
+            "kernels/a.o",
+            "kernels/b.o",
+            "choices.json",
+            "sensitivity/c.jsonl",
+            "sensitivity/d.times.json",
+        )
+    ]
     theirs = [tmp_path / name for name in ("notes.txt", "kernels/notes.txt", "sensitivity/table.json")]
     for path in (*ours, *theirs):
         path.parent.mkdir(exist_ok=True)
@@ -139,9 +148,9 @@ def test_caches_are_shown_and_cleared_and_nothing_else_is(
     assert cli.main(["cache"]) == 0
     out = words(capsys.readouterr().out)
     assert out[0][0] == str(tmp_path)
-    assert [row[-2:] for row in out[2:]] == [["2", "2.0"], ["1", "1.0"], ["1", "1.0"]]
+    assert [row[-2:] for row in out[2:]] == [["2", "2.0"], ["1", "1.0"], ["1", "1.0"], ["1", "1.0"]]
     assert cli.main(["cache", "--clear"]) == 0
-    assert "Deleted 4 files" in capsys.readouterr().out
+    assert "Deleted 5 files" in capsys.readouterr().out
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in theirs)
     assert cli.main(["cache", "--clear"]) == 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from explorer.errors import EngineError
 from explorer.masks import magnitude_mask
 from explorer.models import PrunableLayer
+from explorer.sensitivity.cache import cache_folder
 from explorer.sensitivity.material import choose_layers
 from explorer.sensitivity.points import (
     DEFAULT_LEVELS,
@@ -29,6 +30,7 @@ from explorer.sensitivity.points import (
     check_levels,
     level_order,
 )
+from explorer.sensitivity.times import TimesFile, times_key
 
 if TYPE_CHECKING:
     from explorer.inference import SparseModule
@@ -39,6 +41,9 @@ __all__ = ["LATENCY_PASSES", "measure_latency"]
 LATENCY_PASSES = 3
 _ROUNDS_A_PASS = 2
 _MILLISECONDS_A_LEVEL = 200.0
+_CLOCK_REPEATS = 20
+# Of `_Rounds.to_lists`; no layer is called so, since a step's name has no space.
+_WHOLE, _SPREAD = " whole", " spread"
 
 
 def measure_latency(
@@ -49,6 +54,7 @@ def measure_latency(
     levels: Sequence[float] = DEFAULT_LEVELS,
     threads: int | None = None,
     repeats: int | None = None,
+    resume: bool = False,
     stop: threading.Event | None = None,
 ) -> Iterator[SensitivityPoint]:
     """Time the network on the sparse engine at each level and yield every layer's median.
@@ -72,6 +78,9 @@ def measure_latency(
     repeats : int, optional
         Timed runs a level of the whole network, and as many with a clock in it; by default as many as fit into a fifth of a second,
         within 25 and 500.
+    resume : bool
+        Keep what is measured on disk, and take from there what an earlier measurement of the same network on this machine has given, in units of the dense network's time
+        now (see `explorer.sensitivity.times`).
     stop : threading.Event, optional
         When set, the scan ends before the next level.
 
@@ -95,7 +104,7 @@ def measure_latency(
         )
     reported = choose_layers(module, example_input, layers)
     everything = choose_layers(module, example_input, None)
-    return _points(module, example_input, reported, everything, ordered, threads, repeats, stop)
+    return _points(module, example_input, reported, everything, ordered, threads, repeats, resume, stop)
 
 
 def _points(
@@ -106,6 +115,7 @@ def _points(
     levels: tuple[float, ...],
     threads: int | None,
     repeats: int | None,
+    resume: bool,
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     from explorer import inference  # brings torch.export and llvmlite, which only this function needs
@@ -121,19 +131,32 @@ def _points(
     clock = _Clock(reference, example_input)
     program: SparseModule | None = None
     rounds: dict[float, _Rounds] = {level: _Rounds() for level in levels}
-    for level in levels * LATENCY_PASSES:
+    kept = TimesFile("", None)
+    if resume:
+        with torch.inference_mode():
+            answers = reference(example_input)
+        about = f"{reference.isa} threads {threads} repeats {repeats}"
+        kept = TimesFile(times_key(module, example_input, answers, about), cache_folder())
+        for level, known in kept.rounds(clock.now(_CLOCK_REPEATS)).items():
+            if level in rounds:
+                rounds[level] = _Rounds.from_lists(known)
+    for number, level in enumerate(levels * LATENCY_PASSES):
         if stop is not None and stop.is_set():
             return
         n_removed = _prune(pruned, dense, level)
-        if level == 0.0:
-            timed = reference
-        elif program is None:
-            timed = program = inference.compile(pruned, example_input, threads=threads)
-        else:
-            timed = program
-            program.update_weights(pruned)
         measured = rounds[level]
-        measured.add(timed, example_input, repeats, clock)
+        # A level that was taken from disk has its rounds already, and comes at once.
+        if len(measured.whole_ms) < (number // len(levels) + 1) * _ROUNDS_A_PASS:
+            if level == 0.0:
+                timed = reference
+            elif program is None:
+                timed = program = inference.compile(pruned, example_input, threads=threads)
+            else:
+                timed = program
+                program.update_weights(pruned)
+            measured.add(timed, example_input, repeats, clock)
+            if resume and clock.first_ms is not None:
+                kept.put({level: measured.to_lists()}, clock.first_ms)
         milliseconds = measured.layers_ms()
         for layer in () if is_one_layer else reported:
             found = [milliseconds[name] for name in (layer.name, *layer.tied) if name in milliseconds]
@@ -163,14 +186,19 @@ class _Clock:
 
     def __init__(self, dense: SparseModule, example_input: Tensor) -> None:
         self._dense, self._example_input = dense, example_input
-        self._first_ms: float | None = None
+        self.first_ms: float | None = None
+
+    def now(self, repeats: int) -> float:
+        """Return the dense network's milliseconds at this moment, which from the first call on are the unit."""
+        ms = self._dense.benchmark(self._example_input, repeats=repeats, warn=False).latency_ms
+        if self.first_ms is None:
+            self.first_ms = ms
+        return ms
 
     def factor(self, repeats: int) -> float:
         """Return what a time measured now must be multiplied by to compare with one measured at the first call."""
-        ms = self._dense.benchmark(self._example_input, repeats=repeats, warn=False).latency_ms
-        if self._first_ms is None:
-            self._first_ms = ms
-        return self._first_ms / ms
+        ms = self.now(repeats)
+        return (self.first_ms or ms) / ms
 
 
 @dataclasses.dataclass(slots=True)
@@ -202,6 +230,16 @@ class _Rounds:
                 total[timing.name] = total.get(timing.name, 0.0) + timing.ms * factor
             for name, ms in total.items():
                 self.by_layer.setdefault(name, []).append(ms)
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, list[float]]) -> _Rounds:
+        """Make rounds of what `to_lists` gave."""
+        layers = {name: list(each) for name, each in lists.items() if name not in (_WHOLE, _SPREAD)}
+        return cls(list(lists[_WHOLE]), list(lists[_SPREAD]), layers)
+
+    def to_lists(self) -> dict[str, list[float]]:
+        """Return all milliseconds, for `times.TimesFile`."""
+        return {_WHOLE: self.whole_ms, _SPREAD: self.spread_ms, **self.by_layer}
 
     def layers_ms(self) -> dict[str, float]:
         """Return the median milliseconds by layer name."""
