@@ -294,27 +294,32 @@ class SensitivityTable:
     def break_even(self, layer: str, tolerance: float = 0.02) -> float | None:
         """Return the sparsity from which the sparse kernel is faster than the dense one, as measured in the running network.
 
-        Where the layer's curve (see `value`) falls below its dense time by more than `tolerance`, a share of it that is the noise of a quiet machine; None
-        where it never does.
+        After the last measured level that is not faster: one lucky level below does not count. Faster means by more than `tolerance`, a share of the dense time that
+        is the noise of a quiet machine. Between two levels it is read from a straight line, or from the line through the next two levels, drawn on, where that
+        comes later: a layer takes its dense time as long as that is less. None where the last level is not faster.
 
         Raises
         ------
         DistributionError
             If the layer's latency was not measured at sparsity 0.
         """
-        levels, values = _with_bends(*self.curve(layer, "latency_ms"))
+        levels, _ = self.curve(layer, "latency_ms")
         if levels[0] != 0.0:
             raise DistributionError(
                 f"The dense latency of layer {layer!r} has not been measured, so it has nothing to break even with."
             )
+        values = np.array([self._cells["latency_ms", layer, False, float(level)].value for level in levels])
         limit = (1.0 - tolerance) * values[0]
-        below = np.flatnonzero(values < limit)
-        if not below.size:
+        last = int(np.flatnonzero(values >= limit)[-1])
+        if last == levels.size - 1:
             return None
-        i = int(below[0])  # at least 1: the curve begins above
-        # On the straight line between the last level that is not below and the first that is.
-        share = (values[i - 1] - limit) / (values[i - 1] - values[i])
-        return float(levels[i - 1] + share * (levels[i] - levels[i - 1]))
+        after = last + 1
+        share = (values[last] - limit) / (values[last] - values[after])
+        crossing = levels[last] + share * (levels[after] - levels[last])
+        if after + 1 < levels.size and values[after + 1] < values[after]:
+            slope = (levels[after + 1] - levels[after]) / (values[after] - values[after + 1])
+            crossing = max(crossing, levels[after] - (limit - values[after]) * slope)
+        return float(crossing)
 
     def std_error_at(
         self, layer: str, sparsity: float, kind: str, *, refreshed: bool = False

@@ -19,12 +19,17 @@ KINDS = ("kl", "loss", "accuracy", "latency_ms")
 Series = tuple[tuple[float, float], ...]
 """Pairs of sparsity and value, sorted by sparsity."""
 
+Band = tuple[tuple[float, float, float], ...]
+"""Sparsity, lowest and highest value, sorted by sparsity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Curves:
     """Curves per kind and layer: ``curves.series["kl"]["conv1"]`` is a `Series`."""
 
     series: dict[str, dict[str, Series]] = field(default_factory=dict)
+    bands: dict[str, dict[str, Band]] = field(default_factory=dict)
+    """Where each point lies in 95 of 100 draws of other images: per kind and layer."""
 
     def of(self, kind: str, layer: str) -> Series:
         """Return one curve, empty when nothing of it was measured."""
@@ -42,20 +47,26 @@ class Curves:
         curve = self.of("latency_ms", layer)
         if len(curve) < 2 or curve[0][0] > 0:
             return None
-        bound = curve[0][1] * (1 - tolerance)
-        slow = [i for i, (_, ms) in enumerate(curve) if ms >= bound]
-        last = slow[-1]
-        if last == len(curve) - 1:
-            return None
-        (s0, ms0), (s1, ms1) = curve[last], curve[last + 1]
-        crossing = s0 + (s1 - s0) * (ms0 - bound) / (ms0 - ms1)
-        if last + 2 < len(curve):
-            # The curve is flat as long as the dense kernel is faster, and linear after that: the line through the next two levels,
-            # drawn on, finds the corner between two levels, which a straight line between them would cut.
-            s2, ms2 = curve[last + 2]
-            if ms2 < ms1:
-                crossing = max(crossing, s1 - (bound - ms1) * (s2 - s1) / (ms1 - ms2))
-        return crossing
+        # The table's own rule, so that page, figures and solver agree. Imported late: it brings torch, which is there once anything was measured.
+        from explorer.sensitivity import SensitivityPoint, SensitivityTable
+
+        points = [SensitivityPoint(layer, s, "latency_ms", ms) for s, ms in curve]
+        return SensitivityTable.from_points(points, layers=[layer]).break_even(layer, tolerance)
+
+    def bands_to_page(self, layers: Iterable[str]) -> dict[str, list[list[list[float]]]]:
+        """Return plain lists for the page: per kind, per layer of `layers`, `[sparsities, lowest, highest]`."""
+        names = list(layers)
+        return {
+            kind: [
+                [
+                    [s for s, _, _ in of.get(name, ())],
+                    [_short(low) for _, low, _ in of.get(name, ())],
+                    [_short(high) for _, _, high in of.get(name, ())],
+                ]
+                for name in names
+            ]
+            for kind, of in self.bands.items()
+        }
 
     def to_page(self, layers: Iterable[str]) -> dict[str, list[list[list[float]]]]:
         """Return plain lists for the page: per kind, per layer of `layers`, `[sparsities, values]`."""
@@ -79,6 +90,7 @@ class CurveBuilder:
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, dict[float, float]]] = {}
+        self._bands: dict[str, dict[str, dict[float, tuple[float, float]]]] = {}
 
     def add(self, point: Any) -> None:
         """Add a `SensitivityPoint`; unknown kinds and values that are no numbers are left out."""
@@ -87,6 +99,10 @@ class CurveBuilder:
         self._values.setdefault(point.kind, {}).setdefault(point.layer, {})[point.sparsity] = float(
             point.value
         )
+        band = self._bands.setdefault(point.kind, {}).setdefault(point.layer, {})
+        band.pop(point.sparsity, None)  # that of an earlier point is not this one's
+        if point.low is not None and point.high is not None:
+            band[point.sparsity] = (float(point.low), float(point.high))
 
     def count(self, kind: str) -> int:
         """Return how many points of `kind` are there."""
@@ -98,7 +114,15 @@ class CurveBuilder:
             {
                 kind: {layer: tuple(sorted(levels.items())) for layer, levels in layers.items()}
                 for kind, layers in self._values.items()
-            }
+            },
+            {
+                kind: {
+                    layer: tuple((level, low, high) for level, (low, high) in sorted(levels.items()))
+                    for layer, levels in layers.items()
+                }
+                for kind, layers in self._bands.items()
+                if any(layers.values())
+            },
         )
 
 

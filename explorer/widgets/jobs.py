@@ -64,9 +64,12 @@ class JobRunner:
     executor : concurrent.futures.Executor
     publisher : Publisher
         Carries the end of the job to the main thread.
+    slot : str
+        Of the publisher; runners that share one need slots of their own.
     """
 
-    def __init__(self, executor: Executor, publisher: Publisher) -> None:
+    def __init__(self, executor: Executor, publisher: Publisher, slot: str = "end") -> None:
+        self._slot = slot
         self._executor = executor
         self._publisher = publisher
         self.stop_event = threading.Event()
@@ -99,9 +102,9 @@ class JobRunner:
                 result = work(stop)
             except BaseException as error:  # noqa: BLE001 - whatever it is, the page must hear of it
                 caught = error
-                self._publisher.post("end", lambda: end(lambda: failed(caught)))
+                self._publisher.post(self._slot, lambda: end(lambda: failed(caught)))
             else:
-                self._publisher.post("end", lambda: end(lambda: finished(result)))
+                self._publisher.post(self._slot, lambda: end(lambda: finished(result)))
 
         self._executor.submit(run)
 

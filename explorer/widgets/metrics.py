@@ -25,7 +25,17 @@ class Metrics(StateView):
 
     _esm = assets.module("metrics")
     _css = assets.style("metrics")
-    watches = ("study", "layers", "distribution", "prediction", "feasible", "dense", "run")
+    watches = (
+        "study",
+        "layers",
+        "distribution",
+        "prediction",
+        "feasible",
+        "dense",
+        "run",
+        "trust",
+        "background",
+    )
 
     def make_view(self) -> dict[str, Any]:
         """Return the five tiles."""
@@ -176,6 +186,30 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         "note": "estimated from single layers;",
         "more": "a run recovers most of it",
         "tone": "quiet",
+        "badge": _badge(state),
+    }
+
+
+_VERDICTS = {
+    "agrees": ("good", "checked: agrees"),
+    "worse": ("warn", "checked: worse together"),
+    "better": ("good", "checked: better together"),
+}
+
+
+def _badge(state: ExplorerState) -> dict[str, str] | None:
+    """Return what became of the prediction when all layers were pruned at once; None when that is not measured."""
+    trust = state.trust
+    if trust is None:
+        return {"tone": "", "text": "checking …", "help": ""} if "prediction" in state.background else None
+    tone, text = _VERDICTS[trust.verdict]
+    what = "divergence" if trust.kind == "kl" else "increase of the loss"
+    error = f" ± {_digits(trust.std_error)}" if trust.std_error else ""
+    return {
+        "tone": tone,
+        "text": text,
+        "help": f"Before any training the layers' curves add up to a {what} of {_digits(trust.predicted)}; with all layers pruned at once it is "
+        f"{_digits(trust.measured)}{error} (nats). Within a factor of two counts as agreeing.",
     }
 
 

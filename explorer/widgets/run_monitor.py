@@ -47,10 +47,8 @@ class RunMonitor(StateView):
         return {
             "title": self._title(),
             "hint": self._hint(),
-            "startable": state.study is not None and not state.job.busy,
-            "why": f"{state.job.text} is going on"
-            if state.job.busy
-            else "Train the model while its weights are removed step by step",
+            "startable": state.study is not None and not state.job.busy and not state.provenance,
+            "why": self._why(),
             "paused": state.job.paused,
             "options": {"epochs": options.epochs},
             "plan": {"stabilise": options.stabilise, "ramp": options.ramp, "final": asked},
@@ -59,6 +57,14 @@ class RunMonitor(StateView):
             "predicted_ms": state.prediction.latency_ms if state.prediction is not None else None,
             "run": self._run(),
         }
+
+    def _why(self) -> str:
+        state = self.state
+        if state.provenance:
+            return "This network cannot be trained here: its weights and its data are not bundled, only what others measured of it"
+        if state.job.busy:
+            return f"{state.job.text} is going on"
+        return "Train the model while its weights are removed step by step"
 
     def _run(self) -> dict[str, Any] | None:
         run = self.state.run
@@ -99,6 +105,8 @@ class RunMonitor(StateView):
 
     def _hint(self) -> str:
         run = self.state.run
+        if self.state.provenance:
+            return f"{self._why()}."
         if run is not None and run.active and run.loss is not None:
             rate = f", learning rate {run.learning_rate:.3g}" if run.learning_rate is not None else ""
             return f"Training loss {run.loss:.3f}{rate}."

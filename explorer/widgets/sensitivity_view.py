@@ -20,7 +20,16 @@ class SensitivityView(StateView):
 
     _esm = assets.module("sensitivity_view", "chart")
     _css = assets.style("sensitivity_view")
-    watches = ("study", "curves", "selected", "job", "measured", "distribution")
+    watches = (
+        "study",
+        "curves",
+        "selected",
+        "job",
+        "measured",
+        "distribution",
+        "background",
+        "provenance",
+    )
     gestures = {
         "measure": lambda state, said: state.measure(int(said.get("images", DEFAULT_IMAGES))),
         "select": lambda state, said: state.select(str(said["layer"])),
@@ -28,11 +37,15 @@ class SensitivityView(StateView):
 
     curves = t.Dict().tag(sync=True)
     """Per kind and layer, `[sparsities, values]`."""
+    bands = t.Dict().tag(sync=True)
+    """Per kind and layer, `[sparsities, lowest, highest]`: what other images would give, 95 times of 100."""
 
     def refresh(self) -> None:
         """Make the view and the curves anew from the state."""
         super().refresh()
-        self.curves = self.state.curves.to_page(layer.name for layer in self.state.layers)
+        names = [layer.name for layer in self.state.layers]
+        self.curves = self.state.curves.to_page(names)
+        self.bands = self.state.curves.bands_to_page(names)
 
     def make_view(self) -> dict[str, Any]:
         """Return everything but the curves."""
@@ -46,5 +59,7 @@ class SensitivityView(StateView):
             else [],
             "ready": state.study is not None,
             "busy": state.job.busy,
-            "note": "measuring" if state.job.kind == "measure" else "",
+            "evens": [state.curves.break_even(layer.name) for layer in state.layers],
+            "note": "measuring" if state.job.kind == "measure" else state.background,
+            "provenance": state.provenance,
         }

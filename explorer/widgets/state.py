@@ -61,7 +61,10 @@ GRACE = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A model and data that the page offers. `model` and `data` are sources for `load_model` and `load_data`."""
+    """A model and data that the page offers.
+
+    `model` and `data` are sources for `load_model` and `load_data`; "replay:NAME" as the model, without data, is `explorer.Study.replay`.
+    """
 
     label: str
     model: str
@@ -71,7 +74,11 @@ class Choice:
 DEMO_CHOICES = (
     Choice("Fashion ResNet, bundled images", "demo:fashion-resnet", "demo:fashion"),
     Choice("Fashion ResNet, all of Fashion-MNIST", "demo:fashion-resnet", "fashion-mnist"),
+    Choice("ResNet-50 on ImageNet, published losses", "replay:resnet50-imagenet", ""),
+    Choice("MobileNetV1 on ImageNet, published losses", "replay:mobilenet-imagenet", ""),
 )
+
+_REPLAY = "replay:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,8 @@ def _open_study(choice: Choice) -> Any:
     """Load the model and data of a choice. In a function of its own because it imports torch, which takes seconds."""
     import explorer
 
+    if choice.model.startswith(_REPLAY):
+        return explorer.Study.replay(choice.model.removeprefix(_REPLAY))
     return explorer.Study(explorer.load_model(choice.model), explorer.load_data(choice.data))
 
 
@@ -181,6 +190,12 @@ class ExplorerState(t.HasTraits):
     """Settings for the next run."""
     run = t.Instance(RunRecord, allow_none=True, default_value=None)
     """The latest run."""
+    trust = t.Any(None)
+    """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
+    background = t.Unicode("")
+    """What is being measured while nothing else is asked for."""
+    provenance = t.Unicode("")
+    """Where losses come from that were not measured here; empty when they were."""
     package = t.Instance(Package, allow_none=True, default_value=None)
     """A file that waits to be taken by the page."""
     error = t.Unicode("")
@@ -206,6 +221,10 @@ class ExplorerState(t.HasTraits):
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer")
         self._publisher = Publisher(scheduler or DirectScheduler(), interval)
         self._jobs = JobRunner(self._executor, self._publisher)
+        self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
+        self._n_images = DEFAULT_IMAGES
+        self._is_refined = False
+        self._trusted: Any = None
         self._history: History[Any] = History()
         self._pruning: Any = None
         self._deadline: float | None = None
@@ -220,9 +239,13 @@ class ExplorerState(t.HasTraits):
         if study.table is not None:
             for point in study.table.points:
                 builder.add(point)
+        self._idle_jobs.stop()
         self.study = study
+        self.provenance = getattr(study, "provenance", None) or ""
         self.run = None
         self.error = ""
+        self._is_refined = False
+        self._trusted = self.trust = None
         self.dense = None
         self.measured = builder.count("kl") > 0 and builder.count("latency_ms") > 0
         self.layers = tuple(study.layers)
@@ -260,6 +283,7 @@ class ExplorerState(t.HasTraits):
     def measure(self, n_images: int = DEFAULT_IMAGES) -> None:
         """Measure the loss on `n_images` validation images and the latency of each layer, then solve for the target."""
         study = self._need_study()
+        self._n_images = n_images
         if n_images < 1:
             raise ExplorerError(f"The number of images is {n_images}; give at least 1.")
         self._start(
@@ -274,11 +298,15 @@ class ExplorerState(t.HasTraits):
         started = self._clock()
         shown = -math.inf
         done = 0
+        seen: set[tuple[str, float]] = set()
         # Predictions do not use refreshed BatchNorm statistics, so nobody is made to wait for them.
         total = study.n_sensitivity_cells(refresh_batchnorm=False)
         for point in study.sensitivity_points(n_images=n_images, stop=stop, refresh_batchnorm=False):
             builder.add(point)
-            if point.kind in ("kl", "latency_ms"):
+            # A divergence that comes again from more images is counted once, each pass of a latency every time.
+            cell = (point.layer, point.sparsity)
+            if point.kind == "latency_ms" or (point.kind == "kl" and cell not in seen):
+                seen.add(cell)
                 done += 1
                 left = (self._clock() - started) / done * max(0, total - done)
                 self._progress(done=min(done, total), total=total, seconds_left=left)
@@ -295,6 +323,8 @@ class ExplorerState(t.HasTraits):
             self._say("Measurement stopped; what was measured stays on the page.")
             return
         self.measured = True
+        self._is_refined = False
+        self._trusted = self.trust = None
         self._refresh_limits()
         self._refresh_prediction()
         self._say(f"Measured {len(study.layers)} layers.")
@@ -324,8 +354,10 @@ class ExplorerState(t.HasTraits):
             self.distribution = distribution
             self.origin = "mine"
             self._refresh_prediction()
+            self._settle()
         if final:
             self._remember()
+            self._settle(final=True)
 
     @_guarded
     def type_sparsity(self, name: str, text: str) -> None:
@@ -604,6 +636,9 @@ class ExplorerState(t.HasTraits):
                 f"{self.job.text or 'A job'} is still going on; stop it or let it finish first."
             )
         self.error = ""
+        # It shares the worker: what is asked for comes first.
+        self._idle_jobs.stop()
+        self.background = ""
         self.job = JobStatus(kind, text)
 
         def end(result: Any) -> None:
@@ -614,14 +649,81 @@ class ExplorerState(t.HasTraits):
                     finished(result)
                 except Exception as error:  # noqa: BLE001 - see `_guarded`
                     self.report(error)
+                self._settle(final=True)
 
         def failed(error: BaseException) -> None:
             self.job = IDLE
+            self._settle(final=True)
             if self.run is not None and self.run.active:
                 self.run = dataclasses.replace(self.run, status="failed")
             self.report(error)
 
         self._jobs.start(work, end, failed)
+
+    # What is measured while nothing is asked for
+
+    def _settle(self, *, final: bool = False) -> None:
+        """Note that the distribution may have changed; when it is `final` and the worker is free, measure what can be trusted of its prediction."""
+        if self.distribution != self._trusted:
+            self.trust = None
+        study = self.study
+        if not final or not self.measured or getattr(study, "data", None) is None or self._jobs.running:
+            return
+        if self._idle_jobs.running:
+            # Its end comes here again.
+            if self.distribution != self._trusted:
+                self._idle_jobs.stop()
+            return
+        distribution, n_images = self.distribution, self._n_images
+        if distribution != self._trusted:
+            self.background = "checking the prediction"
+            self._idle_jobs.start(
+                lambda stop: study.trust(distribution, n_images=n_images, stop=stop),
+                functools.partial(self._checked_trust, study, distribution),
+                self._background_failed,
+            )
+        elif not self._is_refined and self.origin == "solved":
+            self.background = "refining the curves"
+            self._idle_jobs.start(
+                lambda stop: self._refine(study, distribution, n_images, stop),
+                functools.partial(self._refined, study),
+                self._background_failed,
+            )
+
+    def _checked_trust(self, study: Any, distribution: Any, found: Any) -> None:
+        self.background = ""
+        if study is self.study and found is not None and distribution == self.distribution:
+            self._trusted, self.trust = distribution, found
+        self._settle(final=True)
+
+    def _refine(self, study: Any, distribution: Any, n_images: int, stop: threading.Event) -> bool:
+        """Measure a few more cells where the solver has read the curves, and tell whether that was finished."""
+        for _ in study.refine(len(study.layers), near=distribution, n_images=n_images, stop=stop):
+            self._stop_if_abandoned()
+        return not stop.is_set()
+
+    def _refined(self, study: Any, complete: bool) -> None:
+        self.background = ""
+        if study is not self.study:
+            self._settle(final=True)
+            return
+        self._is_refined = complete
+        builder = CurveBuilder()
+        for point in study.table.points:
+            builder.add(point)
+        with self.hold_trait_notifications():
+            self.curves = builder.curves()
+            self._refresh_prediction()
+        if complete:
+            self._say("Measured more levels where the curves bend; predictions are nearer for it.")
+        self._settle(final=True)
+
+    def _background_failed(self, error: BaseException) -> None:
+        """Say it in the log: nobody asked for it, so nobody is to be interrupted."""
+        self.background = ""
+        self._is_refined = True
+        self._trusted = self.distribution
+        self._say(f"A measurement in the background failed: {error}")
 
     def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:
         def show() -> None:
@@ -644,12 +746,14 @@ class ExplorerState(t.HasTraits):
         self.distribution = distribution
         self._refresh_prediction()
         self._remember()
+        self._settle(final=True)
 
     def _show(self, distribution: Any) -> None:
         if distribution is not None:
             self.distribution = distribution
             self.origin = "mine"
             self._refresh_prediction()
+            self._settle(final=True)
         self._refresh_undo()
 
     def _remember(self) -> None:

@@ -38,6 +38,9 @@ class Point:
     value: float
     refreshed: bool = False
     std_error: float | None = None
+    n_removed: int | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 class Distribution(Mapping[str, float]):
@@ -139,6 +142,8 @@ class FakeStudy:
     threads: int = 1
     batch_size: int = 1
     fail_at: int | None = None
+    together: float = 1.3
+    """How many times the sum of single layers it costs to prune them all at once."""
     levels: tuple[float, ...] = LEVELS
     table: Any = None
     dense_baseline: Any = None
@@ -228,6 +233,31 @@ class FakeStudy:
             speedup=self.dense_ms / latency, nnz=n_params - zeros, n_params=n_params, sparsity=zeros / n_params,
             size_bytes=4 * (n_params - zeros) + n_params // 8,
         )  # fmt: skip
+
+    def trust(
+        self, distribution: Mapping[str, float], *, n_images: int, stop: threading.Event | None = None
+    ) -> Any:
+        self.calls.append(("trust", distribution, n_images))
+        time.sleep(20 * self.pause_s)
+        if stop is not None and stop.is_set():
+            return None
+        predicted = self.predict(distribution).loss
+        return SimpleNamespace(
+            kind="kl", predicted=predicted, measured=self.together * predicted, std_error=0.01,
+            verdict="worse" if self.together > 2 else "agrees",
+        )  # fmt: skip
+
+    def refine(
+        self, n_cells: int, *, near: Mapping[str, float], n_images: int, stop: threading.Event | None = None
+    ) -> Iterator[Point]:
+        self.calls.append(("refine", near, n_cells))
+        new = [Point(layer.name, 0.93, "kl", self.kl(layer, 0.93)) for layer in self.layers[:n_cells]]
+        for point in new:
+            if stop is not None and stop.is_set():
+                return
+            time.sleep(self.pause_s)
+            self.table = SimpleNamespace(points=(*self.table.points, point))
+            yield point
 
     def prune(self, distribution: Distribution, *, epochs: float = 5, **options: Any) -> FakeRun:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))

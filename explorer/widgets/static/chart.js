@@ -10,7 +10,8 @@ const PAD = { left: 46, right: 14, top: 24, bottom: 38 };
  * spec.bands                [{ from, to, label, shade }] stretches of the x axis
  * spec.rules                [{ y, label, dash, colour }] horizontal lines
  * spec.lines                [{ points: [[x, y]], colour, width, dash, opacity, dots }]
- * spec.marks                [{ x, y, colour, r }]
+ * spec.areas                [{ points: [[x, low, high]], colour }] filled between two lines
+ * spec.marks                [{ x, y, colour, r, label, diamond, title }]
  * spec.name                 what a screen reader says
  */
 function chart(spec) {
@@ -50,6 +51,12 @@ function chart(spec) {
     if (rule.label)
       svg.append(draw("text", { x: rule.left ? pad.left + 4 : width - pad.right - 2, y: above ? at - 5 : at + 14, "text-anchor": rule.left ? "start" : "end", style: `fill:${rule.colour}`, class: "se-halo" }, rule.label));
   }
+  for (const area of spec.areas ?? []) {
+    if (area.points.length < 2) continue;
+    const edge = (points) => points.map(([px, py]) => place(px, py).map((v) => v.toFixed(1)).join(" ")).join("L");
+    const outline = `M${edge(area.points.map(([px, low]) => [px, low]))}L${edge(area.points.map(([px, , high]) => [px, high]).reverse())}Z`;
+    svg.append(draw("path", { d: outline, "fill-opacity": 0.16, stroke: "none", style: `fill:${area.colour}`, class: "se-area" }));
+  }
   for (const line of spec.lines ?? []) {
     if (!line.points.length) continue;
     const path = line.points.map(([px, py], i) => `${i ? "L" : "M"}${place(px, py).map((v) => v.toFixed(1)).join(" ")}`).join("");
@@ -63,6 +70,14 @@ function chart(spec) {
   }
   for (const mark of spec.marks ?? []) {
     const [cx, cy] = place(mark.x, mark.y);
+    if (mark.diamond) {
+      const shape = draw("path", { d: `M${cx} ${cy - 7}L${cx + 7} ${cy}L${cx} ${cy + 7}L${cx - 7} ${cy}Z`, "stroke-width": 2, class: "se-diamond", style: `fill:var(--se-card);stroke:${mark.colour}` });
+      const title = draw("title", {});
+      title.textContent = mark.title ?? "";
+      shape.append(title);
+      svg.append(shape);
+      continue;
+    }
     svg.append(draw("circle", { cx, cy, r: mark.r ?? 5, "stroke-width": 2, style: `fill:${mark.colour};stroke:var(--se-card)` }));
     if (mark.label) {
       const right = cx > width - 84;

@@ -7,14 +7,20 @@ function render({ model, el, signal }) {
   follow(model, ["view"], () => {
     const tiles = model.get("view").tiles ?? [];
     while (list.childElementCount < tiles.length)
-      list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" })));
+      list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" }), make("dd", { class: "se-badge", hidden: true })));
     tiles.forEach((tile, i) => {
-      const [label, big, note, more] = list.children[i].children;
+      const [label, big, note, more, badge] = list.children[i].children;
       say(label, tile.label);
       say(big.firstElementChild, tile.value);
       say(big.lastElementChild, tile.unit);
       say(note, tile.note);
       say(more, tile.more ?? "");
+      badge.hidden = !tile.badge;
+      if (tile.badge) {
+        say(badge, tile.badge.text);
+        setOne(badge, "data-tone", tile.badge.tone);
+        setOne(badge, "title", tile.badge.help || null);
+      }
       setOne(list.children[i], "data-tone", tile.tone);
       setOne(list.children[i], "title", tile.help);
       setOne(list.children[i], "data-key", tile.key);

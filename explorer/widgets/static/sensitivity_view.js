@@ -23,7 +23,8 @@ function render({ model, el, signal }) {
   const about = make("p", {});
   const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
   const legend = make("p", { class: "se-hint se-key" });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, images, measure)), plots, legend, empty);
+  const source = make("p", { class: "se-hint se-source", hidden: true });
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, images, measure)), plots, legend, source, empty);
 
   for (const figure of [left, right]) {
     const host = figure.lastElementChild;
@@ -35,7 +36,7 @@ function render({ model, el, signal }) {
     host.addEventListener("click", () => figure.near !== null && figure.near !== undefined && model.send({ do: "select", layer: figure.near }), { signal });
   }
 
-  follow(model, ["view", "curves"], update, signal);
+  follow(model, ["view", "curves", "bands"], update, signal);
 
   function update() {
     const view = model.get("view");
@@ -52,10 +53,13 @@ function render({ model, el, signal }) {
     images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
     say(note, view.note ?? "");
+    source.hidden = !view.provenance;
+    say(source, view.provenance ?? "");
+    images.hidden = Boolean(view.provenance);
     for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
     if (!any) return;
     const at = view.layers.indexOf(view.selected);
-    say(legend, at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution. Point at a line to see its layer; click to choose it.` : "");
+    say(legend, at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution${(model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? ", and a band where other images would put it, 95 times in 100" : ""}. A diamond marks the sparsity from which a layer gets faster. Point at a line to see its layer; click to choose it.` : "");
     paint(left, kind, curves, view);
     paint(right, "latency_ms", curves, view);
   }
@@ -82,8 +86,12 @@ function render({ model, el, signal }) {
     const at = view.sparsities?.[chosen];
     const here = chosen >= 0 && all[chosen] && at !== undefined ? between(all[chosen], at) : null;
     const marks = here === null || (what === "kl" && at === 0) ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
+    const even = what === "latency_ms" && chosen >= 0 ? view.evens?.[chosen] ?? null : null;
+    if (even !== null && all[chosen]) marks.push({ x: even, y: between(all[chosen], even), colour: "var(--se-accent)", diamond: true, title: `sparse is faster from ${words.percent(even, 0)} on` });
+    const band = (model.get("bands") ?? {})[what]?.[chosen];
+    const areas = !band || chosen < 0 ? [] : [{ points: band[0].map((s, k) => [s, shown(band[1][k]), shown(band[2][k])]).filter(([s]) => what !== "kl" || s > 0), colour: "var(--se-accent)" }];
     const x = what === "kl" ? { ...compression, domain: [0.4, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
-    const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, marks, name: `${figureTitle(what)}, one line a layer` };
+    const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, areas, marks, name: `${figureTitle(what)}, one line a layer` };
     const { svg, place } = chart(spec);
     host.replaceChildren(svg);
     figure.lines = lines;
