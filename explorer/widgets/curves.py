@@ -53,6 +53,20 @@ class Curves:
         points = [SensitivityPoint(layer, s, "latency_ms", ms) for s, ms in curve]
         return SensitivityTable.from_points(points, layers=[layer]).break_even(layer, tolerance)
 
+    @property
+    def harm_kind(self) -> str:
+        """What layers are coloured by: "kl" where it was measured, else "loss"; the latter as its increase over the dense network's."""
+        return "kl" if "kl" in self.series or "loss" not in self.series else "loss"
+
+    def harm_to_page(self, layers: Iterable[str]) -> list[list[list[float]]]:
+        """Return plain lists of what layers are coloured by: per layer `[sparsities, nats]`."""
+        page = []
+        for name in layers:
+            curve = self.of(self.harm_kind, name)
+            dense = curve[0][1] if curve and self.harm_kind == "loss" and curve[0][0] == 0 else 0.0
+            page.append([[s for s, _ in curve], [_short(max(0.0, value - dense)) for _, value in curve]])
+        return page
+
     def bands_to_page(self, layers: Iterable[str]) -> dict[str, list[list[list[float]]]]:
         """Return plain lists for the page: per kind, per layer of `layers`, `[sparsities, lowest, highest]`."""
         names = list(layers)

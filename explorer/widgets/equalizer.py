@@ -66,7 +66,7 @@ class Equalizer(StateView):
     edit = t.Int(0).tag(sync=True)
     """Number of the last edit of the page that was dealt with; set after `values`, so that the page knows what they answer."""
     curves = t.Dict().tag(sync=True)
-    """KL and latency per layer, for colours and words that follow the pointer without asking the kernel."""
+    """Harm (see `Curves.harm_kind`) and latency per layer, for colours and words that follow the pointer without asking the kernel."""
 
     def __init__(self, state: ExplorerState) -> None:
         super().__init__(state)
@@ -76,8 +76,9 @@ class Equalizer(StateView):
         """Make view, curves and values anew from the state."""
         state = self.state
         super().refresh()
-        pages = state.curves.to_page(layer.name for layer in state.layers)
-        self.curves = {kind: pages[kind] for kind in ("kl", "latency_ms") if kind in pages}
+        names = [layer.name for layer in state.layers]
+        pages = state.curves.to_page(names)
+        self.curves = {"harm": state.curves.harm_to_page(names), "latency_ms": pages.get("latency_ms", [])}
         if state.distribution is not None:
             self.values = [state.distribution[layer.name] for layer in state.layers]
 
@@ -99,6 +100,7 @@ class Equalizer(StateView):
                 }
                 for layer in state.layers
             ],
+            "harm": "KL" if state.curves.harm_kind == "kl" else "loss increase",
             "selected": state.selected,
             "origin": ORIGINS.get(state.origin, ""),
             "feasible": list(state.feasible),

@@ -184,7 +184,7 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         "label": "Accuracy, before training",
         "value": f"{100 * accuracy:.1f}",
         "note": "estimated from single layers;",
-        "more": "a run recovers most of it",
+        "more": "a run recovers most of it" if not state.provenance else "training recovers most of it",
         "tone": "quiet",
         "badge": _badge(state),
     }
@@ -209,7 +209,7 @@ def _badge(state: ExplorerState) -> dict[str, str] | None:
         "tone": tone,
         "text": text,
         "help": f"Before any training the layers' curves add up to a {what} of {_digits(trust.predicted)}; with all layers pruned at once it is "
-        f"{_digits(trust.measured)}{error} (nats). Within a factor of two counts as agreeing.",
+        f"{_digits(trust.measured)}{error} (nats). Within a factor of two counts as agreeing. Beyond it the curves still tell which layers mind most, but not what all of them together will cost.",
     }
 
 

@@ -19,7 +19,7 @@ class Notice(StateView):
 
     _esm = assets.module("notice")
     _css = assets.style("notice")
-    watches = ("job", "error", "facts", "study", "measured", "run", "distribution")
+    watches = ("job", "error", "facts", "study", "measured", "run", "distribution", "provenance")
     gestures = {
         "stop": lambda state, _: state.stop(),
         "pause": lambda state, _: state.pause(),
@@ -64,6 +64,8 @@ class Notice(StateView):
             )
         if not state.measured:
             return "Next: measure how each layer reacts to pruning."
+        if state.provenance:
+            return "Next: drag the bars or solve for a speed-up. What others measured of this network can be explored, but not trained."
         return "Next: drag the bars or solve for a speed-up, then start pruning."
 
 

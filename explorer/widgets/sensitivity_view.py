@@ -27,7 +27,6 @@ class SensitivityView(StateView):
         "job",
         "measured",
         "distribution",
-        "background",
         "provenance",
     )
     gestures = {
@@ -37,6 +36,8 @@ class SensitivityView(StateView):
 
     curves = t.Dict().tag(sync=True)
     """Per kind and layer, `[sparsities, values]`."""
+    harm: t.List[Any] = t.List().tag(sync=True)
+    """Per layer `[sparsities, nats]`: what lines are coloured by."""
     bands = t.Dict().tag(sync=True)
     """Per kind and layer, `[sparsities, lowest, highest]`: what other images would give, 95 times of 100."""
 
@@ -45,6 +46,7 @@ class SensitivityView(StateView):
         super().refresh()
         names = [layer.name for layer in self.state.layers]
         self.curves = self.state.curves.to_page(names)
+        self.harm = self.state.curves.harm_to_page(names)
         self.bands = self.state.curves.bands_to_page(names)
 
     def make_view(self) -> dict[str, Any]:
@@ -60,6 +62,6 @@ class SensitivityView(StateView):
             "ready": state.study is not None,
             "busy": state.job.busy,
             "evens": [state.curves.break_even(layer.name) for layer in state.layers],
-            "note": "measuring" if state.job.kind == "measure" else state.background,
+            "note": "measuring" if state.job.kind == "measure" else "",
             "provenance": state.provenance,
         }

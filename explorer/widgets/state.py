@@ -247,7 +247,9 @@ class ExplorerState(t.HasTraits):
         self._is_refined = False
         self._trusted = self.trust = None
         self.dense = None
-        self.measured = builder.count("kl") > 0 and builder.count("latency_ms") > 0
+        self.measured = (builder.count("kl") > 0 or builder.count("loss") > 0) and builder.count(
+            "latency_ms"
+        ) > 0
         self.layers = tuple(study.layers)
         self.curves = builder.curves()
         self.selected = self.layers[0].name

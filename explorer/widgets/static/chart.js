@@ -55,7 +55,7 @@ function chart(spec) {
     if (area.points.length < 2) continue;
     const edge = (points) => points.map(([px, py]) => place(px, py).map((v) => v.toFixed(1)).join(" ")).join("L");
     const outline = `M${edge(area.points.map(([px, low]) => [px, low]))}L${edge(area.points.map(([px, , high]) => [px, high]).reverse())}Z`;
-    svg.append(draw("path", { d: outline, "fill-opacity": 0.16, stroke: "none", style: `fill:${area.colour}`, class: "se-area" }));
+    svg.append(draw("path", { d: outline, "fill-opacity": 0.16, stroke: "none", style: `fill:${area.colour}`, class: "se-uncertain" }));
   }
   for (const line of spec.lines ?? []) {
     if (!line.points.length) continue;

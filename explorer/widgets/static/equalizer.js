@@ -45,9 +45,10 @@ function render({ model, el, signal }) {
   typed.addEventListener("change", commitTyped, { signal });
 
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
+  const rampName = make("span", {}, "Colour: KL at this sparsity");
   const legend = make("div", { class: "se-foot" },
     make("span", {}, "Width: share of dense time"),
-    make("span", { class: "se-rampline" }, "Colour: KL at this sparsity", make("em", {}, "0.003"), ramp, make("em", {}, "3")),
+    make("span", { class: "se-rampline" }, rampName, make("em", {}, "0.003"), ramp, make("em", {}, "3")),
     make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
     make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), "uniform at about the same latency"),
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
@@ -55,6 +56,7 @@ function render({ model, el, signal }) {
 
   let values = [];
   let layers = [];
+  let harmName = "KL"; // what bars are coloured by
   let active = -1;
   let dragging = -1;
   let sentAt = 0;
@@ -114,6 +116,8 @@ function render({ model, el, signal }) {
 
   function repaint() {
     const curves = model.get("curves");
+    harmName = model.get("view").harm ?? "KL";
+    say(rampName, `Colour: ${harmName} at this sparsity`);
     layers.forEach((_, i) => paint(i, curves));
     tell();
   }
@@ -125,12 +129,12 @@ function render({ model, el, signal }) {
     const name = names.children[i];
     if (!bar || values[i] === undefined) return;
     const value = values[i];
-    const kl = between(curves.kl?.[i], value);
+    const harm = between(curves.harm?.[i], value);
     const ms = between(curves.latency_ms?.[i], value);
     const grow = Math.max(layer.share ?? 1 / layers.length, 0.004);
     bar.style.flexGrow = name.style.flexGrow = grow;
     bar.style.setProperty("--se-at", value);
-    bar.style.setProperty("--se-colour", rampColour(tone(kl)));
+    bar.style.setProperty("--se-colour", rampColour(tone(harm)));
     setOne(bar, "data-locked", layer.locked ? "yes" : null);
     setOne(bar, "data-active", i === active ? "yes" : null);
     setOne(name, "data-active", i === active ? "yes" : null);
@@ -144,7 +148,7 @@ function render({ model, el, signal }) {
       tabindex: i === active ? 0 : -1,
       "aria-label": layer.label,
       "aria-valuenow": Number((100 * value).toFixed(1)),
-      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, kl === null ? "" : `KL ${words.small(kl)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
+      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, harm === null ? "" : `${harmName} ${words.small(harm)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
       "aria-disabled": layer.locked ? "true" : null,
     });
   }
@@ -165,10 +169,10 @@ function render({ model, el, signal }) {
   function story(i) {
     const curves = model.get("curves");
     const [dense, ms] = [between(curves.latency_ms?.[i], 0), between(curves.latency_ms?.[i], values[i])];
-    const kl = between(curves.kl?.[i], values[i]);
+    const harm = between(curves.harm?.[i], values[i]);
     const parts = [];
     if (dense !== null && ms !== null) parts.push(`${words.ms(dense)} → ${words.ms(ms)} ms`);
-    if (kl !== null) parts.push(`KL ${words.small(kl)}`);
+    if (harm !== null) parts.push(`${harmName} ${words.small(harm)}`);
     parts.push(`${words.count(Math.round(layers[i].n_params * (1 - values[i])))} of ${words.count(layers[i].n_params)} weights stay`);
     return parts.join(" · ");
   }

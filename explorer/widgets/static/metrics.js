@@ -7,7 +7,7 @@ function render({ model, el, signal }) {
   follow(model, ["view"], () => {
     const tiles = model.get("view").tiles ?? [];
     while (list.childElementCount < tiles.length)
-      list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" }), make("dd", { class: "se-badge", hidden: true })));
+      list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" }), make("dd", { class: "se-badge" })));
     tiles.forEach((tile, i) => {
       const [label, big, note, more, badge] = list.children[i].children;
       say(label, tile.label);
@@ -15,7 +15,9 @@ function render({ model, el, signal }) {
       say(big.lastElementChild, tile.unit);
       say(note, tile.note);
       say(more, tile.more ?? "");
-      badge.hidden = !tile.badge;
+      // Where a badge may come its place is kept: the page must not move under a hand that drags a bar.
+      badge.hidden = tile.key !== "accuracy";
+      badge.style.visibility = tile.badge ? "visible" : "hidden";
       if (tile.badge) {
         say(badge, tile.badge.text);
         setOne(badge, "data-tone", tile.badge.tone);

@@ -52,6 +52,8 @@ function render({ model, el, signal }) {
     setOne(measure, "class", any ? null : "se-primary");
     images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
+    if (any && !(kind in curves)) kind = Object.keys(KINDS).find((key) => key in curves) ?? kind;
+    for (const choice of seg.children) choice.hidden = !(choice.dataset.kind in curves);
     say(note, view.note ?? "");
     source.hidden = !view.provenance;
     say(source, view.provenance ?? "");
@@ -69,12 +71,13 @@ function render({ model, el, signal }) {
     const width = Math.max(240, host.clientWidth);
     const all = curves[what] ?? [];
     const chosen = view.layers.indexOf(view.selected);
+    const from = what === "kl" ? 0.4 : 0; // of the x axis
     const shown = what === "kl" ? (v) => Math.max(v, 1e-4) : what === "accuracy" ? (v) => 100 * v : (v) => v;
     const values = all.flatMap((curve) => curve[1]).map(shown);
     const y = axis(what, values);
     const line = (curve, i) => ({
-      points: curve[0].map((s, k) => [s, shown(curve[1][k])]).filter(([s]) => what !== "kl" || s > 0),
-      colour: i === chosen ? "var(--se-accent)" : rampColour(tone(between(curves.kl?.[i], 0.9))),
+      points: curve[0].map((s, k) => [s, shown(curve[1][k])]).filter(([s]) => s >= from),
+      colour: i === chosen ? "var(--se-accent)" : rampColour(tone(between(model.get("harm")?.[i], 0.9))),
       width: i === chosen ? 2.8 : 1.5,
       opacity: i === chosen ? 1 : 0.8,
       dots: i === chosen ? 2.8 : curve[0].length < 5 ? 2.2 : 0,
@@ -85,12 +88,12 @@ function render({ model, el, signal }) {
     lines.sort((a, b) => a.width - b.width);
     const at = view.sparsities?.[chosen];
     const here = chosen >= 0 && all[chosen] && at !== undefined ? between(all[chosen], at) : null;
-    const marks = here === null || (what === "kl" && at === 0) ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
+    const marks = here === null || at < from ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
     const even = what === "latency_ms" && chosen >= 0 ? view.evens?.[chosen] ?? null : null;
-    if (even !== null && all[chosen]) marks.push({ x: even, y: between(all[chosen], even), colour: "var(--se-accent)", diamond: true, title: `sparse is faster from ${words.percent(even, 0)} on` });
+    if (even !== null && all[chosen]?.[0]?.length) marks.push({ x: even, y: between(all[chosen], even), colour: "var(--se-accent)", diamond: true, title: `sparse is faster from ${words.percent(even, 0)} on` });
     const band = (model.get("bands") ?? {})[what]?.[chosen];
-    const areas = !band || chosen < 0 ? [] : [{ points: band[0].map((s, k) => [s, shown(band[1][k]), shown(band[2][k])]).filter(([s]) => what !== "kl" || s > 0), colour: "var(--se-accent)" }];
-    const x = what === "kl" ? { ...compression, domain: [0.4, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
+    const areas = !band || chosen < 0 ? [] : [{ points: band[0].map((s, k) => [s, shown(band[1][k]), shown(band[2][k])]).filter(([s]) => s >= from), colour: "var(--se-accent)" }];
+    const x = what === "kl" ? { ...compression, domain: [from, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
     const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, areas, marks, name: `${figureTitle(what)}, one line a layer` };
     const { svg, place } = chart(spec);
     host.replaceChildren(svg);
