@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from explorer.bench import command
-from explorer.bench.scan import _naive, compare_scans
+from explorer.bench.scan import _Naive, compare_scans
 from explorer.sensitivity import measure_loss
 
 
@@ -39,7 +39,8 @@ def test_both_scans_give_the_same_numbers_for_every_layer_and_level() -> None:
 def test_the_comparison_is_not_blind() -> None:
     """What it compares differs from layer to layer and from level to level."""
     inputs = torch.randn(40, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    naive = _naive(network(), inputs, ["0", "3", "5"], (0.5, 0.9))
+    one = _Naive(network(), inputs)
+    naive = {(name, level): one.measure(name, level) for name in ("0", "3", "5") for level in (0.5, 0.9)}
     assert len({round(value, 6) for value in naive.values()}) == 6
     assert min(naive.values()) > 1e-4
     points = measure_loss(network(), (inputs, None), levels=(0.9,), n_images=40, refresh_batchnorm=False)
