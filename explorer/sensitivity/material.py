@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from explorer.errors import DataError, ModelError
 from explorer.models import PrunableLayer, prunable_layers
+from explorer.sensitivity.units import Unit, units_of
 
 __all__ = ["MIN_IMAGES", "Criterion", "LabelledData", "Material", "choose_layers", "take_material"]
 
@@ -43,6 +44,8 @@ class Material:
         The caller's; never changed.
     layers : tuple of PrunableLayer
         To be measured.
+    units : tuple of Unit
+        What of them is pruned as one.
     inputs : Tensor, (N, ...)
     labels : Tensor, (N, ...) int64, or None
     calibration : Tensor, (M, ...)
@@ -53,6 +56,7 @@ class Material:
 
     module: nn.Module
     layers: tuple[PrunableLayer, ...]
+    units: tuple[Unit, ...]
     inputs: Tensor
     labels: Tensor | None
     calibration: Tensor
@@ -65,6 +69,8 @@ def take_material(
     n_images: int,
     layers: Iterable[str | PrunableLayer] | None = None,
     criterion: Criterion | None = None,
+    *,
+    channels: bool = False,
 ) -> Material:
     """Choose images and layers; see `explorer.sensitivity.measure_loss` for what is accepted.
 
@@ -80,7 +86,9 @@ def take_material(
         raise DataError(
             "A criterion compares outputs with labels, and the data have none. Pass labels, or leave the criterion out."
         )
-    return Material(module, choose_layers(module, inputs[:1], layers), inputs, labels, calibration, criterion)
+    chosen = choose_layers(module, inputs[:1], layers)
+    units = units_of(module, inputs[:1], chosen, channels=channels)
+    return Material(module, chosen, units, inputs, labels, calibration, criterion)
 
 
 def choose_layers(

@@ -20,14 +20,13 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.errors import DataError, ModelError
-from explorer.masks import magnitude_mask
 from explorer.sensitivity.cache import scan_key
 from explorer.sensitivity.estimates import MIN_DRAWN, Estimate, Resampler
 from explorer.sensitivity.material import Material
 from explorer.sensitivity.points import SensitivityPoint
 from explorer.sensitivity.replay import PrefixReplay
 
-__all__ = ["Cell", "Sample", "Scan", "removed_energy"]
+__all__ = ["Cell", "Sample", "Scan"]
 
 BATCH_SIZE = 125
 # A criterion says one thing of a batch, so that its error can only be had from several batches.
@@ -127,7 +126,7 @@ class Scan:
         self._module.eval().requires_grad_(False)
         self._criterion = material.criterion
         self._stop = stop
-        self._names = [layer.name for layer in material.layers]
+        self._units = {unit.name: unit for unit in material.units}
         self._inputs, self._all_labels = material.inputs, material.labels
         calibration = material.calibration
         if self._inputs.ndim == 4:
@@ -208,7 +207,7 @@ class Scan:
             self._module,
             (self._inputs, self._all_labels, *self._calibration),
             answers,
-            f"labels {self._all_labels is not None}",
+            f"labels {self._all_labels is not None} {list(self._units.values()) if any(unit.channels for unit in self._units.values()) else ''}",
         )
 
     @property
@@ -267,7 +266,11 @@ class Scan:
                 return self.cell(self._sampled(name, level, range(len(self._dense))))
             if not self._calibration_recorded:
                 self._record_calibration()
-            with torch.inference_mode(), self._pruned(name, level) as removed, self._refreshed(name):
+            with (
+                torch.inference_mode(),
+                self._units[name].pruned(self._module, level) as removed,
+                self._refreshed(name),
+            ):
                 where = f"with layer {name!r} at sparsity {level} and BatchNorm refreshed"
                 batches = range(len(self._dense))
                 outputs = self._outputs(self._start[name], batches)
@@ -283,7 +286,7 @@ class Scan:
             return None
 
     def _sampled(self, name: str, level: float, batches: range) -> Sample:
-        with torch.inference_mode(), self._pruned(name, level) as (energy, n_removed):
+        with torch.inference_mode(), self._units[name].pruned(self._module, level) as (energy, n_removed):
             outputs = self._outputs(self._start[name], batches)
             if n_removed:
                 self._check_influence(name, outputs, batches)
@@ -299,7 +302,8 @@ class Scan:
                 self._record_calibration()
             with torch.inference_mode(), ExitStack() as restored:
                 n_removed = sum(
-                    restored.enter_context(self._pruned(name, distribution[name]))[1] for name in names
+                    restored.enter_context(self._units[name].pruned(self._module, distribution[name]))[1]
+                    for name in names
                 )
                 if refreshed and names:
                     restored.enter_context(self._refreshed(min(names, key=self._first_use.__getitem__)))
@@ -323,21 +327,6 @@ class Scan:
             self._check_stop()
             outputs.append(self._replay.run_from(start, key, self._images[key]))
         return outputs
-
-    def _weight(self, name: str) -> Tensor:
-        return self._module.get_submodule(name).get_parameter("weight")
-
-    @contextmanager
-    def _pruned(self, name: str, level: float) -> Iterator[tuple[float, int]]:
-        """Prune a layer for a while; gives the removed share of squared weights and the number of removed non-zero weights."""
-        weight = self._weight(name)
-        saved = weight.detach().clone()
-        removed = saved.masked_fill(magnitude_mask(saved, level), 0.0)
-        try:
-            weight.detach().masked_fill_(removed != 0, 0.0)
-            yield _share(removed, saved), int(torch.count_nonzero(removed))
-        finally:
-            weight.detach().copy_(saved)
 
     @contextmanager
     def _refreshed(self, name: str) -> Iterator[None]:
@@ -375,8 +364,8 @@ class Scan:
         Two proofs serve all layers: a pass in which every weight is spoiled until the call that is said to see it first, and from each start a
         shortened pass after other images have gone through the network. Layers for which they fail are tried one by one.
         """
-        for name in self._names:
-            self._first_use[name] = self._replay.first_use(self._weight(name))
+        for name, unit in self._units.items():
+            self._first_use[name] = min(map(self._replay.first_use, unit.weights(self._module)))
         self._replay.choose(list(self._first_use.values()))
         slack = 1e-6 * float(dense.abs().max())
 
@@ -402,7 +391,7 @@ class Scan:
                 if is_first:
                     proven = same[start]
                 else:
-                    with self._pruned(name, _TRIAL_SPARSITY):
+                    with self._units[name].pruned(self._module, _TRIAL_SPARSITY):
                         full, short = self._module(few), self._replay.run_from(start, trial, few)
                     proven = same[start] and alike(full, short)
                 self._start[name] = start if proven else 0
@@ -410,20 +399,19 @@ class Scan:
 
     def _spoiled_until_first_use(self, few: Tensor, dense: Tensor) -> bool:
         """Tell whether the network's answers stay the same when each weight is nonsense until its first use is said to begin."""
-        saved: dict[str, Tensor] = {}
-        waiting: dict[int, list[str]] = {}
+        waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
         def restore(call: int) -> None:
-            for name in waiting.pop(call, ()):
-                self._weight(name).detach().copy_(saved.pop(name))
+            for weight, saved in waiting.pop(call, ()):
+                weight.detach().copy_(saved)
 
         try:
-            for name, first in self._first_use.items():
-                saved[name] = self._weight(name).detach().clone()
-                waiting.setdefault(first, []).append(name)
-                # Cheap, and unlike the weight in every element.
-                weight = self._weight(name).detach()
-                weight.mul_(-7.0).add_(weight.abs().max() + 1.0)
+            for unit in self._units.values():
+                for weight in unit.weights(self._module):
+                    first = self._replay.first_use(weight)
+                    waiting.setdefault(first, []).append((weight, weight.detach().clone()))
+                    # Cheap, and unlike the weight in every element.
+                    weight.detach().mul_(-7.0).add_(weight.detach().abs().max() + 1.0)
             return torch.equal(dense, self._replay.run_watched(few, restore))
         finally:
             for call in list(waiting):
@@ -436,7 +424,7 @@ class Scan:
         ):
             self._matter.add(name)
             return
-        weight, few = self._weight(name), self._few()
+        weight, few = self._units[name].weights(self._module)[0], self._few()
         saved = weight.detach().clone()
         before = self._module(few)
         try:
@@ -521,18 +509,6 @@ class Scan:
             for kind, each in sample.values.items()
         }
         return Cell(estimates, sample.removed_energy, sample.n_removed)
-
-
-def removed_energy(weight: Tensor, level: float) -> tuple[float, int]:
-    """Return the share of a weight's squares that pruning by magnitude to `level` removes, and how many non-zero weights."""
-    dense = weight.detach()
-    removed = dense.masked_fill(magnitude_mask(dense, level), 0.0)
-    return _share(removed, dense), int(torch.count_nonzero(removed))
-
-
-def _share(removed: Tensor, dense: Tensor) -> float:
-    total = float(dense.double().square().sum())
-    return float(removed.double().square().sum()) / total if total > 0 else 0.0
 
 
 def default_memory_limit() -> int:

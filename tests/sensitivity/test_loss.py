@@ -562,6 +562,86 @@ def test_single_cells_are_those_of_the_whole_scan() -> None:
         measure_loss(net, data, cells=[("stern", 0.5)])
 
 
+# ---- channels
+
+
+class Stage(nn.Module):
+    """A residual stage: stem and both second convolutions share their channels."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.a = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(4)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for _ in range(4)])
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        for i in (0, 2):
+            y = torch.relu(self.norms[i](self.a[i](x)))
+            x = torch.relu(x + self.norms[i + 1](self.a[i + 1](y)))
+        return self.fc(x.mean((2, 3))) * 6
+
+
+def without_channels(net: Stage, layers: tuple[str, ...], norms: tuple[str, ...], n: int) -> nn.Module:
+    """Remove the n weakest channels by hand."""
+    strength = np.zeros(12)
+    for name in layers:
+        squares = (net.get_submodule(name).weight.detach().double() ** 2).reshape(12, -1).sum(1).numpy()
+        strength += squares / squares.mean()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for channel in np.argsort(strength, kind="stable")[:n]:
+            for name in (*layers, *norms):
+                for value in other.get_submodule(name).parameters(recurse=False):
+                    value[channel] = 0
+    return other
+
+
+def test_channels_that_layers_share_are_removed_from_all_of_them() -> None:
+    torch.manual_seed(0)
+    net, (x, y) = Stage().eval(), some_data()
+    with torch.no_grad():
+        for norm in [net.bn, *net.norms]:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+    points = list(measure_loss(net, (x, y), levels=(0.5, 0.75), n_images=60, structure="channels"))
+    cells = {(p.layer, p.sparsity, p.kind, p.refreshed): p for p in points}
+    groups = {
+        "stem": (("stem", "a.1", "a.3"), ("bn", "norms.1", "norms.3")),
+        "a.0": (("a.0",), ("norms.0",)),
+        "a.2": (("a.2",), ("norms.2",)),
+    }
+    assert {key[0] for key in cells} == {*groups}
+    for name, (layers, norms) in groups.items():
+        for level, n in ((0.5, 6), (0.75, 9)):
+            for kind, value in naive(net, without_channels(net, layers, norms, n), x, y).items():
+                assert cells[name, level, kind, False].value == pytest.approx(value, abs=1e-5), (name, level)
+        sizes = [net.get_submodule(layer).weight[0].numel() for layer in layers]
+        assert cells[name, 0.5, "kl", False].n_removed == 6 * sum(sizes)
+    assert cells["stem", 0.5, "kl", False].value > 1e-3
+    assert cells["stem", 0.5, "kl", True].value != cells["stem", 0.5, "kl", False].value
+
+
+def test_a_group_is_meant_by_any_of_its_layers() -> None:
+    torch.manual_seed(0)
+    net, data = Stage().eval(), some_data()
+    points = measure_loss(net, data, levels=(0.5,), n_images=60, structure="channels", layers=["a.3"])
+    assert {p.layer for p in points} == {"stem"}
+    points = measure_loss(net, data, cells=[("a.1", 0.5)], n_images=60, structure="channels")
+    assert {(p.layer, p.sparsity) for p in points} == {("stem", 0.0), ("stem", 0.5)}
+
+
+def test_channels_that_cannot_be_removed_are_refused() -> None:
+    net, data = Stage().eval(), some_data()
+    with pytest.raises(ModelError, match="No channels of fc can be removed"):
+        measure_loss(net, data, layers=["fc"], structure="channels")
+    with pytest.raises(DistributionError, match="'weights' or 'channels'"):
+        measure_loss(net, data, structure="blocks")
+    with pytest.raises(DistributionError, match="leave 'fisher' out"):
+        measure_loss(net, data, structure="channels", kinds=("kl", "fisher"))
+
+
 # ---- all layers at once
 
 

@@ -61,7 +61,7 @@ def test_a_module_that_remembers_other_images_is_found_out() -> None:
 def test_all_layers_of_a_residual_network_run_from_where_they_are() -> None:
     net = architectures.resnet18().eval()
     scan = prepared(net, (torch.randn(16, 3, 64, 64), None))
-    starts = [scan._start[name] for name in scan._names]
+    starts = [scan._start[name] for name in scan._units]
     assert starts == sorted(starts)
     assert sum(start == 0 for start in starts) <= 1
 
