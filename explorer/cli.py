@@ -289,6 +289,8 @@ def _sensitivity(options: argparse.Namespace) -> int:
         print("\nKullback-Leibler divergence from the dense outputs, nats")
         _print_levels(table, "kl", "{:.4f}")
         print(stability(table).hint(images))
+        print("\nEach layer at 90 %")
+        print(table.summary(0.9, "kl"))
     if "fisher" in kinds:
         print("\nSecond-order estimate of the increase of the loss, nats")
         _print_levels(table, "fisher", "{:.4f}")

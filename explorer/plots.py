@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from explorer.errors import DistributionError, EngineError
-from explorer.sensitivity import SensitivityTable, ranking
+from explorer.sensitivity import SensitivityPoint, SensitivityTable, ranking
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,7 +41,7 @@ def sensitivity(
 ) -> Figure:
     """Draw each layer's sensitivity, and beside it its latency if it was measured.
 
-    Curves: raw points are markers, with standard errors where known; lines are the monotone curves that the solver reads, and a diamond on the latency marks
+    Curves: raw points are markers, with the band in which other images would put them 95 times of 100, or their standard errors, where known; lines are the monotone curves that the solver reads, and a diamond on the latency marks
     the sparsity from which the sparse kernel is faster than the dense one. A layer has the same colour on both sides, and hides on both with a click on
     its name. Heat map: layers from top to bottom, sparsities from left to right. Bars: layers at one sparsity, the most sensitive on top; those at which
     pruning removed nothing are hatched, since their value says nothing.
@@ -121,12 +121,21 @@ def sensitivity(
                 row=1,
                 col=column,
             )
-            errors = [point.std_error or 0.0 for point in raw]
+            # The band where it is known: divergences have long tails, and standard errors reach below zero.
+            above = [_reach(point, point.high) for point in raw]
+            below = [_reach(point, point.low) for point in raw]
             figure.add_trace(
                 go.Scatter(
                     x=[point.sparsity for point in raw],
                     y=[point.value for point in raw],
-                    error_y={"type": "data", "array": errors, "visible": any(errors), "thickness": 1},
+                    error_y={
+                        "type": "data",
+                        "symmetric": False,
+                        "array": above,
+                        "arrayminus": below,
+                        "visible": any(above) or any(below),
+                        "thickness": 1,
+                    },
                     mode="markers",
                     marker={"color": line["color"], "size": 5},
                     name=name,
@@ -162,6 +171,10 @@ def sensitivity(
         template="plotly_white", legend_title_text="Layer", margin={"t": 30, "r": 10, "b": 50, "l": 60}
     )
     return figure
+
+
+def _reach(point: SensitivityPoint, edge: float | None) -> float:
+    return abs(edge - point.value) if edge is not None else point.std_error or 0.0
 
 
 def _heatmap(table: SensitivityTable, kind: str, *, refreshed: bool) -> Figure:

@@ -14,6 +14,7 @@ from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, Se
 from explorer.sensitivity.published import PUBLISHED, published
 from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
 from explorer.sensitivity.refine import refinement
+from explorer.sensitivity.summary import LayerSummary, Summary, summary
 from explorer.sensitivity.table import SensitivityTable
 from explorer.sensitivity.tasks import worker_pool
 
@@ -24,11 +25,13 @@ __all__ = [
     "PUBLISHED",
     "WHOLE_NETWORK",
     "JointLoss",
+    "LayerSummary",
     "RankedLayer",
     "RayExecutor",
     "SensitivityPoint",
     "SensitivityTable",
     "Stability",
+    "Summary",
     "from_csv",
     "from_frame",
     "from_parquet",
@@ -39,5 +42,6 @@ __all__ = [
     "ranking",
     "refinement",
     "stability",
+    "summary",
     "worker_pool",
 ]

@@ -24,6 +24,8 @@ from explorer.sensitivity.points import KINDS, WHOLE_NETWORK, SensitivityPoint
 if TYPE_CHECKING:
     import pandas as pd
 
+    from explorer.sensitivity.summary import Summary
+
 _FORMAT = "sparsity-explorer/sensitivity"
 _FORMAT_VERSION = 1
 # Loss-like values can only rise with sparsity, these can only fall.
@@ -436,6 +438,12 @@ class SensitivityTable:
             return None
         misses = (wholes - model[0] - model[1] * sums) / np.maximum(wholes, 1e-9)
         return float(np.sqrt(np.mean(misses**2)))
+
+    def summary(self, sparsity: float = 0.9, kind: str | None = None, *, refreshed: bool = False) -> Summary:
+        """Return every layer at one sparsity at a glance, see `explorer.sensitivity.summary.summary`; printed, an aligned text."""
+        from explorer.sensitivity.summary import summary
+
+        return summary(self, sparsity, kind, refreshed=refreshed)
 
     # New tables from old
 

@@ -505,6 +505,53 @@ def test_other_precision_than_the_data_is_explained() -> None:
         next(iter(measure_loss(a_network().double(), some_data())))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_network_in_another_precision_is_refused_with_a_way_out(dtype: torch.dtype) -> None:
+    x, y = some_data()
+    with pytest.raises(ModelError, match=r"pass model\.float\(\)"):
+        measure_loss(a_network().to(dtype), (x.to(dtype), y))
+
+
+def test_a_network_elsewhere_than_on_the_cpu_is_refused_with_a_way_out() -> None:
+    with pytest.raises(ModelError, match=r"on device 'meta'.*pass model\.cpu\(\)"):
+        measure_loss(a_network().to("meta"), some_data())
+
+
+def test_networks_that_take_or_return_several_things_are_told_how_to_be_wrapped() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+            return {"logits": self.fc(x if mask is None else x * mask)}
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Several()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x, x != 0)["logits"]
+
+    x, y = torch.randn(40, 8), torch.randint(0, 5, (40,))
+    for inputs in ({"x": x, "mask": x != 0}, (x, x != 0), [x]):
+        with pytest.raises(DataError, match="needs a module around it"):
+            measure_loss(Several(), (inputs, y))
+    with pytest.raises(ModelError, match="it returned dict"):
+        list(measure_loss(Several(), (x, y)))
+    assert len(list(measure_loss(One(), (x, y), levels=(0.5,), refresh_batchnorm=False))) == 8
+
+
+def test_token_numbers_are_inputs_too() -> None:
+    net = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.Linear(30, 4)).eval()
+    x, y = torch.randint(0, 20, (40, 5)), torch.randint(0, 4, (40,))
+    cells = scan(net, (x, y), n_images=40)
+    assert cells["2", 0.9, "kl", False].value == pytest.approx(
+        naive(net, pruned_copy(net, "2", 0.9), x, y)["kl"], abs=1e-6
+    )
+
+
 def test_a_weight_without_influence_is_never_called_robust() -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:
