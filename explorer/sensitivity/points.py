@@ -36,8 +36,11 @@ class SensitivityPoint:
         Sparsity asked of the layer, in [0, 1).
     kind : str
         "kl": mean over images of the Kullback-Leibler divergence of the pruned network's softmax output from the dense one's,
-        in nats. "loss": criterion on labels. "accuracy": share of right answers. "removed_energy": removed share of the layer's
-        squared weights. "fisher": second-order estimate of the increase of the loss, in nats. "latency_ms": median milliseconds.
+        in nats; it needs no labels (Cai, Yao, Dong, Gholami, Mahoney and Keutzer, "ZeroQ" (2020), section 3.2, measure layers so). "loss": criterion on labels, and
+        "accuracy": share of right answers (Li, Kadav, Durdanovic, Samet and Graf, "Pruning filters for efficient ConvNets" (2017), section 3.2, prune one layer at
+        a time and test). "removed_energy": removed share of the layer's squared weights, what magnitude pruning takes (Han, Pool, Tran and Dally, "Learning both weights
+        and connections" (2015)). "fisher": second-order estimate of the increase of the loss, in nats (see `explorer.sensitivity.second_order`). "latency_ms": median
+        milliseconds.
     value : float
     refreshed : bool
         BatchNorm statistics were estimated anew after pruning.

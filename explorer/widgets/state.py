@@ -52,6 +52,9 @@ CURVES_EVERY = 0.3
 COMFORTABLE = 0.8
 """Share of the highest speed-up that is solved for without being asked: at the very edge every layer is nearly empty."""
 
+LEVELS_IN_VIEW = 4
+"""How many more levels of the chosen layer are measured while nothing else is asked for."""
+
 LOG_LINES = 200
 PATIENCE = 180.0
 """Seconds without a sign of life from any page after which a job is stopped; browsers slow the timers of hidden pages to one a minute."""
@@ -224,6 +227,7 @@ class ExplorerState(t.HasTraits):
         self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
         self._n_images = DEFAULT_IMAGES
         self._is_refined = False
+        self._refined_layers: frozenset[str] = frozenset()
         self._trusted: Any = None
         self._history: History[Any] = History()
         self._pruning: Any = None
@@ -244,6 +248,7 @@ class ExplorerState(t.HasTraits):
         self.provenance = getattr(study, "provenance", None) or ""
         self.run = None
         self.error = ""
+        self._refined_layers = frozenset()
         self._is_refined = False
         self._trusted = self.trust = None
         self.dense = None
@@ -278,6 +283,7 @@ class ExplorerState(t.HasTraits):
         """Make `name` the layer that the page is about."""
         if name in {layer.name for layer in self.layers}:
             self.selected = name
+            self._settle(final=True)
 
     # Sensitivity
 
@@ -325,6 +331,7 @@ class ExplorerState(t.HasTraits):
             self._say("Measurement stopped; what was measured stays on the page.")
             return
         self.measured = True
+        self._refined_layers = frozenset()
         self._is_refined = False
         self._trusted = self.trust = None
         self._refresh_limits()
@@ -687,8 +694,17 @@ class ExplorerState(t.HasTraits):
         elif not self._is_refined and self.origin == "solved":
             self.background = "refining the curves"
             self._idle_jobs.start(
-                lambda stop: self._refine(study, distribution, n_images, stop),
-                functools.partial(self._refined, study),
+                lambda stop: self._refine(study, len(study.layers), n_images, stop, near=distribution),
+                functools.partial(self._refined, study, frozenset()),
+                self._background_failed,
+            )
+        elif self._is_refined and self.selected not in self._refined_layers:
+            # What is looked at.
+            chosen = frozenset({self.selected})
+            self.background = "refining the curve in view"
+            self._idle_jobs.start(
+                lambda stop: self._refine(study, LEVELS_IN_VIEW, n_images, stop, layers=chosen),
+                functools.partial(self._refined, study, chosen),
                 self._background_failed,
             )
 
@@ -698,32 +714,37 @@ class ExplorerState(t.HasTraits):
             self._trusted, self.trust = distribution, found
         self._settle(final=True)
 
-    def _refine(self, study: Any, distribution: Any, n_images: int, stop: threading.Event) -> bool:
-        """Measure a few more cells where the solver has read the curves, and tell whether that was finished."""
-        for _ in study.refine(len(study.layers), near=distribution, n_images=n_images, stop=stop):
+    def _refine(self, study: Any, n_cells: int, n_images: int, stop: threading.Event, **where: Any) -> bool:
+        """Measure a few more cells, and tell whether that was finished."""
+        for _ in study.refine(n_cells, n_images=n_images, stop=stop, **where):
             self._stop_if_abandoned()
         return not stop.is_set()
 
-    def _refined(self, study: Any, complete: bool) -> None:
+    def _refined(self, study: Any, layers: frozenset[str], complete: bool) -> None:
         self.background = ""
         if study is not self.study:
             self._settle(final=True)
             return
-        self._is_refined = complete
+        if layers:
+            self._refined_layers |= layers if complete else frozenset()
+        else:
+            self._is_refined = complete
         builder = CurveBuilder()
         for point in study.table.points:
             builder.add(point)
         with self.hold_trait_notifications():
             self.curves = builder.curves()
             self._refresh_prediction()
-        if complete:
+        if complete and not layers:
             self._say("Measured more levels where the curves bend; predictions are nearer for it.")
         self._settle(final=True)
 
     def _background_failed(self, error: BaseException) -> None:
         """Say it in the log: nobody asked for it, so nobody is to be interrupted."""
         self.background = ""
+        # Not tried for ever.
         self._is_refined = True
+        self._refined_layers = frozenset(layer.name for layer in self.layers)
         self._trusted = self.distribution
         self._say(f"A measurement in the background failed: {error}")
 

@@ -248,10 +248,18 @@ class FakeStudy:
         )  # fmt: skip
 
     def refine(
-        self, n_cells: int, *, near: Mapping[str, float], n_images: int, stop: threading.Event | None = None
+        self,
+        n_cells: int,
+        *,
+        n_images: int,
+        near: Mapping[str, float] | None = None,
+        layers: frozenset[str] | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[Point]:
-        self.calls.append(("refine", near, n_cells))
-        new = [Point(layer.name, 0.93, "kl", self.kl(layer, 0.93)) for layer in self.layers[:n_cells]]
+        self.calls.append(("refine", near, layers, n_cells))
+        chosen = [layer for layer in self.layers if layers is None or layer.name in layers]
+        level = 0.93 if layers is None else 0.85
+        new = [Point(layer.name, level, "kl", self.kl(layer, level)) for layer in chosen[:n_cells]]
         for point in new:
             if stop is not None and stop.is_set():
                 return

@@ -58,12 +58,22 @@ def test_after_solving_the_prediction_is_checked_and_the_curves_refined(
     kinds = [call[0] for call in study.calls]
     assert kinds[0] == "solve"
     assert set(kinds[1:]) == {"trust", "refine"}
-    [refined] = [call for call in study.calls if call[0] == "refine"]
-    assert refined[1] == state.distribution
+    refined, in_view = [call for call in study.calls if call[0] == "refine"]
+    assert refined[1:3] == (state.distribution, None)
+    assert in_view[1:3] == (None, {state.selected})
     assert all(call[2] == 200 for call in study.calls if call[0] == "trust")
     assert state.trust.measured == pytest.approx(1.3 * state.trust.predicted)
     assert len(state.curves.of("kl", "fc")) == len(study.levels) + 2
     assert state.background == ""
+
+
+def test_a_chosen_layer_gets_more_levels_once(state: ExplorerState, study: FakeStudy) -> None:
+    state.measure()
+    n = len(study.calls)
+    for name in ("block2.conv1", "fc", "block2.conv1"):
+        state.select(name)
+    assert [call[2] for call in study.calls[n:]] == [{"block2.conv1"}, {"fc"}]
+    assert 0.85 in dict(state.curves.of("kl", "fc"))
 
 
 def test_the_badge_says_what_came_out(state: ExplorerState, study: FakeStudy) -> None:
