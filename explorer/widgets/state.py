@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from explorer.errors import DistributionError, ExplorerError, RunError
+from explorer.history import History
 from explorer.widgets.curves import CurveBuilder, Curves
-from explorer.widgets.history import History
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
 from explorer.widgets.runs import RunRecord, RunRecorder

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from explorer.widgets.history import History
+from explorer.errors import DistributionError
+from explorer.history import History
 
 
 def test_undo_and_redo_walk_along_the_values() -> None:
@@ -50,3 +52,26 @@ def test_old_values_are_dropped_beyond_the_limit() -> None:
     for value in range(10):
         history.record(value)
     assert [history.undo(), history.undo(), history.undo()] == [8, 7, None]
+
+
+def test_snapshots_are_kept_by_name_beside_the_line() -> None:
+    history: History[int] = History(limit=2)
+    for value in (1, 2, 3):
+        history.record(value)
+        history.snapshot(f"number {value}")
+    assert history.snapshots == {"number 1": 1, "number 2": 2, "number 3": 3}, "beyond the limit too"
+    assert history.restore("number 1") == 1
+    assert history.undo() == 3, "a restored value is a step like any other"
+    history.forget("number 2")
+    assert list(history.snapshots) == ["number 1", "number 3"]
+
+
+def test_snapshots_that_are_not_there_are_named() -> None:
+    history: History[int] = History()
+    with pytest.raises(DistributionError, match="nothing to keep"):
+        history.snapshot("first")
+    history.record(1)
+    history.snapshot("first")
+    for call in (history.restore, history.forget):
+        with pytest.raises(DistributionError, match="no snapshot 'frist'; there are first"):
+            call("frist")
