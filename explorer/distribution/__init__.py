@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from explorer.distribution.distribution import SparsityDistribution, uniform
+from explorer.distribution.baselines import erk, global_magnitude, inverse_sensitivity, lamp
+from explorer.distribution.distribution import Achieved, SparsityDistribution, uniform
 from explorer.distribution.knapsack import Frontier, solve_table
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
 from explorer.distribution.scores import DEFAULT_SCORE, SCORES
@@ -13,12 +14,17 @@ __all__ = [
     "DEFAULT_MARGIN",
     "DEFAULT_SCORE",
     "SCORES",
+    "Achieved",
     "Frontier",
     "Prediction",
     "SparsityDistribution",
     "Target",
     "Trust",
+    "erk",
     "feasible_range",
+    "global_magnitude",
+    "inverse_sensitivity",
+    "lamp",
     "predict",
     "solve",
     "solve_table",
