@@ -134,6 +134,33 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     sensitivity.set_defaults(command=_sensitivity)
 
+    solve = commands.add_parser(
+        "solve",
+        parents=[common],
+        help="find the distribution that reaches a target at the least expected loss",
+    )
+    _add_study(solve, data=True)
+    _add_target(solve, every=True)
+    _add_solver(solve)
+    solve.add_argument(
+        "--no-check", action="store_true", help="do not measure what was solved, trust the tables"
+    )
+    solve.add_argument("--out", type=Path, metavar="FILE", help="write the distribution, as .yaml or .json")
+    solve.set_defaults(command=_solve)
+
+    compare = commands.add_parser(
+        "compare-distributions",
+        parents=[common],
+        help="set the solved distribution beside those of the literature at the same target",
+    )
+    _add_study(compare, data=True)
+    _add_target(compare, every=False)
+    _add_solver(compare)
+    compare.add_argument(
+        "--measure", action="store_true", help="also measure latency and divergence with all layers pruned"
+    )
+    compare.set_defaults(command=_compare)
+
     prune = commands.add_parser(
         "prune", parents=[common], help="prune while training, and leave weights, recipe and result"
     )
@@ -171,20 +198,25 @@ def _add_study(parser: argparse.ArgumentParser, *, data: bool) -> None:
     )
 
 
-def _add_prune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="such as demo:fashion-resnet")
-    parser.add_argument("--data", help="such as demo:fashion")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="repeat a run from its recipe.yaml")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
-    parser.add_argument("--overwrite", action="store_true", help="write even if the folder is not empty")
+def _add_target(parser: argparse.ArgumentParser, *, every: bool) -> None:
     target = parser.add_argument_group("target, one of")
     target.add_argument(
         "--speedup", type=float, metavar="X", help="times faster than the fastest dense network"
     )
     target.add_argument("--latency-ms", type=float, metavar="MS", help="median latency")
     target.add_argument("--sparsity", type=float, metavar="S", help="zeros over all prunable weights")
-    solver = parser.add_argument_group("distribution")
-    solver.add_argument(
+    if every:
+        target.add_argument("--params", type=bench_command.count, metavar="N", help="weights that remain")
+        target.add_argument(
+            "--size-bytes", type=bench_command.count, metavar="N", help="size with zeros left out"
+        )
+        target.add_argument(
+            "--max-loss", type=float, metavar="NATS", help="predicted divergence; the fastest within it"
+        )
+
+
+def _add_lock(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--lock",
         action="append",
         type=_lock,
@@ -192,6 +224,47 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER=S",
         help="fix a layer's sparsity; may be given several times",
     )
+
+
+def _add_solver(parser: argparse.ArgumentParser) -> None:
+    solver = parser.add_argument_group("distribution")
+    _add_lock(solver)
+    solver.add_argument(
+        "--bound",
+        action="append",
+        type=_bound,
+        default=[],
+        metavar="LAYER=LOW:HIGH",
+        help="keep a layer's sparsity between two; may be given several times",
+    )
+    solver.add_argument(
+        "--link",
+        action="append",
+        type=_names,
+        default=[],
+        metavar="LAYER,LAYER,...",
+        help="layers that get the same sparsity; may be given several times",
+    )
+    solver.add_argument("--score", help="what the solver minimises")
+    solver.add_argument("--any-ends", action="store_true", help="do not leave first and last layer dense")
+    solver.add_argument(
+        "--images",
+        type=bench_command.count,
+        default=500,
+        metavar="N",
+        help="validation images of the sensitivity (default 500)",
+    )
+
+
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="such as demo:fashion-resnet")
+    parser.add_argument("--data", help="such as demo:fashion")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="repeat a run from its recipe.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
+    parser.add_argument("--overwrite", action="store_true", help="write even if the folder is not empty")
+    _add_target(parser, every=False)
+    solver = parser.add_argument_group("distribution")
+    _add_lock(solver)
     solver.add_argument("--score", help="what the solver minimises")
     training = parser.add_argument_group("run")
     training.add_argument("--method", help="default gmp")
@@ -383,6 +456,121 @@ def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[s
         batch_size=options.batch_size or recipe.batch_size,
     )
     return study, recipe, dataclasses.asdict(recipe.settings) | settings
+
+
+_TARGETS = ("speedup", "latency_ms", "sparsity", "params", "size_bytes", "max_loss")
+
+
+def _target(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the one target that was given, by its name."""
+    given = {name: getattr(options, name, None) for name in _TARGETS}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if len(wanted) != 1:
+        flags = [f"--{name.replace('_', '-')}" for name in _TARGETS if hasattr(options, name)]
+        raise ExplorerError(f"Give exactly one target: {', '.join(flags)}.")
+    return wanted
+
+
+def _solver_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "locked": dict(options.lock) or None,
+        "bounds": dict(options.bound) or None,
+        "groups": options.link,
+        "score": options.score,
+        "dense_first_last": not options.any_ends,
+    }
+
+
+def _solve(options: argparse.Namespace) -> int:
+    from explorer.atomic import write_atomically
+    from explorer.study import Study
+
+    target = _target(options)
+    if options.out is not None and options.out.suffix not in (".yaml", ".yml", ".json"):
+        raise ExplorerError(
+            f"{options.out} is neither .yaml nor .json; name the file so that its format is known."
+        )
+    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    _measured(study, levels=None, n_images=options.images, refresh=False, latency=True)
+    least, most = study.feasible_speedups()
+    print(f"within reach of these tables, without locks: {least:.2f} to {most:.2f} × faster")
+    found = study.solve(**target, check=not options.no_check, **_solver_options(options))
+    rows = [
+        (
+            layer or "model",
+            f"{one.asked:.2%}",
+            f"{one.zeros:,}",
+            f"{one.n_params:,}",
+            f"{one.sparsity:.2%}",
+            "locked" if layer in found.locked else "",
+        )
+        for layer, one in found.achieved(study.layers).items()
+    ]
+    total = found.total(study.layers)
+    rows.append(
+        ("all", f"{total.asked:.2%}", f"{total.zeros:,}", f"{total.n_params:,}", f"{total.sparsity:.2%}", "")
+    )
+    _print_table(("layer", "asked", "zeros", "of", "achieved", ""), rows, left=1)
+    print(_forecast(study, found))
+    if options.out is not None:
+        text = found.to_json() + "\n" if options.out.suffix == ".json" else found.to_yaml()
+        write_atomically(options.out, text.encode())
+    return 0
+
+
+def _forecast(study: Study, distribution: SparsityDistribution) -> str:
+    predicted = study.predict(distribution)
+    parts = []
+    if predicted.latency_ms is not None and predicted.speedup is not None:
+        error = f" ± {predicted.latency_error_ms:.3f}" if predicted.latency_error_ms is not None else ""
+        parts.append(f"{predicted.latency_ms:.3f}{error} ms ({predicted.speedup:.2f} × faster)")
+    if predicted.kl is not None:
+        parts.append(f"divergence before training {predicted.kl:.3g} nats")
+    parts.append(f"{predicted.size_bytes / 1e6:.2f} MB")
+    return f"predicted: {', '.join(parts)}"
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from explorer.errors import InfeasibleTarget
+    from explorer.study import Study
+
+    target = _target(options)
+    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    _measured(study, levels=None, n_images=options.images, refresh=False, latency=True)
+    held: dict[str, Any] = {"locked": dict(options.lock) or None, "dense_first_last": not options.any_ends}
+    rows, refused = [], []
+    for kind in ("uniform", "erk", "lamp", "global", "inverse", "solved"):
+        try:
+            if kind == "solved":
+                found = study.solve(**target, check=False, **_solver_options(options))
+            elif kind == "uniform":
+                if options.lock:
+                    refused.append("uniform: has no locked layers")
+                    continue
+                found = study.baseline(kind, **target, dense_first_last=not options.any_ends)
+            else:
+                found = study.baseline(kind, **target, **held)
+        except InfeasibleTarget as error:
+            refused.append(f"{kind}: {error}")
+            continue
+        predicted = study.predict(found)
+        row = [kind, f"{predicted.sparsity:.2%}", f"{predicted.latency_ms:.3f}", f"{predicted.speedup:.2f}"]
+        row += [f"{predicted.kl:.4g}" if predicted.kl is not None else ""]
+        row += [f"{predicted.size_bytes / 1e6:.3f}"]
+        if options.measure:
+            timed, trust = study.pruned_latency(found), study.trust(found, n_images=options.images)
+            row += [f"{timed.latency_ms:.3f}", f"{timed.dense_ms / timed.latency_ms:.2f}"]
+            row += [f"{trust.measured:.4g}" if trust is not None else ""]
+        rows.append(row)
+    header = ["", "sparsity", "ms", "speed-up", "kl", "MB"]
+    header += ["ms, measured", "speed-up, measured", "kl, measured"] if options.measure else []
+    [(name, value)] = target.items()
+    how = " and measured" if options.measure else ""
+    print(f"\n{name.replace('_', ' ')} {value:g}, predicted{how}, before any training")
+    _print_table(header, rows, left=1)
+    for line in refused:
+        print(line)
+    return 0
 
 
 def _solved(study: Study, options: argparse.Namespace) -> SparsityDistribution:
@@ -664,6 +852,18 @@ def _levels(text: str) -> tuple[float, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _bound(text: str) -> tuple[str, tuple[float, float]]:
+    name, equals, values = text.rpartition("=")
+    low, colon, high = values.partition(":")
+    try:
+        pair = (float(low), float(high))
+    except ValueError:
+        pair = (1.0, 0.0)
+    if not equals or not colon or not 0.0 <= pair[0] <= pair[1] < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER=LOW:HIGH, such as stem.conv=0:0.5")
+    return name, pair
 
 
 def _lock(text: str) -> tuple[str, float]:

@@ -26,8 +26,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.data import LoadedData, check_compatible, load_data
-from explorer.distribution import DEFAULT_MARGIN, Prediction, SparsityDistribution, Target, Trust
+from explorer.distribution import (
+    DEFAULT_MARGIN,
+    ParetoFrontier,
+    Prediction,
+    SparsityDistribution,
+    Target,
+    Trust,
+    baseline_for_target,
+    erk,
+    global_magnitude,
+    inverse_sensitivity,
+    lamp,
+)
 from explorer.distribution import feasible_range as feasible_latencies
+from explorer.distribution import pareto as pareto_frontier
 from explorer.distribution import predict as predict_distribution
 from explorer.distribution import solve as solve_distribution
 from explorer.distribution import trust as compare_with_joint
@@ -660,6 +673,9 @@ class Study:
         speedup: float | None = None,
         latency_ms: float | None = None,
         sparsity: float | None = None,
+        params: int | None = None,
+        size_bytes: int | None = None,
+        max_loss: float | None = None,
         locked: Mapping[str, float] | None = None,
         score: str | None = None,
         check: bool = True,
@@ -669,9 +685,9 @@ class Study:
 
         Parameters
         ----------
-        speedup, latency_ms, sparsity : float
-            Exactly one: times faster than the fastest dense contestant, median milliseconds, or fraction of zeros over all
-            prunable weights.
+        speedup, latency_ms, sparsity, params, size_bytes, max_loss : float
+            Exactly one: times faster than the fastest dense contestant, median milliseconds, fraction of zeros over all
+            prunable weights, how many of them remain, bytes on disc, or predicted one-shot divergence in nats, within which the fastest is found.
         locked : mapping of str to float, optional
             Sparsities that are fixed.
         score : str, optional
@@ -689,26 +705,98 @@ class Study:
         InfeasibleTarget
             If no distribution reaches the target.
         """
-        target = Target(speedup=speedup, latency_ms=latency_ms, sparsity=sparsity)
+        target = Target(
+            speedup=speedup,
+            latency_ms=latency_ms,
+            sparsity=sparsity,
+            params=params,
+            size_bytes=size_bytes,
+            max_loss=max_loss,
+        )
         table = self._need_table()
         if score is None and "kl" not in table.kinds and "loss" in table.kinds:
             score = "mix_loss_sqrt"
         if score is not None:
             options["score"] = score
+        options.setdefault("other_params", self._other_params())
 
         def solved(wanted: Target) -> SparsityDistribution:
             return solve_distribution(self.model.layers, table, wanted, locked=locked, **options)
 
         found = solved(target)
-        if sparsity is None and check:
+        if target.is_time and check:
             found = self._checked(found, speedup, latency_ms, solved)
-        name, value = next(
-            (name, value)
-            for name, value in (("speedup", speedup), ("latency_ms", latency_ms), ("sparsity", sparsity))
-            if value is not None
-        )
-        self._targets[found] = {name: value}
+        # As recipes know it: sparsities and locks.
+        self._targets[SparsityDistribution(found, found.locked)] = {target.name: target.value}
         return found
+
+    def _other_params(self) -> int:
+        """Values outside prunable weights, of four bytes each."""
+        prunable = 4 * sum(layer.n_params for layer in self.model.layers)
+        return (dense_bytes(self.model.module) - prunable) // 4
+
+    def baseline(
+        self,
+        name: str,
+        *,
+        speedup: float | None = None,
+        latency_ms: float | None = None,
+        sparsity: float | None = None,
+        size_bytes: int | None = None,
+        **options: Any,
+    ) -> SparsityDistribution:
+        """Return a distribution from the literature: the least sparse of its kind that is predicted to reach a target.
+
+        Parameters
+        ----------
+        name : {"uniform", "erk", "lamp", "global", "inverse"}
+            See `explorer.distribution.baselines`.
+        speedup, latency_ms, sparsity, size_bytes : float
+            Exactly one, as for `solve`; it is not measured.
+        **options
+            `locked` and `dense_first_last`, as for `solve`; uniform takes the latter alone.
+
+        Raises
+        ------
+        DistributionError
+            If the name is unknown, not exactly one target is given, or what is needed has not been measured.
+        InfeasibleTarget
+            If no distribution of this kind reaches the target.
+        """
+        layers, module = self.model.layers, self.model.module
+        families: dict[str, Callable[[float], SparsityDistribution]] = {
+            "uniform": lambda s: uniform_distribution(layers, s, **options),
+            "erk": lambda s: erk(layers, s, **options),
+            "lamp": lambda s: lamp(module, layers, s, **options),
+            "global": lambda s: global_magnitude(module, layers, s, **options),
+            "inverse": lambda s: inverse_sensitivity(
+                layers,
+                self._need_table(),
+                s,
+                kind="kl" if "kl" in self._need_table().kinds else "loss",
+                **options,
+            ),
+        }
+        if name not in families:
+            raise DistributionError(f"There is no baseline {name!r}; there are {', '.join(families)}.")
+        target = Target(speedup=speedup, latency_ms=latency_ms, sparsity=sparsity, size_bytes=size_bytes)
+        if sparsity is not None and name != "uniform":
+            return families[name](sparsity)
+        table = self._table or SensitivityTable.from_points([])
+        return baseline_for_target(families[name], layers, table, target, other_params=self._other_params())
+
+    def pareto(self, **options: Any) -> ParetoFrontier:
+        """Return all worthwhile distributions between the slowest and the fastest, see `explorer.distribution.pareto`.
+
+        Raises
+        ------
+        DistributionError
+            If the sensitivity has not been measured.
+        """
+        table = self._need_table()
+        if "kl" not in table.kinds and "loss" in table.kinds:
+            options.setdefault("score", "mix_loss_sqrt")
+        return pareto_frontier(self.model.layers, table, **options)
 
     def _checked(
         self,
@@ -757,9 +845,9 @@ class Study:
             if isinstance(distribution, SparsityDistribution)
             else SparsityDistribution(distribution)
         )
-        prunable = 4 * sum(layer.n_params for layer in self.model.layers)
-        others = (dense_bytes(self.model.module) - prunable) // 4
-        return predict_distribution(self.model.layers, self._need_table(), known, other_params=others)
+        return predict_distribution(
+            self.model.layers, self._need_table(), known, other_params=self._other_params()
+        )
 
     def feasible_speedups(self) -> tuple[float, float]:
         """Return the smallest and the largest predicted speed-up that `solve` can reach.

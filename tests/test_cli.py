@@ -21,6 +21,7 @@ import torch
 import explorer.study
 from explorer import cli
 from explorer.data import LoadedData, load_data
+from explorer.distribution import SparsityDistribution
 from explorer.formats import Recipe, read_weights
 from explorer.models import LoadedModel, load_model
 from explorer.pruning import PruningRun, StepEvent
@@ -125,6 +126,53 @@ def test_sensitivity_asks_for_what_refining_needs(tiny: None, capsys: pytest.Cap
     assert "add kl to --kinds" in capsys.readouterr().err
     assert cli.main(["sensitivity", *ON_TINY, "--kinds", "magic"]) == 2
     assert "got magic" in capsys.readouterr().err
+
+
+SOLVE = ["--images", "64", "--any-ends", "--score", "removed_energy"]
+
+
+def test_a_distribution_is_solved_shown_and_written(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "found.yaml"
+    options = ["--params", "300", "--lock", "conv1=0.25", "--bound", "fc=0.1:0.6", "--out", str(path)]
+    assert cli.main(["solve", *ON_TINY, *SOLVE, *options]) == 0
+    out = capsys.readouterr().out
+    assert "within reach of these tables" in out
+    found = SparsityDistribution.from_yaml(path.read_text())
+    assert found["conv1"] == 0.25
+    assert found.locked == {"conv1"}
+    assert 0.1 <= found["fc"] <= 0.6
+    rows = {row[0]: row for row in words(out) if row}
+    assert rows["conv1"][-1] == "locked"
+    remaining = int(rows["all"][3].replace(",", "")) - int(rows["all"][2].replace(",", ""))
+    assert remaining <= 300
+    assert "divergence before training" in out
+
+
+def test_distributions_are_compared_at_one_target(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare-distributions", *ON_TINY, *SOLVE, "--sparsity", "0.6", "--measure"]) == 0
+    rows = {row[0]: row for row in words(capsys.readouterr().out) if row}
+    for name in ("uniform", "erk", "lamp", "global", "inverse", "solved"):
+        assert float(rows[name][1].rstrip("%")) >= 59.99
+        assert len(rows[name]) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve", *ON_TINY], "exactly one target: --speedup, --latency-ms, --sparsity, --params"),
+        (["solve", *ON_TINY, "--speedup", "2", "--params", "9"], "exactly one target"),
+        (["solve", *ON_TINY, "--params", "9", "--out", "found.txt"], "neither .yaml nor .json"),
+        (["compare-distributions", *ON_TINY], "exactly one target"),
+        (["solve", *ON_TINY, "--params", "1", "--images", "64"], "weights are out of reach"),
+    ],
+)
+def test_solving_says_what_is_missing(
+    arguments: list[str], message: str, tiny: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_caches_are_shown_and_cleared_and_nothing_else_is(
@@ -276,6 +324,8 @@ def test_debug_shows_the_traceback(tiny: None, tmp_path: Path) -> None:
         ["prune", "--out", "x", "--lock", "conv1=2"],
         ["sensitivity", "--levels", "0.5,often"],
         ["sensitivity", "--images", "0"],
+        ["solve", "--speedup", "2", "--bound", "fc=0.5"],
+        ["solve", "--speedup", "2", "--bound", "fc=0.6:0.5"],
         ["inspect", "--threads", "-1"],
         ["dance"],
         [],

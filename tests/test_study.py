@@ -363,3 +363,36 @@ def test_kinds_are_chosen(model: LoadedModel, data: LoadedData) -> None:
     study = Study(model, data)
     study.measure_sensitivity(LEVELS, n_images=64, latency=False, kinds=("fisher", "removed_energy"))
     assert study.table.kinds == ("removed_energy", "fisher")
+
+
+def test_every_target_is_solved_for(measured: Study) -> None:
+    total = sum(layer.n_params for layer in measured.layers)
+    free = {"dense_first_last": False, "score": "removed_energy"}
+    few = measured.solve(params=total // 4, **free)
+    assert measured.predict(few).nnz <= total // 4
+    small = measured.solve(size_bytes=measured.predict(few).size_bytes, **free)
+    assert measured.predict(small).size_bytes <= measured.predict(few).size_bytes
+    harmless = measured.solve(max_loss=0.0)
+    assert measured.predict(harmless).kl == pytest.approx(0.0, abs=1e-9)
+    linked = measured.solve(sparsity=0.5, groups=[("conv1", "conv2")], bounds={"fc": (0.0, 0.6)}, **free)
+    assert linked["conv1"] == linked["conv2"]
+    assert linked["fc"] <= 0.6
+
+
+@pytest.mark.parametrize("name", ["uniform", "erk", "lamp", "global", "inverse"])
+def test_baselines_reach_what_is_asked(measured: Study, name: str) -> None:
+    found = measured.baseline(name, sparsity=0.6, dense_first_last=False)
+    assert measured.predict(found).sparsity >= 0.6
+    latency = measured.predict(measured.uniform(0.7, dense_first_last=False)).latency_ms * 1.05
+    fast = measured.baseline(name, latency_ms=latency, dense_first_last=False)
+    assert measured.predict(fast).latency_ms <= latency
+    with pytest.raises(DistributionError, match="no baseline 'best'"):
+        measured.baseline("best", sparsity=0.5)
+
+
+def test_the_frontier_of_a_study_falls_in_time_and_rises_in_score(measured: Study) -> None:
+    frontier = measured.pareto(dense_first_last=False)
+    times = [measured.predict(point.distribution).latency_ms for point in frontier.points]
+    assert times == pytest.approx([point.latency_ms for point in frontier.points])
+    assert times == sorted(times, reverse=True)
+    assert len(times) > 3

@@ -5,9 +5,17 @@ from __future__ import annotations
 from explorer.distribution.baselines import erk, global_magnitude, inverse_sensitivity, lamp
 from explorer.distribution.distribution import Achieved, SparsityDistribution, uniform
 from explorer.distribution.knapsack import Frontier, solve_table
+from explorer.distribution.pareto import ParetoFrontier, ParetoPoint, pareto
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
 from explorer.distribution.scores import DEFAULT_SCORE, SCORES
-from explorer.distribution.solver import DEFAULT_MARGIN, Target, feasible_range, solve, uniform_for_target
+from explorer.distribution.solver import (
+    DEFAULT_MARGIN,
+    baseline_for_target,
+    feasible_range,
+    solve,
+    uniform_for_target,
+)
+from explorer.distribution.target import Target
 from explorer.distribution.trust import Trust, trust
 
 __all__ = [
@@ -16,15 +24,19 @@ __all__ = [
     "SCORES",
     "Achieved",
     "Frontier",
+    "ParetoFrontier",
+    "ParetoPoint",
     "Prediction",
     "SparsityDistribution",
     "Target",
     "Trust",
+    "baseline_for_target",
     "erk",
     "feasible_range",
     "global_magnitude",
     "inverse_sensitivity",
     "lamp",
+    "pareto",
     "predict",
     "solve",
     "solve_table",

@@ -38,7 +38,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 _WHOLE_NUMBERS = ("update_every", "batch_size", "threads", "evaluate_every", "n_validation")
 _OPTIONAL = ("threads", "evaluate_every", "n_validation")
-_TARGETS = ("speedup", "latency_ms", "sparsity")
+_TARGETS = ("speedup", "latency_ms", "sparsity", "params", "size_bytes", "max_loss")
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from explorer.distribution import (
     uniform,
     uniform_for_target,
 )
+from explorer.distribution.problem import LEVEL_GRID
 from explorer.distribution.scores import score_table
-from explorer.distribution.solver import LEVEL_GRID
 from explorer.errors import DistributionError, InfeasibleTarget
 from explorer.sensitivity import SensitivityTable
 
