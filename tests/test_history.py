@@ -73,5 +73,5 @@ def test_snapshots_that_are_not_there_are_named() -> None:
     history.record(1)
     history.snapshot("first")
     for call in (history.restore, history.forget):
-        with pytest.raises(DistributionError, match="no snapshot 'frist'; there are first"):
-            call("frist")
+        with pytest.raises(DistributionError, match="no snapshot 'second'; there are first"):
+            call("second")
