@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="measure losses on a Ray cluster, by default the one that this machine belongs to",
     )
+    sensitivity.add_argument(
+        "--anew", action="store_true", help="take nothing from disk that was measured before"
+    )
     sensitivity.add_argument("--csv", type=Path, metavar="FILE", help="write all points as CSV")
     sensitivity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     sensitivity.set_defaults(command=_sensitivity)
@@ -343,6 +346,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
             latency=not options.no_latency,
             kinds=options.kinds,
             executor=executor,
+            resume=not options.anew,
         )
         refined: dict[str, list[float]] = {}
         if options.refine:
@@ -614,12 +618,19 @@ def _measured(
     latency: bool,
     kinds: Sequence[str] | None = None,
     executor: Executor | None = None,
+    resume: bool = True,
 ) -> SensitivityTable:
     from tqdm import tqdm
 
     total = study.n_sensitivity_cells(levels, refresh_batchnorm=refresh, latency=latency)
     points = study.sensitivity_points(
-        levels, n_images, refresh_batchnorm=refresh, latency=latency, kinds=kinds, executor=executor
+        levels,
+        n_images,
+        refresh_batchnorm=refresh,
+        latency=latency,
+        kinds=kinds,
+        executor=executor,
+        resume=resume,
     )
     # Of the kinds that one measurement gives, one is counted; losses that come again from more images once, each pass of a latency.
     counted = "kl" if kinds is None or "kl" in kinds else kinds[0]

@@ -427,6 +427,7 @@ class Study:
         latency: bool = True,
         kinds: Iterable[str] | None = None,
         executor: Executor | None = None,
+        resume: bool = True,
     ) -> Iterator[SensitivityPoint]:
         """Measure loss and latency layer by layer and yield each point as it is measured; `table` grows meanwhile.
 
@@ -450,6 +451,9 @@ class Study:
         executor : concurrent.futures.Executor, optional
             Its workers measure losses, see `explorer.sensitivity.measure_loss`; latencies are then measured afterwards, here, when the workers are at rest.
 
+        resume : bool
+            Take from disk what an earlier measurement of the same network, on the same images and machine, has given.
+
         Raises
         ------
         DataError
@@ -458,7 +462,9 @@ class Study:
         chosen = tuple(levels) if levels is not None else self.levels
         if self._published is not None:
             by_level = sorted(self._published.points, key=operator.attrgetter("sparsity"))
-            return self._collected(iter(by_level), chosen, stop, n_images=None, latency=latency)
+            return self._collected(
+                iter(by_level), chosen, stop, n_images=None, latency=latency, resume=resume
+            )
         loss = measure_loss(
             self.model.module,
             self._need_data(),
@@ -467,15 +473,15 @@ class Study:
             n_images=n_images,
             refresh_batchnorm=refresh_batchnorm,
             kinds=kinds,
-            resume=True,
+            resume=resume,
             executor=executor,
             stop=stop,
         )
         if executor is not None:
             alone = self._collected(loss, chosen, stop, n_images=n_images, latency=False)
-            times = self._collected(iter(()), chosen, stop, n_images=n_images, latency=latency)
+            times = self._collected(iter(()), chosen, stop, n_images=n_images, latency=latency, resume=resume)
             return itertools.chain(alone, times)
-        return self._collected(loss, chosen, stop, n_images=n_images, latency=latency)
+        return self._collected(loss, chosen, stop, n_images=n_images, latency=latency, resume=resume)
 
     def n_sensitivity_cells(
         self,
@@ -501,6 +507,7 @@ class Study:
         latency: bool = True,
         kinds: Iterable[str] | None = None,
         executor: Executor | None = None,
+        resume: bool = True,
     ) -> SensitivityTable:
         """Measure all points and return the table; see `sensitivity_points`."""
         for _ in self.sensitivity_points(
@@ -510,6 +517,7 @@ class Study:
             latency=latency,
             kinds=kinds,
             executor=executor,
+            resume=resume,
         ):
             pass
         return self._need_table()
@@ -605,6 +613,7 @@ class Study:
         *,
         n_images: int | None,
         latency: bool,
+        resume: bool = True,
     ) -> Iterator[SensitivityPoint]:
         pending: list[SensitivityPoint] = []
 
@@ -629,7 +638,7 @@ class Study:
                 layers=self.model.layers,
                 levels=levels,
                 threads=self.threads,
-                resume=True,
+                resume=resume,
                 stop=stop,
             )
             for _, points in itertools.groupby(times, key=lambda point: point.sparsity):

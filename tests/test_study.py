@@ -21,6 +21,7 @@ from explorer.masks import n_zeros
 from explorer.models import LoadedModel, load_model
 from explorer.pruning import EvalEvent, LatencyEvent, evaluate
 from explorer.sensitivity import SensitivityPoint, SensitivityTable
+from explorer.sensitivity import latency as latency_module
 from explorer.study import Study
 from tests.pruning.tiny import TinyNet, quadrants
 
@@ -396,3 +397,26 @@ def test_the_frontier_of_a_study_falls_in_time_and_rises_in_score(measured: Stud
     assert times == pytest.approx([point.latency_ms for point in frontier.points])
     assert times == sorted(times, reverse=True)
     assert len(times) > 3
+
+
+def test_a_study_takes_from_disk_what_was_measured_unless_told_otherwise(
+    model: LoadedModel, data: LoadedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for part in ("loss", "latency"):
+        monkeypatch.setattr(f"explorer.sensitivity.{part}.cache_folder", lambda: tmp_path)
+    cells = 0
+    real = latency_module._Rounds.add
+
+    def counted(*args: Any) -> None:
+        nonlocal cells
+        cells += 1
+        real(*args)
+
+    monkeypatch.setattr(latency_module._Rounds, "add", counted)
+    Study(model, data).measure_sensitivity(LEVELS, n_images=64)
+    first = cells
+    assert first == 3 * 3, "levels and passes"
+    Study(model, data).measure_sensitivity(LEVELS, n_images=64)
+    assert cells == first
+    Study(model, data).measure_sensitivity(LEVELS, n_images=64, resume=False)
+    assert cells == 2 * first

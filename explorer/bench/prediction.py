@@ -103,7 +103,8 @@ def check_predictions(
     DataError
         If the study has no data.
     """
-    study.measure_sensitivity(n_images=n_images, refresh_batchnorm=False)
+    # Of this moment: what is compared with it is measured now.
+    study.measure_sensitivity(n_images=n_images, refresh_batchnorm=False, resume=False)
     chosen = distributions(study, n_random=n_random, seed=seed, uniform=uniform, solved=solved)
     for name, distribution in chosen.items():
         predicted = study.predict(distribution)

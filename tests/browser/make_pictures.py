@@ -118,7 +118,12 @@ def main() -> None:
     command = [sys.executable, "-m", "explorer", "app", "--no-browser", f"--port={port}"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        VoilaServer(command, port, Path(folder) / "voila.log", {"PYTHONPATH": str(ROOT)}) as server,
+        VoilaServer(
+            command,
+            port,
+            Path(folder) / "voila.log",
+            {"PYTHONPATH": str(ROOT), "EXPLORER_CACHE": str(Path(folder) / "cache")},
+        ) as server,
         sync_playwright() as playwright,
     ):
         context = playwright.chromium.launch_persistent_context(
