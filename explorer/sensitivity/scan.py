@@ -186,6 +186,8 @@ class Scan:
         most = BATCH_SIZE if self._criterion is None else min(BATCH_SIZE, CRITERION_BATCH)
         each = self._replay.largest_output // len(few)
         size = min(most, max(1, OUTPUT_LIMIT // max(1, each)))
+        if self._criterion is None:
+            size = -(-len(self._inputs) // -(-len(self._inputs) // size))  # no small one at the end
         self._images = self._inputs.split(size)
         self._labels = None if self._all_labels is None else self._all_labels.split(size)
         self._check_labels(dense)
