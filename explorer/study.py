@@ -752,6 +752,7 @@ class Study:
         latency_ms: float | None = None,
         sparsity: float | None = None,
         size_bytes: int | None = None,
+        check: bool = False,
         **options: Any,
     ) -> SparsityDistribution:
         """Return a distribution from the literature: the least sparse of its kind that is predicted to reach a target.
@@ -761,7 +762,9 @@ class Study:
         name : {"uniform", "erk", "lamp", "global", "inverse"}
             See `explorer.distribution.baselines`.
         speedup, latency_ms, sparsity, size_bytes : float
-            Exactly one, as for `solve`; it is not measured.
+            Exactly one, as for `solve`.
+        check : bool
+            Measure what was found for a speed-up or a latency on the engine, and correct it, as `solve` does.
         **options
             `locked` and `dense_first_last`, as for `solve`; uniform takes the latter alone.
 
@@ -792,7 +795,14 @@ class Study:
         if sparsity is not None and name != "uniform":
             return families[name](sparsity)
         table = self._table or SensitivityTable.from_points([])
-        return baseline_for_target(families[name], layers, table, target, other_params=self._other_params())
+
+        def found_for(wanted: Target) -> SparsityDistribution:
+            return baseline_for_target(
+                families[name], layers, table, wanted, other_params=self._other_params()
+            )
+
+        found = found_for(target)
+        return self._checked(found, speedup, latency_ms, found_for) if target.is_time and check else found
 
     def pareto(self, **options: Any) -> ParetoFrontier:
         """Return all worthwhile distributions between the slowest and the fastest, see `explorer.distribution.pareto`.

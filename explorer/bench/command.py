@@ -33,6 +33,7 @@ FAILED = 2
 _ENGINE_FAILED = 1
 _INTERRUPTED = 130
 _SPARSITIES = (0.8, 0.9, 0.95)
+_REPLAY = "replay:"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("engines", "prediction", "scan"),
+        choices=("engines", "prediction", "scan", "distributions"),
         default="engines",
         help="engines: time networks in every engine (default); "
         "prediction: compare predicted with measured speed-ups of many distributions; "
-        "scan: the sensitivity scan against a naive one",
+        "scan: the sensitivity scan against a naive one; "
+        "distributions: solved ones against those of the literature, after training",
     )
     parser.add_argument(
         "--model",
@@ -81,6 +83,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     scan = parser.add_argument_group("scan")
     scan.add_argument(
         "--images", type=count, metavar="N", help="images, noise for networks without data (default 500)"
+    )
+    trained = parser.add_argument_group("distributions")
+    trained.add_argument(
+        "--speedup", type=float, nargs="+", metavar="X", help="targets, measured (default 3 5)"
+    )
+    trained.add_argument("--seeds", type=count, metavar="N", help="runs of each (default 3)")
+    trained.add_argument("--epochs", type=float, metavar="E", help="of each run (default 5)")
+    trained.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of the runs: those that it holds are not made again",
     )
     engines = parser.add_argument_group("engines")
     engines.add_argument(
@@ -144,7 +158,9 @@ def run(options: argparse.Namespace) -> int:
         return _prediction(options)
     if options.what == "scan":
         return _scan(options)
-    _refuse(options, ("images",))
+    if options.what == "distributions":
+        return _distributions(options)
+    _refuse(options, ("images", *_TRAINED_ONLY))
     return _engines(options)
 
 
@@ -286,6 +302,7 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return kept, markdown
 
 
+_TRAINED_ONLY = ("speedup", "seeds", "epochs", "record")
 _ENGINES_ONLY = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
 
 
@@ -297,7 +314,7 @@ def _refuse(options: argparse.Namespace, useless: Sequence[str]) -> None:
 
 
 def _scan(options: argparse.Namespace) -> int:
-    _refuse(options, (*_ENGINES_ONLY, "data"))
+    _refuse(options, (*_ENGINES_ONLY, *_TRAINED_ONLY, "data"))
     import torch
 
     from explorer.bench.networks import load_network
@@ -325,12 +342,56 @@ def _scan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prediction(options: argparse.Namespace) -> int:
-    _refuse(options, (*_ENGINES_ONLY, "images"))
+def _distributions(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, "images", "sparsity"))
     without_data = [name for name in options.model if name in NETWORK_NAMES]
     if without_data:
         raise ExplorerError(
-            f"{', '.join(without_data)} comes without data, on which the solved distributions depend; use the demo."
+            f"{', '.join(without_data)} comes without data, and cannot be trained; use the demo."
+        )
+    from explorer.bench import distributions
+    from explorer.bench.surroundings import summary
+    from explorer.study import Study
+
+    targets = options.speedup or [3.0, 5.0]
+    [name, *more], [threads, *_], [batch_size, *_] = options.model, options.threads, options.batch_size
+    if more or len(options.threads) > 1 or len(options.batch_size) > 1:
+        raise ExplorerError("One model, number of threads and batch size at a time; name one of each.")
+    study = Study(name, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
+    print(f"{study.model.name} on {summary()}; latencies with {threads} thread(s), batch {batch_size}")
+    study.measure_sensitivity(refresh_batchnorm=False, resume=False)
+    print(distributions.solver_report(study, targets), flush=True)
+    trained = []
+    try:
+        for one in distributions.compare_trained(
+            study,
+            targets,
+            range(options.seeds or 3),
+            epochs=options.epochs or 5.0,
+            record=options.record,
+        ):
+            trained.append(one)
+            print(
+                f"{one.target:g} x {one.name} seed {one.seed}: {one.accuracy:.2%} at {one.speedup:.2f} x",
+                file=sys.stderr,
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return _INTERRUPTED
+    finally:
+        if trained:
+            print(distributions.table(trained), flush=True)
+    return 0
+
+
+def _prediction(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, *_TRAINED_ONLY, "images"))
+    without_data = [name for name in options.model if name in NETWORK_NAMES]
+    if without_data:
+        raise ExplorerError(
+            f"{', '.join(without_data)} comes without losses, on which the solved distributions depend; "
+            "use the demo, or published losses: replay:resnet50-imagenet, replay:mobilenet-imagenet."
         )
     from explorer.bench import prediction
     from explorer.bench.surroundings import summary
@@ -341,7 +402,10 @@ def _prediction(options: argparse.Namespace) -> int:
         for name, batch_size, threads in itertools.product(
             options.model, options.batch_size, options.threads
         ):
-            study = Study(name, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
+            if name.startswith(_REPLAY):
+                study = Study.replay(name.removeprefix(_REPLAY), threads=threads, batch_size=batch_size)
+            else:
+                study = Study(name, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
             print(f"{study.model.name} on {summary()}")
             print(
                 f"{threads} thread(s), batch {batch_size}; speed-ups over the fastest dense run, in turn with it"
