@@ -257,7 +257,12 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_measured(
         (["prediction", "--resume", "--seconds", "3"], "--seconds, --resume: does nothing for `prediction`"),
         (["scan", "--engine", "mnn=x"], "--engine: does nothing for `scan`"),
         (["engines", "--images", "3"], "--images: does nothing for `engines`"),
-        (["prediction", "--model", "resnet18"], "without data"),
+        (["prediction", "--model", "resnet18"], "without losses"),
+        (["prediction", "--model", "replay:alexnet"], "There is no replay 'alexnet'"),
+        (["distributions", "--model", "resnet18"], "cannot be trained"),
+        (["distributions", "--threads", "1", "2"], "One model, number of threads and batch size"),
+        (["distributions", "--sparsity", "0.5"], "--sparsity: does nothing for `distributions`"),
+        (["scan", "--epochs", "3"], "--epochs: does nothing for `scan`"),
     ):
         assert module.main(arguments) == 2, arguments
         assert said in capsys.readouterr().err, arguments
