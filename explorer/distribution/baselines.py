@@ -179,6 +179,19 @@ def _held(
     return {name: checked[name] for name in checked if name in ends or name in (locked or {})}
 
 
+def _counts(
+    layers: Sequence[PrunableLayer], held: Mapping[str, float], sparsity: float
+) -> tuple[int, float, int]:
+    """Return the number of weights, how many zeros are wanted (less what rounding may miss), and how many the held layers have."""
+    if not 0.0 <= sparsity < 1.0:
+        raise DistributionError(
+            f"Sparsity is the fraction of zeros, in [0, 1); got {sparsity!r}. Write 90 % as 0.9."
+        )
+    total = sum(layer.n_params for layer in layers)
+    certain = sum(n_zeros(layer.n_params, held[layer.name]) for layer in layers if layer.name in held)
+    return total, sparsity * total - 1e-9 * total, certain
+
+
 def _reaching(
     layers: Sequence[PrunableLayer],
     held: Mapping[str, float],
@@ -190,13 +203,7 @@ def _reaching(
     locked: Mapping[str, float] | None,
 ) -> SparsityDistribution:
     """Bisect for the largest argument of `at`, with which sparsities fall, that gives enough zeros."""
-    if not 0.0 <= sparsity < 1.0:
-        raise DistributionError(
-            f"Sparsity is the fraction of zeros, in [0, 1); got {sparsity!r}. Write 90 % as 0.9."
-        )
-    total = sum(layer.n_params for layer in layers)
-    wanted = sparsity * total - 1e-9 * total
-    certain = sum(n_zeros(layer.n_params, held[layer.name]) for layer in layers if layer.name in held)
+    total, wanted, certain = _counts(layers, held, sparsity)
 
     def zeros(argument: float) -> int:
         chosen = at(argument)
@@ -226,15 +233,10 @@ def _by_threshold(
     dense_first_last: bool,
     locked: Mapping[str, float] | None,
 ) -> SparsityDistribution:
-    if not 0.0 <= sparsity < 1.0:
-        raise DistributionError(
-            f"Sparsity is the fraction of zeros, in [0, 1); got {sparsity!r}. Write 90 % as 0.9."
-        )
     held = _held(layers, dense_first_last=dense_first_last, locked=locked)
     free = [layer for layer in layers if layer.name not in held]
-    total = sum(layer.n_params for layer in layers)
-    certain = sum(n_zeros(layer.n_params, held[layer.name]) for layer in layers if layer.name in held)
-    wanted = max(0, int(np.ceil(sparsity * total - 1e-9 * total)) - certain)
+    total, asked, certain = _counts(layers, held, sparsity)
+    wanted = max(0, int(np.ceil(asked)) - certain)
     # The strongest weight of each layer stays: a layer of zeros cuts the network in two.
     most = sum(layer.n_params - 1 for layer in free)
     if wanted > most:
@@ -250,14 +252,11 @@ def _by_threshold(
         weakest = torch.argsort(torch.cat(scores), stable=True)[:wanted]
         counts = torch.bincount(owner[weakest], minlength=len(free)).numpy()
     found = {
-        layer.name: _fraction(int(count), layer.n_params) for layer, count in zip(free, counts, strict=True)
+        # A sparsity of which `n_zeros` makes exactly this count.
+        layer.name: int(count) / layer.n_params
+        for layer, count in zip(free, counts, strict=True)
     }
     return _ordered(layers, {**held, **found}, locked)
-
-
-def _fraction(zeros: int, n_params: int) -> float:
-    """A sparsity of which `n_zeros` makes exactly this count."""
-    return zeros / n_params
 
 
 def _lamp_scores(weight: Tensor) -> Tensor:

@@ -227,23 +227,31 @@ def _shipped(material: Material, executor: Executor) -> Iterator[Handle]:
         yield _Here(token, material)
         return
     share = getattr(executor, "share", None)
+    if share is not None:
+        with _explained(material):
+            shared: Handle = share(token, material)
+        yield shared
+        return
     number, path = tempfile.mkstemp(prefix="sparsity-explorer-", suffix=".scan")
     try:
-        with os.fdopen(number, "wb") as file:
-            try:
-                if share is None:
-                    pickle.dump(material, file)
-                else:
-                    shared: Handle = share(token, material)
-            except Exception as error:
-                raise ModelError(
-                    f"This {type(material.module).__name__} cannot be sent to other processes ({error}). Define it in a module that workers can import, "
-                    "not in a notebook cell or a function; or scan with threads, or without an executor."
-                ) from error
-        yield _File(token, path) if share is None else shared
+        with os.fdopen(number, "wb") as file, _explained(material):
+            pickle.dump(material, file)
+        yield _File(token, path)
     finally:
         with suppress(OSError):
             Path(path).unlink()
+
+
+@contextmanager
+def _explained(material: Material) -> Iterator[None]:
+    """Say what to do about a network that cannot be sent."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"This {type(material.module).__name__} cannot be sent to other processes ({error}). Define it in a module that workers can import, "
+            "not in a notebook cell or a function; or scan with threads, or without an executor."
+        ) from error
 
 
 # A worker keeps the scan of its last task: cells of one scan come one after another, and a private copy may be large. Threads of a pool need a copy each.

@@ -46,18 +46,13 @@ class Unit:
 
     def removed(self, module: nn.Module, level: float) -> tuple[float, int]:
         """Return the share of squared weights that pruning to `level` removes, and how many non-zero weights."""
-        weights = self.weights(module)
-        parts = [(weight.detach(), mask) for weight, mask in self._removals(module, level)[: len(weights)]]
-        total = sum(float(weight.double().square().sum()) for weight, _ in parts)
-        gone = [weight.masked_fill(~mask, 0.0) for weight, mask in parts]
-        energy = sum(float(each.double().square().sum()) for each in gone)
-        return energy / total if total > 0 else 0.0, sum(int(torch.count_nonzero(each)) for each in gone)
+        return self._told(self._removals(module, level))
 
     @contextmanager
     def pruned(self, module: nn.Module, level: float) -> Iterator[tuple[float, int]]:
         """Prune for a while, in place; gives what `removed` does."""
-        told = self.removed(module, level)
         removals = self._removals(module, level)
+        told = self._told(removals)
         saved = [parameter.detach().clone() for parameter, _ in removals]
         try:
             for parameter, mask in removals:
@@ -66,6 +61,14 @@ class Unit:
         finally:
             for (parameter, _), before in zip(removals, saved, strict=True):
                 parameter.detach().copy_(before)
+
+    def _told(self, removals: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        """Return the removed share of the layers' squared weights, and how many non-zero ones, of what `_removals` gave."""
+        parts = [(weight.detach(), mask) for weight, mask in removals[: len(self.layers)]]
+        total = sum(float(weight.double().square().sum()) for weight, _ in parts)
+        gone = [weight.masked_fill(~mask, 0.0) for weight, mask in parts]
+        energy = sum(float(each.double().square().sum()) for each in gone)
+        return energy / total if total > 0 else 0.0, sum(int(torch.count_nonzero(each)) for each in gone)
 
     def _removals(self, module: nn.Module, level: float) -> list[tuple[Tensor, Tensor]]:
         """Parameters and what of each becomes zero, the layers' weights first."""

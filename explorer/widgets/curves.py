@@ -102,9 +102,11 @@ class CurveBuilder:
     show one thing and solve with another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, points: Iterable[Any] = ()) -> None:
         self._values: dict[str, dict[str, dict[float, float]]] = {}
         self._bands: dict[str, dict[str, dict[float, tuple[float, float]]]] = {}
+        for point in points:
+            self.add(point)
 
     def add(self, point: Any) -> None:
         """Add a `SensitivityPoint`; unknown kinds and values that are no numbers are left out."""

@@ -239,18 +239,13 @@ class ExplorerState(t.HasTraits):
 
     def adopt(self, study: Any) -> None:
         """Put `study` on the page, with what it knows already."""
-        builder = CurveBuilder()
-        if study.table is not None:
-            for point in study.table.points:
-                builder.add(point)
+        builder = CurveBuilder(() if study.table is None else study.table.points)
         self._idle_jobs.stop()
         self.study = study
         self.provenance = getattr(study, "provenance", None) or ""
         self.run = None
         self.error = ""
-        self._refined_layers = frozenset()
-        self._is_refined = False
-        self._trusted = self.trust = None
+        self._distrust()
         self.dense = None
         self.measured = (builder.count("kl") > 0 or builder.count("loss") > 0) and builder.count(
             "latency_ms"
@@ -331,9 +326,7 @@ class ExplorerState(t.HasTraits):
             self._say("Measurement stopped; what was measured stays on the page.")
             return
         self.measured = True
-        self._refined_layers = frozenset()
-        self._is_refined = False
-        self._trusted = self.trust = None
+        self._distrust()
         self._refresh_limits()
         self._refresh_prediction()
         self._say(f"Measured {len(study.layers)} layers.")
@@ -671,6 +664,12 @@ class ExplorerState(t.HasTraits):
 
     # What is measured while nothing is asked for
 
+    def _distrust(self) -> None:
+        """Forget what the background has found: of another study, or of an earlier measurement."""
+        self._refined_layers = frozenset()
+        self._is_refined = False
+        self._trusted = self.trust = None
+
     def _settle(self, *, final: bool = False) -> None:
         """Note that the distribution may have changed; when it is `final` and the worker is free, measure what can be trusted of its prediction."""
         if self.distribution != self._trusted:
@@ -729,11 +728,8 @@ class ExplorerState(t.HasTraits):
             self._refined_layers |= layers if complete else frozenset()
         else:
             self._is_refined = complete
-        builder = CurveBuilder()
-        for point in study.table.points:
-            builder.add(point)
         with self.hold_trait_notifications():
-            self.curves = builder.curves()
+            self.curves = CurveBuilder(study.table.points).curves()
             self._refresh_prediction()
         if complete and not layers:
             self._say("Measured more levels where the curves bend; predictions are nearer for it.")

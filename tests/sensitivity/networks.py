@@ -46,3 +46,17 @@ def small(cls: type[Small] = Small, *args: str) -> Small:
 def images(n: int = 80) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, 2, 8, 8, generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def with_a_dead_layer() -> nn.Module:
+    """A network with a layer that has no influence; of a class that no other process can import."""
+
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive, self.dead = nn.Linear(128, 5), nn.Linear(128, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alive(x.flatten(1)) + 0 * self.dead(x.flatten(1))
+
+    return Dead()

@@ -13,7 +13,7 @@ from torch import nn
 
 from explorer.errors import ModelError, RunError
 from explorer.sensitivity import RayExecutor, measure_loss
-from tests.sensitivity.networks import Fragile, images, small
+from tests.sensitivity.networks import Fragile, images, small, with_a_dead_layer
 
 ray = pytest.importorskip("ray", reason="Ray has no package for this Python; install the extra cluster")
 LEVELS = (0.5, 0.9)
@@ -72,16 +72,8 @@ def test_where_every_worker_is_lost_the_rest_is_measured_here() -> None:
 
 
 def test_what_a_cell_refuses_comes_back_as_it_was_raised(cluster: RayExecutor) -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.alive, self.dead = nn.Linear(128, 4), nn.Linear(128, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.alive(x.flatten(1)) + 0 * self.dead(x.flatten(1))
-
     with pytest.raises(ModelError, match="'dead' have no influence"):
-        scan(Dead(), executor=cluster)  # of a class that no other process can import
+        scan(with_a_dead_layer(), executor=cluster)  # of a class that no other process can import
 
 
 def test_without_ray_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

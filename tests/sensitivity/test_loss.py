@@ -15,6 +15,7 @@ from torch.nn import functional
 from explorer.errors import DataError, DistributionError, ModelError
 from explorer.sensitivity import SensitivityPoint, SensitivityTable, measure_joint, measure_loss
 from explorer.sensitivity import scan as scan_module
+from tests.sensitivity.networks import with_a_dead_layer
 
 LEVELS = (0.5, 0.9, 0.98)
 
@@ -553,17 +554,8 @@ def test_token_numbers_are_inputs_too() -> None:
 
 
 def test_a_weight_without_influence_is_never_called_robust() -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.alive = nn.Linear(128, 5)
-            self.dead = nn.Linear(128, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.alive(x.flatten(1)) + 0 * self.dead(x.flatten(1))
-
     with pytest.raises(ModelError, match="'dead' have no influence"):
-        list(measure_loss(Dead(), some_data()))
+        list(measure_loss(with_a_dead_layer(), some_data()))
 
 
 # ---- kinds, and single cells

@@ -14,7 +14,7 @@ from torch import nn
 
 from explorer.errors import ModelError
 from explorer.sensitivity import measure_loss, worker_pool
-from tests.sensitivity.networks import Fragile, images, small
+from tests.sensitivity.networks import Fragile, images, small, with_a_dead_layer
 
 LEVELS = (0.5, 0.9, 0.97)
 
@@ -100,18 +100,10 @@ def test_stop_is_obeyed_and_what_was_given_is_complete() -> None:
 
 
 def test_what_a_worker_refuses_reaches_the_caller(processes: Executor) -> None:
-    class Dead(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.alive, self.dead = nn.Linear(128, 4), nn.Linear(128, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.alive(x.flatten(1)) + 0 * self.dead(x.flatten(1))
-
     with ThreadPoolExecutor(2) as pool, pytest.raises(ModelError, match="'dead' have no influence"):
-        scan(Dead(), executor=pool)
+        scan(with_a_dead_layer(), executor=pool)
     with pytest.raises(ModelError, match="cannot be sent to other processes"):
-        scan(Dead(), executor=processes)
+        scan(with_a_dead_layer(), executor=processes)
 
 
 def test_a_worker_pool_needs_a_worker() -> None:
