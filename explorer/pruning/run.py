@@ -24,6 +24,7 @@ from torch.nn import functional
 from explorer.data import LoadedData
 from explorer.errors import DistributionError, RunError
 from explorer.masks import magnitude_mask
+from explorer.memory import pages_kept
 from explorer.models import LoadedModel, load_model
 from explorer.pruning.batches import BatchStream
 from explorer.pruning.evaluation import Evaluation, evaluate
@@ -232,15 +233,16 @@ class PruningRun:
     def _generate(self) -> Iterator[RunEvent]:
         self._state = "running"
         try:
-            yield from self._measured()
-            while self._step < self.total_steps:
-                self._go_on.wait()
-                if self._stop.is_set():
-                    break
-                yield self._train_step()
-                if self._step == self.total_steps or self._step % self._evaluate_every == 0:
-                    yield from self._measured()
-            result = self._final_result()
+            with pages_kept():
+                yield from self._measured()
+                while self._step < self.total_steps:
+                    self._go_on.wait()
+                    if self._stop.is_set():
+                        break
+                    yield self._train_step()
+                    if self._step == self.total_steps or self._step % self._evaluate_every == 0:
+                        yield from self._measured()
+                result = self._final_result()
         except _Diverged as error:
             self._state = "failed"
             with self._lock:

@@ -2,12 +2,16 @@
 
 A cell is one layer at one level. The copy is run from the changed layer on, with what earlier layers gave when the dense network ran
 (`explorer.sensitivity.replay`). Between two cells the copy is as it was. A batch holds images of one cell: several levels in one batch would save nothing, since batches
-are as large as is quick already (the demo takes 0.20 ms an image in batches of 125 and 0.27 in batches of 250, on two threads).
+are as large as is quick already (the demo takes as long in batches of 85, 100, 125 and 250).
+
+Refreshed curves are the second opinion, and cost a pass over the calibration images besides. They are measured on the first two fifths of the images, 200 at least,
+and so is the baseline that they start from.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,13 +33,15 @@ from explorer.sensitivity.replay import PrefixReplay
 
 __all__ = ["Cell", "Sample", "Scan"]
 
-BATCH_SIZE = 125
+BATCH_SIZE = 100
 # A criterion says one thing of a batch, so that its error can only be had from several batches.
 CRITERION_BATCH = 25
-# C libraries give large tensors fresh pages of memory each time (glibc: above 32 MiB), and filling those costs more than the arithmetic: ResNet-50 takes 41 ms an
-# image in batches of 16 and 26 ms in batches of 4 on two threads.
-OUTPUT_LIMIT = 16 << 20
+# Larger outputs fit into no cache, and smaller batches leave the late layers of large networks too little to do at once: with outputs of 64 MiB, ResNet-50 is scanned
+# as fast as with any other limit on two threads, and 1.4 times as fast on one as with 16 MiB.
+OUTPUT_LIMIT = 64 << 20
 MEMORY_LIMIT = 4 << 30
+_REFRESHED_SHARE = 0.4
+_MIN_REFRESHED = 200
 _TRIAL_IMAGES = 2
 _TRIAL_SPARSITY = 0.9
 
@@ -137,7 +143,8 @@ class Scan:
             calibration = calibration.contiguous(memory_format=torch.channels_last)
         self._images: tuple[Tensor, ...] = ()
         self._labels: tuple[Tensor, ...] | None = None
-        self._calibration = calibration.split(BATCH_SIZE)
+        # One batch: statistics of several small ones would leave out how images differ.
+        self._calibration = (calibration,)
         self._replay = PrefixReplay(self._module, self._memory_limit)
         self._resampler = Resampler()
         self._first_use: dict[str, int] = {}
@@ -159,6 +166,12 @@ class Scan:
     def n_first(self) -> int:
         """Number of batches that are enough for a first picture."""
         return min(self.n_batches, -(-MIN_DRAWN // len(self._images[0])))
+
+    @property
+    def n_refreshed(self) -> int:
+        """Number of batches that are measured on with refreshed BatchNorm statistics, the first of all."""
+        n_images = max(_MIN_REFRESHED, _REFRESHED_SHARE * len(self._inputs))
+        return min(self.n_batches, math.ceil(n_images / len(self._images[0])))
 
     def prepare(self) -> None:
         """Learn the calls, choose the size of batches, and try the shortened passes.
@@ -250,14 +263,17 @@ class Scan:
                         )
                     self._dense.append(output)
                     self._dense_log.append(_log_softmax(output))
-                return self.cell(
-                    self._sample(self._dense, range(len(self._dense)), "of the dense model", 0.0, 0)
-                )
         except _Stopped:
             return None
+        return self.dense()
+
+    def dense(self, *, refreshed: bool = False) -> Cell:
+        """Return what the dense network gives on the recorded batches; if `refreshed`, on those that refreshed cells are measured on."""
+        batches = range(min(len(self._dense), self.n_refreshed) if refreshed else len(self._dense))
+        return self.cell(self._sample(self._dense[: len(batches)], batches, "of the dense model", 0.0, 0))
 
     def measure(self, name: str, level: float, *, refreshed: bool) -> Cell | None:
-        """Prune a layer, measure on all recorded batches, restore; None when stopped.
+        """Prune a layer, measure on all recorded batches (if `refreshed`, on the first `n_refreshed`), restore; None when stopped.
 
         Raises
         ------
@@ -275,7 +291,7 @@ class Scan:
                 self._refreshed(name),
             ):
                 where = f"with layer {name!r} at sparsity {level} and BatchNorm refreshed"
-                batches = range(len(self._dense))
+                batches = range(min(len(self._dense), self.n_refreshed))
                 outputs = self._outputs(self._start[name], batches)
                 return self.cell(self._sample(outputs, batches, where, *removed))
         except _Stopped:
@@ -311,7 +327,7 @@ class Scan:
                 if refreshed and names:
                     restored.enter_context(self._refreshed(min(names, key=self._first_use.__getitem__)))
                 start = min((self._start[name] for name in names), default=0)
-                batches = range(len(self._dense))
+                batches = range(min(len(self._dense), self.n_refreshed) if refreshed else len(self._dense))
                 outputs = self._outputs(start, batches)
                 return self.cell(self._sample(outputs, batches, "with all layers pruned", 0.0, n_removed))
         except _Stopped:

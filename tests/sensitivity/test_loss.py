@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -190,9 +191,47 @@ def test_refreshing_repairs_a_mere_shift_of_scale() -> None:
         net[1].momentum = 1.0
         net.train()(x)
         net.eval()
-    cells = scan(net, (x, y), n_images=120)
+    cells = scan(net, (x, y), n_images=100)
     assert cells["0", 0.9, "kl", False].value > 0.1
     assert cells["0", 0.9, "kl", True].value < 0.01 * cells["0", 0.9, "kl", False].value
+
+
+def test_refreshed_curves_start_from_the_dense_network_on_their_own_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By hand: the first two fifths of the drawn images, statistics of 125 others in one batch."""
+    monkeypatch.setattr(scan_module, "BATCH_SIZE", 20)
+    monkeypatch.setattr(scan_module, "_MIN_REFRESHED", 10)
+    net, (x, y) = a_network(), some_data(260)
+    order = torch.randperm(260, generator=torch.Generator().manual_seed(0))
+    used, spare = order[:40], order[100:225]
+    level = LEVELS[1]
+    points = {
+        (p.layer, p.sparsity, p.kind): p
+        for p in measure_loss(net, (x, y), levels=(level,), n_images=100)
+        if p.refreshed
+    }
+
+    def loss(network: nn.Module) -> float:
+        with torch.no_grad():
+            return float(functional.cross_entropy(network(x[used]), y[used]))
+
+    assert points["side", 0.0, "loss"].value == pytest.approx(loss(net), rel=1e-5)
+    pruned = copy.deepcopy(net)
+    weight = pruned.blocks[0].conv2.weight
+    with torch.no_grad():
+        n_removed = math.ceil(level * weight.numel())
+        weight.view(-1)[weight.abs().flatten().argsort()[:n_removed]] = 0.0
+    for name, module in pruned.named_modules():
+        # Those that run before the pruned layer see what they saw in training.
+        if isinstance(module, nn.BatchNorm2d) and name not in ("bn", "blocks.0.bn1"):
+            module.train()
+            module.momentum = 1.0
+    with torch.no_grad():
+        pruned(x[spare])
+    expected = loss(pruned.eval())
+    assert expected != pytest.approx(points["side", 0.0, "loss"].value, rel=0.01)
+    assert points["blocks.0.conv2", level, "loss"].value == pytest.approx(expected, rel=1e-4)
 
 
 def test_module_is_left_as_found_bit_for_bit() -> None:
