@@ -622,6 +622,8 @@ def _measured(
 ) -> SensitivityTable:
     from tqdm import tqdm
 
+    from explorer.sensitivity import CellCounter
+
     total = study.n_sensitivity_cells(levels, refresh_batchnorm=refresh, latency=latency)
     points = study.sensitivity_points(
         levels,
@@ -632,15 +634,10 @@ def _measured(
         executor=executor,
         resume=resume,
     )
-    # Of the kinds that one measurement gives, one is counted; losses that come again from more images once, each pass of a latency.
-    counted = "kl" if kinds is None or "kl" in kinds else kinds[0]
-    seen: set[tuple[str, float, bool]] = set()
+    count = CellCounter()
     with tqdm(total=total, desc="sensitivity", unit="cell", leave=False, disable=None) as bar:
         for point in points:
-            cell = (point.layer, point.sparsity, point.refreshed)
-            if point.kind == "latency_ms" or (point.kind == counted and cell not in seen):
-                seen.add(cell)
-                bar.update()
+            bar.update(count.add(point))
     table = study.table
     assert table is not None
     return table

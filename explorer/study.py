@@ -490,13 +490,17 @@ class Study:
         refresh_batchnorm: bool = True,
         latency: bool = True,
     ) -> int:
-        """Return how many points of kind "kl" or "latency_ms" `sensitivity_points` will yield: what a progress bar counts."""
+        """Return how many cells and layer times `sensitivity_points` will yield: what `explorer.sensitivity.CellCounter` counts."""
         names = [layer.name for layer in self.layers]
         has_batchnorm = any(isinstance(part, _BatchNorm) for part in self.model.module.modules())
-        losses = 0 if self._published else len(names) * (1 + (refresh_batchnorm and has_batchnorm))
+        n_levels = 1 + len(set(levels if levels is not None else self.levels))
+        if self._published is not None:
+            losses = len({(p.layer, p.sparsity) for p in self._published.points})
+        else:
+            losses = n_levels * len(names) * (1 + (refresh_batchnorm and has_batchnorm))
         # The whole network is timed too, unless it is its only layer.
         times = (len(names) + (names != [WHOLE_NETWORK])) * LATENCY_PASSES if latency else 0
-        return (1 + len(set(levels if levels is not None else self.levels))) * (losses + times)
+        return losses + n_levels * times
 
     def measure_sensitivity(
         self,

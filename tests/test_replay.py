@@ -6,7 +6,7 @@ import pytest
 
 import explorer
 from explorer.errors import DataError, InfeasibleTarget, ModelError
-from explorer.sensitivity import published
+from explorer.sensitivity import CellCounter, published
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,10 @@ def test_the_shapes_are_those_of_the_published_network() -> None:
 def test_a_replay_is_measured_solved_and_predicted() -> None:
     study = explorer.Study.replay("mobilenet-imagenet")
     seen = list(study.sensitivity_points(levels=[0.5, 0.9]))
-    counted = [point for point in seen if point.kind in ("kl", "latency_ms")]
-    assert len(counted) == study.n_sensitivity_cells(levels=[0.5, 0.9])
+    times = [point for point in seen if point.kind == "latency_ms"]
+    published_cells = {(point.layer, point.sparsity) for point in seen if point.kind == "loss"}
+    assert len(times) + len(published_cells) == study.n_sensitivity_cells(levels=[0.5, 0.9])
+    assert sum(map(CellCounter().add, seen)) == len(times) + len(published_cells)
     assert study.table is not None
     assert {"loss", "accuracy", "latency_ms"} <= set(study.table.kinds)
     assert study.table.metadata["network"] == "MobileNetV1, ImageNet"

@@ -20,7 +20,7 @@ from explorer.inference import Benchmark
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, load_model
 from explorer.pruning import EvalEvent, LatencyEvent, evaluate
-from explorer.sensitivity import SensitivityPoint, SensitivityTable
+from explorer.sensitivity import CellCounter, SensitivityPoint, SensitivityTable
 from explorer.sensitivity import latency as latency_module
 from explorer.study import Study
 from tests.pruning.tiny import TinyNet, quadrants
@@ -134,6 +134,9 @@ def test_points_come_so_that_both_curves_grow_and_the_table_grows_with_them(
     switches = sum(first != second for first, second in itertools.pairwise(kinds))
     assert switches >= 3
     assert len(kinds) == study.n_sensitivity_cells(LEVELS, refresh_batchnorm=False)
+    count = CellCounter()
+    assert sum(map(count.add, points)) == count.done == len(kinds)
+    assert not count.add(points[0]), "a cell that comes again counts once"
     assert study.table is not None
     latest = {(point.kind, point.layer, point.sparsity): point for point in points}
     assert set(study.table.points) == set(latest.values())

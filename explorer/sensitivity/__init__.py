@@ -10,7 +10,7 @@ from explorer.sensitivity.cluster import RayExecutor
 from explorer.sensitivity.exchange import from_csv, from_frame, from_parquet
 from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
 from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
-from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, SensitivityPoint
+from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, CellCounter, SensitivityPoint
 from explorer.sensitivity.published import PUBLISHED, published
 from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
 from explorer.sensitivity.refine import refinement
@@ -24,6 +24,7 @@ __all__ = [
     "LATENCY_PASSES",
     "PUBLISHED",
     "WHOLE_NETWORK",
+    "CellCounter",
     "JointLoss",
     "LayerSummary",
     "RankedLayer",

@@ -64,6 +64,27 @@ class SensitivityPoint:
     high: float | None = None
 
 
+class CellCounter:
+    """Counts the cells of a scan as their points arrive, for a progress bar that ends at `explorer.study.Study.n_sensitivity_cells`.
+
+    A cell gives points of several kinds, and losses come again from more images: it counts once. Each pass of a latency counts.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._seen: set[tuple[str, float, bool]] = set()
+
+    def add(self, point: SensitivityPoint) -> bool:
+        """Note a point; tell whether it brought the scan further."""
+        cell = (point.layer, point.sparsity, point.refreshed)
+        if point.kind != "latency_ms":
+            if cell in self._seen:
+                return False
+            self._seen.add(cell)
+        self.done += 1
+        return True
+
+
 def check_levels(levels: Iterable[float]) -> tuple[float, ...]:
     """Return the distinct positive levels in ascending order.
 

@@ -297,22 +297,19 @@ class ExplorerState(t.HasTraits):
         )
 
     def _measure(self, study: Any, n_images: int, stop: threading.Event) -> None:
+        from explorer.sensitivity import CellCounter
+
         builder = CurveBuilder()
         started = self._clock()
         shown = -math.inf
-        done = 0
-        seen: set[tuple[str, float]] = set()
+        count = CellCounter()
         # Predictions do not use refreshed BatchNorm statistics, so nobody is made to wait for them.
         total = study.n_sensitivity_cells(refresh_batchnorm=False)
         for point in study.sensitivity_points(n_images=n_images, stop=stop, refresh_batchnorm=False):
             builder.add(point)
-            # A divergence that comes again from more images is counted once, each pass of a latency every time.
-            cell = (point.layer, point.sparsity)
-            if point.kind == "latency_ms" or (point.kind == "kl" and cell not in seen):
-                seen.add(cell)
-                done += 1
-                left = (self._clock() - started) / done * max(0, total - done)
-                self._progress(done=min(done, total), total=total, seconds_left=left)
+            if count.add(point):
+                left = (self._clock() - started) / count.done * max(0, total - count.done)
+                self._progress(done=min(count.done, total), total=total, seconds_left=left)
             # The curves are the largest thing that is sent, so they grow a little less often than the bar.
             if self._clock() - shown > CURVES_EVERY:
                 shown = self._clock()
