@@ -30,6 +30,7 @@ from explorer.distribution import (
     DEFAULT_MARGIN,
     ParetoFrontier,
     Prediction,
+    SearchStep,
     SparsityDistribution,
     Target,
     Trust,
@@ -42,6 +43,7 @@ from explorer.distribution import (
 from explorer.distribution import feasible_range as feasible_latencies
 from explorer.distribution import pareto as pareto_frontier
 from explorer.distribution import predict as predict_distribution
+from explorer.distribution import search as search_distribution
 from explorer.distribution import solve as solve_distribution
 from explorer.distribution import trust as compare_with_joint
 from explorer.distribution import uniform as uniform_distribution
@@ -62,6 +64,7 @@ from explorer.sensitivity import (
     DEFAULT_LEVELS,
     LATENCY_PASSES,
     WHOLE_NETWORK,
+    JointScan,
     SensitivityPoint,
     SensitivityTable,
     measure_joint,
@@ -742,6 +745,96 @@ class Study:
         # As recipes know it: sparsities and locks.
         self._targets[SparsityDistribution(found, found.locked)] = {target.name: target.value}
         return found
+
+    def search(
+        self,
+        *,
+        speedup: float | None = None,
+        latency_ms: float | None = None,
+        sparsity: float | None = None,
+        params: int | None = None,
+        size_bytes: int | None = None,
+        n_total: int = 250,
+        n_images: int = 500,
+        check: bool = True,
+        stop: threading.Event | None = None,
+        **options: Any,
+    ) -> Iterator[SearchStep]:
+        """Improve on `solve` by measuring whole pruned networks, and yield a step for each; see `explorer.distribution.search`.
+
+        Networks are judged by their divergence from the dense one, with BatchNorm statistics refreshed, nothing being trained.
+
+        Parameters
+        ----------
+        speedup, latency_ms, sparsity, params, size_bytes : float
+            Exactly one, as for `solve`.
+        n_total : int
+            Distributions to measure.
+        n_images : int
+            As for the scan.
+        check : bool
+            Measure what is solved for a speed-up or a latency on the engine first, and search within the corrected budget.
+        stop : threading.Event, optional
+            When set, the search ends early; the last step holds.
+        **options
+            `score`, `seed`, `locked`, `bounds`, `groups`, `max_sparsity` and `dense_first_last`, as for `explorer.distribution.search`.
+
+        Raises
+        ------
+        DataError
+            If the study has no data.
+        DistributionError, InfeasibleTarget
+            As `solve`.
+        """
+        target = Target(
+            speedup=speedup,
+            latency_ms=latency_ms,
+            sparsity=sparsity,
+            params=params,
+            size_bytes=size_bytes,
+        )
+        table, data = self._need_table(), self._need_data()
+        if "kl" not in table.kinds and "loss" in table.kinds:
+            options.setdefault("score", "mix_loss_sqrt")
+        margin: dict[str, Any] = {}
+        asked = {target.name: target.value}
+        if target.is_time and check:
+            held = {name: value for name, value in options.items() if name != "seed"}
+            found = self.predict(self.solve(speedup=speedup, latency_ms=latency_ms, **held)).latency_ms
+            assert found is not None, "solved for a time"
+            target, margin = Target(latency_ms=found * (1.0 + 1e-9)), {"margin": 0.0}
+        judge = JointScan(
+            self.model.module,
+            data,
+            self.model.layers,
+            n_images=n_images,
+            refresh_batchnorm=True,
+            stop=stop,
+        )
+
+        def divergence(distribution: SparsityDistribution) -> float | None:
+            joint = judge.measure(distribution)
+            return None if joint is None else joint.values["kl"]
+
+        steps = search_distribution(
+            self.model.layers,
+            table,
+            target,
+            divergence,
+            n_total=n_total,
+            stop=stop,
+            other_params=self._other_params(),
+            **margin,
+            **options,
+        )
+        return self._remembered(steps, asked)
+
+    def _remembered(self, steps: Iterator[SearchStep], asked: dict[str, float]) -> Iterator[SearchStep]:
+        """Pass steps on, and remember what their distributions were found for, as recipes know them."""
+        for step in steps:
+            found = step.distribution
+            self._targets[SparsityDistribution(found, found.locked)] = asked
+            yield step
 
     def _other_params(self) -> int:
         """Values outside prunable weights, of four bytes each."""

@@ -88,6 +88,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     trained.add_argument(
         "--speedup", type=float, nargs="+", metavar="X", help="targets, measured (default 3 5)"
     )
+    trained.add_argument(
+        "--contestants",
+        nargs="+",
+        metavar="NAME",
+        help="uniform, erk, lamp, global, inverse, solved, solved:SCORE, searched (default: all without colon but the last)",
+    )
+    trained.add_argument(
+        "--trained",
+        type=Path,
+        metavar="FOLDER",
+        help="a network that 'python -m explorer.models.demo.train --out FOLDER' left, in place of the demo",
+    )
     trained.add_argument("--seeds", type=count, metavar="N", help="runs of each (default 3)")
     trained.add_argument("--epochs", type=float, metavar="E", help="of each run (default 5)")
     trained.add_argument(
@@ -302,7 +314,9 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return kept, markdown
 
 
-_TRAINED_ONLY = ("speedup", "seeds", "epochs", "record")
+_TRAINED_ONLY = ("speedup", "contestants", "trained", "seeds", "epochs", "record")
+# What any score reads.
+_ALL_KINDS = ("kl", "loss", "accuracy", "removed_energy", "fisher")
 _ENGINES_ONLY = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
 
 
@@ -357,9 +371,12 @@ def _distributions(options: argparse.Namespace) -> int:
     [name, *more], [threads, *_], [batch_size, *_] = options.model, options.threads, options.batch_size
     if more or len(options.threads) > 1 or len(options.batch_size) > 1:
         raise ExplorerError("One model, number of threads and batch size at a time; name one of each.")
-    study = Study(name, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
+    names = options.contestants or distributions.NAMES
+    distributions.check_names(names)
+    model = name if options.trained is None else distributions.load_trained(options.trained)
+    study = Study(model, options.data or "demo:fashion", threads=threads, batch_size=batch_size)
     print(f"{study.model.name} on {summary()}; latencies with {threads} thread(s), batch {batch_size}")
-    study.measure_sensitivity(refresh_batchnorm=False, resume=False)
+    study.measure_sensitivity(refresh_batchnorm=False, resume=False, kinds=_ALL_KINDS)
     print(distributions.solver_report(study, targets), flush=True)
     trained = []
     try:
@@ -367,6 +384,7 @@ def _distributions(options: argparse.Namespace) -> int:
             study,
             targets,
             range(options.seeds or 3),
+            names=names,
             epochs=options.epochs or 5.0,
             record=options.record,
         ):

@@ -15,15 +15,32 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from explorer.atomic import write_atomically
-from explorer.distribution import Frontier, Target, solve, uniform_for_target
-from explorer.errors import FormatError, InfeasibleTarget
+from explorer.distribution import SCORES, Frontier, Target, solve, uniform_for_target
+from explorer.errors import DistributionError, FormatError, InfeasibleTarget, ModelError
+from explorer.models import LoadedModel, load_model
+from explorer.models.architectures import FashionResNet
 from explorer.study import Study
 
-__all__ = ["NAMES", "Trained", "compare_trained", "solver_report", "table"]
+__all__ = [
+    "NAMES",
+    "SEARCHED",
+    "Trained",
+    "check_names",
+    "compare_trained",
+    "load_trained",
+    "solver_report",
+    "table",
+]
 
 NAMES = ("uniform", "erk", "lamp", "global", "inverse", "solved")
+# Solved with this score, or searched by measuring whole networks.
+_SCORED = "solved:"
+SEARCHED = "searched"
 _REPEATS = 9
 _LATENCY_TURNS = 5
 
@@ -37,7 +54,7 @@ class Trained:
     target : float
         Speed-up that was asked for.
     name : str
-        Of `NAMES`.
+        Of `NAMES`, "solved:" and the name of a score, or "searched".
     seed : int
     sparsity : float
         Zeros over all prunable weights.
@@ -120,12 +137,50 @@ def _at_equal_latency(study: Study, name: str, target: float) -> tuple[Any, floa
     try:
         if name == "solved":
             found = study.solve(speedup=target)
+        elif name.startswith(_SCORED):
+            found = study.solve(speedup=target, score=name.removeprefix(_SCORED))
+        elif name == SEARCHED:
+            *_, last = study.search(speedup=target)
+            found = last.distribution
         else:
             found = study.baseline(name, speedup=target, check=True)
     except InfeasibleTarget:
         return None
     turns = [study.pruned_latency(found) for _ in range(_LATENCY_TURNS)]
     return found, median(turn.dense_ms / turn.latency_ms for turn in turns)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse distributions that there are not.
+
+    Raises
+    ------
+    DistributionError
+    """
+    for name in names:
+        if name not in (*NAMES, SEARCHED) and name.removeprefix(_SCORED) not in SCORES:
+            raise DistributionError(
+                f"There is no distribution {name!r}; there are {', '.join(NAMES)}, {SEARCHED}, and {_SCORED} with one of {', '.join(SCORES)}."
+            )
+
+
+def load_trained(folder: Path) -> LoadedModel:
+    """Load a network that `explorer.models.demo.train` wrote with ``--out``.
+
+    Raises
+    ------
+    ModelError
+        If the folder holds none.
+    """
+    try:
+        about = json.loads((folder / "fashion-resnet.json").read_text(encoding="utf-8"))
+        module = FashionResNet(tuple(about["widths"]), depth=about["depth"])
+        module.load_state_dict(load_file(folder / "fashion-resnet.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} holds no network of 'python -m explorer.models.demo.train --out {folder}': {error}."
+        ) from error
+    return load_model(module.eval(), example_input=torch.zeros(1, 1, 28, 28))
 
 
 def _read(record: Path) -> list[Trained]:
@@ -149,10 +204,10 @@ def table(trained: Sequence[Trained]) -> str:
             spread = stdev(accuracies) if len(accuracies) > 1 else float("nan")
             rows.append((mean(accuracies), spread, name, these))
         lines.append(f"{target:g} x, {max(len(row[3]) for row in rows)} seed(s)")
-        lines.append(f"  {'':<10} {'accuracy %':>16} {'sparsity':>9} {'speed-up':>9}")
+        lines.append(f"  {'':<22} {'accuracy %':>16} {'sparsity':>9} {'speed-up':>9}")
         for accuracy, spread, name, these in sorted(rows, key=lambda row: -row[0]):
             lines.append(
-                f"  {name:<10} {accuracy:>8.2f} ± {spread:>5.2f} {these[0].sparsity:>9.1%} {these[0].speedup:>8.2f}x"
+                f"  {name:<22} {accuracy:>8.2f} ± {spread:>5.2f} {these[0].sparsity:>9.1%} {these[0].speedup:>8.2f}x"
             )
     return "\n".join(lines)
 

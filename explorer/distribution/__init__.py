@@ -8,6 +8,7 @@ from explorer.distribution.knapsack import Frontier, solve_table
 from explorer.distribution.pareto import ParetoFrontier, ParetoPoint, pareto
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
 from explorer.distribution.scores import DEFAULT_SCORE, SCORES
+from explorer.distribution.search import SearchStep, search
 from explorer.distribution.solver import (
     DEFAULT_MARGIN,
     baseline_for_target,
@@ -27,6 +28,7 @@ __all__ = [
     "ParetoFrontier",
     "ParetoPoint",
     "Prediction",
+    "SearchStep",
     "SparsityDistribution",
     "Target",
     "Trust",
@@ -38,6 +40,7 @@ __all__ = [
     "lamp",
     "pareto",
     "predict",
+    "search",
     "solve",
     "solve_table",
     "stored_bytes",

@@ -81,29 +81,53 @@ def solve(
     DistributionError
         If the table lacks measurements, or an argument is out of range.
     """
-    if not 0.0 <= margin < float("inf"):
-        raise DistributionError(f"margin is a share of the predicted latency, 0 or more; got {margin!r}.")
-    needs_time = target.is_time or target.name == "max_loss"
-    kinds = (_harm_kind(table),) if target.name == "max_loss" else needed_kinds(score)
-    problem = pose(
+    problem, costs, budget = posed_for(
         layers,
         table,
-        (*kinds, *(("latency_ms",) if needs_time else ())),
+        target,
+        score,
+        margin=margin,
+        other_params=other_params,
         locked=locked,
         bounds=bounds,
         groups=groups,
         max_sparsity=max_sparsity,
         dense_first_last=dense_first_last,
     )
-    costs, budget = _posed(problem, table, target, margin, other_params)
-    if costs.least > budget:
-        raise InfeasibleTarget(_out_of_reach(target, table, problem, costs, margin))
     if not problem.free:
         return problem.distribution(np.empty(0, dtype=np.int64))
     is_loss = target.name == "max_loss"
     wanted = problem.latencies(table).rows if is_loss else problem.scores(score, table)
     picks = Frontier(wanted, costs.rows).best(max(budget - costs.fixed, float(costs.rows.min(axis=1).sum())))
     return problem.distribution(picks)
+
+
+def posed_for(
+    layers: Sequence[PrunableLayer],
+    table: SensitivityTable,
+    target: Target,
+    score: str,
+    *,
+    margin: float,
+    other_params: int,
+    **options: Any,
+) -> tuple[Problem, Costs, float]:
+    """Return what may be chosen, what each choice costs, and the budget that a target leaves; the arguments are those of `solve`.
+
+    Raises
+    ------
+    InfeasibleTarget, DistributionError
+        As `solve`.
+    """
+    if not 0.0 <= margin < float("inf"):
+        raise DistributionError(f"margin is a share of the predicted latency, 0 or more; got {margin!r}.")
+    needs_time = target.is_time or target.name == "max_loss"
+    kinds = (_harm_kind(table),) if target.name == "max_loss" else needed_kinds(score)
+    problem = pose(layers, table, (*kinds, *(("latency_ms",) if needs_time else ())), **options)
+    costs, budget = _posed(problem, table, target, margin, other_params)
+    if costs.least > budget:
+        raise InfeasibleTarget(_out_of_reach(target, table, problem, costs, margin))
+    return problem, costs, budget
 
 
 def _posed(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from explorer.sensitivity.cluster import RayExecutor
 from explorer.sensitivity.exchange import from_csv, from_frame, from_parquet
+from explorer.sensitivity.joint import JointLoss, JointScan, measure_joint
 from explorer.sensitivity.latency import LATENCY_PASSES, measure_latency
-from explorer.sensitivity.loss import JointLoss, measure_joint, measure_loss
+from explorer.sensitivity.loss import measure_loss
 from explorer.sensitivity.points import DEFAULT_LEVELS, KINDS, WHOLE_NETWORK, CellCounter, SensitivityPoint
 from explorer.sensitivity.published import PUBLISHED, published
 from explorer.sensitivity.ranking import RankedLayer, Stability, ranking, stability
@@ -26,6 +27,7 @@ __all__ = [
     "WHOLE_NETWORK",
     "CellCounter",
     "JointLoss",
+    "JointScan",
     "LayerSummary",
     "RankedLayer",
     "RayExecutor",

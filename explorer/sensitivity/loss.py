@@ -9,9 +9,9 @@ copy is as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from explorer.sensitivity.second_order import measure_fisher
 from explorer.sensitivity.tasks import Task, by_groups, distributed, inline
 from explorer.sensitivity.units import named
 
-__all__ = ["JointLoss", "measure_joint", "measure_loss"]
+__all__ = ["measure_loss"]
 
 
 def measure_loss(
@@ -215,77 +215,6 @@ def _fisher(
     for point in estimated:
         kept.put((point,))
         yield point
-
-
-def measure_joint(
-    module: nn.Module,
-    data: LabelledData | tuple[Tensor, Tensor | None],
-    distribution: Mapping[str, float],
-    *,
-    n_images: int = 500,
-    refresh_batchnorm: bool = False,
-    stop: threading.Event | None = None,
-) -> JointLoss | None:
-    """Prune all layers at once, as a distribution says, and measure what single-layer curves can only add up.
-
-    Parameters
-    ----------
-    module : nn.Module
-        A classifier, as for `measure_loss`. Not changed; a copy is.
-    data : LoadedData or (inputs, labels)
-    distribution : mapping of str to float
-        Sparsity in [0, 1) by layer; layers that are not named stay as they are.
-    n_images : int
-        As for `measure_loss`: with the same number, the same images.
-    refresh_batchnorm : bool
-        Measure with BatchNorm statistics estimated anew, on the images on which `measure_loss` measures refreshed curves.
-    stop : threading.Event, optional
-        When set, the measurement ends before the next batch and gives None.
-
-    Raises
-    ------
-    DataError, ModelError
-        As `measure_loss`.
-    DistributionError
-        A sparsity outside [0, 1).
-    """
-    material = take_material(module, data, n_images, distribution or None)
-    check_levels([*distribution.values(), 0.5])
-    aliases = {alias: layer.name for layer in material.layers for alias in (layer.name, *layer.tied)}
-    by_name = {aliases[name]: level for name, level in distribution.items()}
-    scan = Scan(material, stop)
-    scan.prepare()
-    refreshed = refresh_batchnorm and scan.has_batchnorm
-    with pages_kept():
-        if scan.record(range(scan.n_refreshed if refreshed else scan.n_batches)) is None:
-            return None
-        cell = scan.measure_joint(by_name, refreshed=refreshed)
-    if cell is None:
-        return None
-    return JointLoss(
-        {kind: one.value for kind, one in cell.values.items()},
-        {kind: one.std_error for kind, one in cell.values.items()},
-        cell.n_removed,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class JointLoss:
-    """What a network gives when all its layers are pruned at once.
-
-    Attributes
-    ----------
-    values : dict of str to float
-        "kl", and with labels "loss" and "accuracy".
-    std_errors : dict of str to float or None
-        Over images.
-    n_removed : int
-        Non-zero weights that were removed.
-    """
-
-    values: dict[str, float]
-    std_errors: dict[str, float | None]
-    n_removed: int
 
 
 def _points(

@@ -49,25 +49,37 @@ class FashionBlock(nn.Module):
         return functional.relu(out + self.shortcut(x))
 
 
+def _stage(in_channels: int, out_channels: int, stride: int, depth: int) -> nn.Module:
+    first = FashionBlock(in_channels, out_channels, stride)
+    more = [FashionBlock(out_channels, out_channels, 1) for _ in range(depth - 1)]
+    return nn.Sequential(first, *more) if more else first
+
+
 class FashionResNet(nn.Module):
-    """Stem and three basic blocks of strides 1, 2, 2, global average pool, one linear layer.
+    """Stem, three stages of basic blocks of strides 1, 2, 2, global average pool, one linear layer.
 
     Parameters
     ----------
     widths : tuple of int
-        Channels of the three blocks; the stem has as many as the first.
+        Channels of the three stages; the stem has as many as the first.
     num_classes : int
     in_channels : int
+    depth : int
+        Blocks of a stage; one in the demo.
     """
 
     def __init__(
-        self, widths: tuple[int, int, int] = (64, 128, 256), num_classes: int = 10, in_channels: int = 1
+        self,
+        widths: tuple[int, int, int] = (64, 128, 256),
+        num_classes: int = 10,
+        in_channels: int = 1,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         self.stem = FashionStem(in_channels, widths[0])
-        self.block1 = FashionBlock(widths[0], widths[0], stride=1)
-        self.block2 = FashionBlock(widths[0], widths[1], stride=2)
-        self.block3 = FashionBlock(widths[1], widths[2], stride=2)
+        self.block1 = _stage(widths[0], widths[0], 1, depth)
+        self.block2 = _stage(widths[0], widths[1], 2, depth)
+        self.block3 = _stage(widths[1], widths[2], 2, depth)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[2], num_classes)
         for module in self.modules():

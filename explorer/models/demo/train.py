@@ -146,6 +146,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--root", type=Path, default=None, help="folder of the Fashion-MNIST files")
     parser.add_argument("--download", action="store_true", help="download Fashion-MNIST when it is not found")
+    parser.add_argument(
+        "--widths", type=int, nargs=3, default=(64, 128, 256), help="channels of the three stages"
+    )
+    parser.add_argument("--depth", type=int, default=1, help="blocks of a stage")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=0.2, help="peak, reached after the warm-up")
@@ -172,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.from_numpy(train_labels[split.validation]).long(),
     )
 
-    model = FashionResNet()
+    model = FashionResNet(tuple(args.widths), depth=args.depth)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     weights = args.out / f"{NAME}.safetensors"
     validation_accuracy = train(
@@ -192,9 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     provenance = {
         "name": NAME,
         "architecture": "explorer.models.architectures.fashion.FashionResNet",
+        "widths": list(args.widths),
+        "depth": args.depth,
         "n_params": sum(p.numel() for p in model.parameters()),
         "command": (
-            f"python -m explorer.models.demo.train --epochs {args.epochs} --batch-size {args.batch_size} "
+            f"python -m explorer.models.demo.train --widths {' '.join(map(str, args.widths))} --depth {args.depth} --epochs {args.epochs} --batch-size {args.batch_size} "
             f"--learning-rate {args.learning_rate} --weight-decay {args.weight_decay} --warmup {args.warmup} "
             f"--seed {args.seed} --threads {args.threads}"
         ),
