@@ -742,8 +742,7 @@ class Study:
         found = solved(target)
         if target.is_time and check:
             found = self._checked(found, speedup, latency_ms, solved)
-        # As recipes know it: sparsities and locks.
-        self._targets[SparsityDistribution(found, found.locked)] = {target.name: target.value}
+        self._targets[found] = {target.name: target.value}
         return found
 
     def search(
@@ -830,10 +829,9 @@ class Study:
         return self._remembered(steps, asked)
 
     def _remembered(self, steps: Iterator[SearchStep], asked: dict[str, float]) -> Iterator[SearchStep]:
-        """Pass steps on, and remember what their distributions were found for, as recipes know them."""
+        """Pass steps on, and remember what their distributions were found for: recipes say it."""
         for step in steps:
-            found = step.distribution
-            self._targets[SparsityDistribution(found, found.locked)] = asked
+            self._targets[step.distribution] = asked
             yield step
 
     def _other_params(self) -> int:
@@ -1040,19 +1038,20 @@ class Study:
                 f"The recipe does not fit {self.model.name!r}: it names {', '.join(unknown)}, and the layers are "
                 f"{', '.join(names)}. Use a recipe of this model."
             )
-        distribution = SparsityDistribution(dict(recipe.distribution), recipe.locked)
+        distribution = SparsityDistribution(dict(recipe.distribution), recipe.locked, recipe.groups)
         if recipe.target is not None:
             self._targets[distribution] = dict(recipe.target)
         return distribution
 
     def recipe(self, result: RunResult) -> Recipe:
         """Return the recipe that makes `result` again."""
-        asked = SparsityDistribution(result.asked, result.locked)
+        asked = SparsityDistribution(result.asked, result.locked, result.groups)
         return Recipe(
             model=self.model_source,
             data=self.data_source,
             distribution=dict(result.asked),
             locked=result.locked,
+            groups=result.groups,
             target=self._targets.get(asked),
             settings=result.settings,
             threads=self.threads,

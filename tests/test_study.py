@@ -20,7 +20,7 @@ from explorer.inference import Benchmark
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, load_model
 from explorer.pruning import EvalEvent, LatencyEvent, evaluate
-from explorer.sensitivity import CellCounter, SensitivityPoint, SensitivityTable
+from explorer.sensitivity import CellCounter, SensitivityPoint, SensitivityTable, measure_joint
 from explorer.sensitivity import latency as latency_module
 from explorer.study import Study
 from tests.pruning.tiny import TinyNet, quadrants
@@ -423,3 +423,36 @@ def test_a_study_takes_from_disk_what_was_measured_unless_told_otherwise(
     assert cells == first
     Study(model, data).measure_sensitivity(LEVELS, n_images=64, resume=False)
     assert cells == 2 * first
+
+
+def test_groups_go_through_a_run_and_its_recipe(measured: Study) -> None:
+    asked = SparsityDistribution({"conv1": 0.5, "conv2": 0.5, "fc": 0.0}, groups=[("conv1", "conv2")])
+    result = measured.prune(asked, epochs=0.2, latency=False).finish()
+    recipe = Recipe.from_yaml(measured.recipe(result).to_yaml())
+    assert recipe.groups == (("conv1", "conv2"),)
+    assert measured.adopt(recipe) == asked
+
+
+def test_a_search_measures_whole_networks_and_remembers_its_target(measured: Study) -> None:
+    steps = list(measured.search(sparsity=0.6, n_total=12, n_images=64, seed=1, dense_first_last=False))
+    assert 1 < len(steps) <= 12
+    assert steps[-1].loss <= steps[0].first_loss
+    for step in steps:
+        assert measured.predict(step.distribution).sparsity >= 0.6
+    best = steps[-1].distribution
+    joint = measure_joint(measured.model.module, measured.data, best, n_images=64, refresh_batchnorm=True)
+    assert joint is not None
+    assert joint.values["kl"] == pytest.approx(steps[-1].loss, rel=1e-5)
+    assert measured.recipe(measured.prune(best, epochs=0.2, latency=False).finish()).target == {
+        "sparsity": 0.6
+    }
+
+
+def test_a_search_keeps_to_a_measured_speedup(measured: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is solved is checked on the engine, and the budget of the search is what that one is predicted to take."""
+    solved = measured.solve(sparsity=0.6)
+    monkeypatch.setattr(measured, "solve", lambda **_: solved)
+    budget = measured.predict(solved).latency_ms
+    steps = list(measured.search(speedup=1.2, n_total=8, n_images=64, dense_first_last=False))
+    assert steps
+    assert all(measured.predict(step.distribution).latency_ms <= budget * (1 + 1e-6) for step in steps)

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from explorer.atomic import write_atomically
-from explorer.errors import ExplorerError, FormatError
+from explorer.distribution import SparsityDistribution
+from explorer.errors import DistributionError, ExplorerError, FormatError
 from explorer.pruning.settings import RunSettings
 
 _VERSION = 1
@@ -53,6 +54,8 @@ class Recipe:
         Final sparsity by layer, fractions in [0, 1).
     locked : tuple of str
         Layers whose sparsity a person fixed.
+    groups : tuple of tuple of str
+        Layers that move together; those of a group have the same sparsity.
     target : mapping of str to float, optional
         What the distribution was solved for, one of speedup, latency_ms, sparsity; said for the reader, not solved again.
     settings : RunSettings
@@ -70,6 +73,7 @@ class Recipe:
     data: str
     distribution: Mapping[str, float]
     locked: tuple[str, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
     target: Mapping[str, float] | None = None
     settings: RunSettings = field(default_factory=RunSettings)
     threads: int = 1
@@ -86,6 +90,10 @@ class Recipe:
                 raise FormatError(
                     f"Layer {name!r} is locked but has no sparsity; add it to the distribution."
                 )
+        try:
+            SparsityDistribution(self.distribution, self.locked, self.groups)
+        except DistributionError as error:
+            raise FormatError(f"The groups cannot be used: {error}") from error
         if self.target is not None and (len(self.target) != 1 or next(iter(self.target)) not in _TARGETS):
             raise FormatError(
                 f"The target is {dict(self.target)}; give exactly one of {', '.join(_TARGETS)}."
@@ -113,6 +121,8 @@ class Recipe:
             name: {"sparsity": float(sparsity)} | ({"locked": True} if name in self.locked else {})
             for name, sparsity in self.distribution.items()
         }
+        if self.groups:
+            document["groups"] = [list(group) for group in self.groups]
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
 
     @classmethod
@@ -141,6 +151,7 @@ class Recipe:
             "method",
             "seed",
             "distribution",
+            "groups",
             *_SECTIONS,
         }
         _refuse_unknown(document, known, "the recipe")
@@ -172,6 +183,11 @@ class Recipe:
                 raise FormatError(f"locked of layer {name!r} is {fixed!r}; write true or false.")
             if fixed:
                 locked.append(str(name))
+        groups = document.get("groups", [])
+        if not isinstance(groups, list) or not all(
+            isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups
+        ):
+            raise FormatError(f"groups is {groups!r}; give a list of lists of layer names.")
         latency = _mapping(document.get("latency", {}), "latency")
         _refuse_unknown(latency, {"threads", "batch_size"}, "latency")
         target = document.get("target")
@@ -186,6 +202,7 @@ class Recipe:
                 data=_text(document, "data"),
                 distribution=distribution,
                 locked=tuple(locked),
+                groups=tuple(map(tuple, groups)),
                 target=target,
                 settings=RunSettings(**values),
                 **{

@@ -25,6 +25,8 @@ class RunResult:
         Final sparsity that was asked for, by layer.
     locked : tuple of str
         Layers whose sparsity a person had fixed.
+    groups : tuple of tuple of str
+        Layers that moved together.
     achieved : mapping of str to (int, int)
         Zeros and elements of each layer's weight, counted in the weight itself.
     dense_accuracy, accuracy : float
@@ -51,6 +53,7 @@ class RunResult:
     masks: Mapping[str, Tensor]
     asked: Mapping[str, float]
     locked: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     achieved: Mapping[str, tuple[int, int]]
     dense_accuracy: float
     accuracy: float

@@ -143,8 +143,9 @@ class PruningRun:
         if self.settings.distillation > 0.0 and self._channels_last:
             self._teacher = copy.deepcopy(self._dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
-        # A plain mapping has no locks.
+        # A plain mapping has neither.
         self.locked: tuple[str, ...] = tuple(sorted(getattr(distribution, "locked", ())))
+        self.groups: tuple[tuple[str, ...], ...] = tuple(getattr(distribution, "groups", ()))
         weights = {name: _weight(self._module, name) for name in self.asked}
         self._elements = {name: weight.numel() for name, weight in weights.items()}
         self._weights = weights
@@ -381,6 +382,7 @@ class PruningRun:
             masks=masks,
             asked=dict(self.asked),
             locked=self.locked,
+            groups=self.groups,
             achieved=achieved,
             dense_accuracy=dense.accuracy if dense else math.nan,
             accuracy=last.accuracy if last else math.nan,

@@ -42,6 +42,12 @@ settings = st.builds(
 )
 
 
+def _groupings(distribution: dict[str, float]) -> list[list[list[str]]]:
+    """No group, and one of all layers that have the same sparsity as the first."""
+    same = [name for name, value in distribution.items() if value == next(iter(distribution.values()))]
+    return [[], [same]] if len(same) > 1 else [[]]
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     distribution = draw(st.dictionaries(names, sparsities, max_size=5))
@@ -50,6 +56,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         data=draw(names),
         distribution=distribution,
         locked=tuple(name for name in distribution if draw(st.booleans())),
+        groups=tuple(tuple(sorted(group)) for group in draw(st.sampled_from(_groupings(distribution)))),
         target=draw(
             st.one_of(
                 st.none(), st.dictionaries(st.just("speedup"), st.floats(1, 20), min_size=1, max_size=1)
@@ -101,6 +108,8 @@ def test_a_number_with_an_exponent_is_a_number_although_yaml_reads_text() -> Non
         (A_RECIPE + "schedule: {epochs: .nan}\n", "epochs is nan"),
         (A_RECIPE + "seed: .inf\n", "seed is inf"),
         (A_RECIPE + "target: {accuracy: 0.9}\n", "exactly one of speedup, latency_ms, sparsity"),
+        (A_RECIPE + "groups: [[fc, other]]\n", "groups cannot be used.*other"),
+        (A_RECIPE + "groups: fc\n", "groups is 'fc'; give a list of lists"),
         (A_RECIPE + "latency: {threads: 0}\n", "threads is 0"),
         (A_RECIPE + "model: other\n", "'model' is written twice"),
         (A_RECIPE.replace("0.9}", "1.5}"), "'fc' has sparsity 1.5"),

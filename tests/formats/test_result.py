@@ -31,6 +31,7 @@ def a_result(**changes: Any) -> RunResult:
         "masks": {"": torch.ones(10, 10, dtype=torch.bool)},
         "asked": {"a": 0.5, "b": 0.899},
         "locked": (),
+        "groups": (),
         "achieved": {"a": (50, 100), "b": (270, 300)},
         "dense_accuracy": 0.92,
         "accuracy": 0.915,
