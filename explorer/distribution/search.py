@@ -74,6 +74,7 @@ def search(
     measure: Callable[[SparsityDistribution], float | None],
     *,
     n_total: int = 250,
+    begin: SparsityDistribution | None = None,
     score: str = DEFAULT_SCORE,
     margin: float = DEFAULT_MARGIN,
     other_params: int = 0,
@@ -93,6 +94,8 @@ def search(
         Gives the loss of the network pruned to a distribution, nothing being trained: finite, lower is better; None when it was stopped, which ends the search.
     n_total : int
         Distributions to measure; 250 in the paper's experiments. Coefficients that lead to a distribution that is known cost nothing.
+    begin : SparsityDistribution, optional
+        Is measured first, and is the answer as long as nothing is better; what `solve` gives comes next. Whether it keeps the budget is the caller's business.
     score : str
         Gives the distribution to begin with. Coefficients multiply the quadratic prior, as in the paper.
     margin, other_params
@@ -125,9 +128,8 @@ def search(
     )
     # The checks above run when the generator is made: a mistake shows where it was made.
     judge = _Judge(problem, costs, budget, measure)
-    return _steps(
-        judge, problem.scores(score, table), problem.scores("quadratic", table), n_total, seed, stop
-    )
+    scores, prior = problem.scores(score, table), problem.scores("quadratic", table)
+    return _steps(judge, begin, scores, prior, n_total, seed, stop)
 
 
 class _Judge:
@@ -142,7 +144,7 @@ class _Judge:
     ) -> None:
         self._problem, self._times, self._measure = problem, costs.rows, measure
         self._within = max(budget - costs.fixed, float(costs.rows.min(axis=1).sum())) if problem.free else 0.0
-        self._known: dict[tuple[int, ...], float] = {}
+        self._known: dict[SparsityDistribution, float] = {}
         self.is_new = False
 
     @property
@@ -153,7 +155,11 @@ class _Judge:
         """Return the distribution of least error, and its loss; None when the measurement was stopped."""
         free = len(self._problem.free)
         picks = Frontier(errors, self._times).best(self._within) if free else np.empty(0, dtype=np.int64)
-        distribution, key = self._problem.distribution(picks), tuple(picks.tolist())
+        return self.judge(self._problem.distribution(picks))
+
+    def judge(self, distribution: SparsityDistribution) -> tuple[SparsityDistribution, float] | None:
+        """Return a distribution with its loss; None when the measurement was stopped."""
+        key = SparsityDistribution(distribution)
         self.is_new = key not in self._known
         if self.is_new:
             loss = self._measure(distribution)
@@ -185,18 +191,33 @@ class _Coefficients:
 
 
 def _steps(
-    judge: _Judge, scores: _Floats, prior: _Floats, n_total: int, seed: int, stop: threading.Event | None
+    judge: _Judge,
+    begin: SparsityDistribution | None,
+    scores: _Floats,
+    prior: _Floats,
+    n_total: int,
+    seed: int,
+    stop: threading.Event | None,
 ) -> Iterator[SearchStep]:
     generator = np.random.default_rng(seed)
     n_groups = len(scores)
     # Coefficients of the score lie around 1, as it is meant; those of the prior in [0, 1], as in the paper.
     best = _Coefficients(scores, 2.0, np.ones(n_groups))
-    found = judge(best.errors())
+    found = judge(best.errors()) if begin is None else judge.judge(begin)
     if found is None:
         return
     first_loss = found[1]
     chosen, least = found
     yield SearchStep(chosen, least, first_loss, 1, n_total, True)
+    if begin is not None and n_total > 1 and not (stop is not None and stop.is_set()):
+        found = judge(best.errors())
+        if found is None:
+            return
+        is_better = found[1] < least
+        if is_better:
+            chosen, least = found
+        if judge.is_new:
+            yield SearchStep(chosen, least, first_loss, judge.n_measured, n_total, is_better)
     everyone = np.arange(n_groups)
     n_random = min(_N_RANDOM, n_total // 2)
     size, fruitless, in_vain = max(1, math.ceil(_SHARE * n_groups)), 0, 0

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from explorer.widgets.state import ExplorerState
 
+LEAST_GAIN = 0.02
+"""Share of the divergence from which a found distribution is offered."""
+
 ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
 
 
@@ -46,6 +49,7 @@ class Equalizer(StateView):
         "can_undo",
         "can_redo",
         "job",
+        "search",
     )
     gestures = {
         "select": lambda state, said: state.select(str(said["layer"])),
@@ -56,6 +60,7 @@ class Equalizer(StateView):
         "uniform": lambda state, _: state.make_uniform(),
         "undo": lambda state, _: state.undo(),
         "redo": lambda state, _: state.redo(),
+        "better": lambda state, _: state.take_better(),
     }
 
     values = t.List(t.Float()).tag(sync=True)
@@ -109,6 +114,31 @@ class Equalizer(StateView):
             "why": self._why(),
             "can_undo": state.can_undo,
             "can_redo": state.can_redo,
+            "search": self._search(),
+        }
+
+    def _search(self) -> dict[str, Any]:
+        """Return what the search says, and whether it has something to offer."""
+        state, step = self.state, self.state.search
+        if getattr(state.study, "data", None) is None:
+            return {"text": "", "better": False}
+        if step is None:
+            ends = "Solve for a target, and the page goes on looking for a distribution that does less harm in the same time."
+            return {"text": ends if state.origin != "solved" else "", "better": False}
+        where = (
+            f"{step.n_measured} of {step.n_total} networks tried"
+            if step.n_measured < step.n_total
+            else f"{step.n_measured} networks tried"
+        )
+        gain = 1.0 - step.loss / step.first_loss if step.first_loss > 0 else 0.0
+        if step.distribution == state.distribution or gain < LEAST_GAIN:
+            return {
+                "text": f"Looking for less harm in the same time: {where}, none clearly better than this one.",
+                "better": False,
+            }
+        return {
+            "text": f"Looking for less harm in the same time: {where}, the best diverges {gain:.0%} less before training.",
+            "better": not state.job.busy,
         }
 
     def _why(self) -> str:

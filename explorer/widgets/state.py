@@ -195,6 +195,8 @@ class ExplorerState(t.HasTraits):
     """The latest run."""
     trust = t.Any(None)
     """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
+    search = t.Any(None)
+    """The latest `SearchStep` of the search that began at `distribution`; None before there is one."""
     background = t.Unicode("")
     """What is being measured while nothing else is asked for."""
     provenance = t.Unicode("")
@@ -229,6 +231,7 @@ class ExplorerState(t.HasTraits):
         self._is_refined = False
         self._refined_layers: frozenset[str] = frozenset()
         self._trusted: Any = None
+        self._searched: Any = None
         self._history: History[Any] = History()
         self._pruning: Any = None
         self._deadline: float | None = None
@@ -666,17 +669,20 @@ class ExplorerState(t.HasTraits):
         self._refined_layers = frozenset()
         self._is_refined = False
         self._trusted = self.trust = None
+        self._searched = self.search = None
 
     def _settle(self, *, final: bool = False) -> None:
         """Note that the distribution may have changed; when it is `final` and the worker is free, measure what can be trusted of its prediction."""
         if self.distribution != self._trusted:
             self.trust = None
+        if self.distribution != self._searched:
+            self.search = None
         study = self.study
         if not final or not self.measured or getattr(study, "data", None) is None or self._jobs.running:
             return
         if self._idle_jobs.running:
             # Its end comes here again.
-            if self.distribution != self._trusted:
+            if self.distribution not in (self._trusted, self._searched):
                 self._idle_jobs.stop()
             return
         distribution, n_images = self.distribution, self._n_images
@@ -692,6 +698,14 @@ class ExplorerState(t.HasTraits):
             self._idle_jobs.start(
                 lambda stop: self._refine(study, len(study.layers), n_images, stop, near=distribution),
                 functools.partial(self._refined, study, frozenset()),
+                self._background_failed,
+            )
+        elif self.origin == "solved" and distribution != self._searched:
+            self.background = "looking for a better distribution"
+            self._searched = distribution
+            self._idle_jobs.start(
+                functools.partial(self._search, study, distribution, n_images),
+                functools.partial(self._search_ended, study),
                 self._background_failed,
             )
         elif self._is_refined and self.selected not in self._refined_layers:
@@ -732,13 +746,60 @@ class ExplorerState(t.HasTraits):
             self._say("Measured more levels where the curves bend; predictions are nearer for it.")
         self._settle(final=True)
 
+    def _search(self, study: Any, begin: Any, n_images: int, stop: threading.Event) -> bool:
+        """Measure networks that are pruned otherwise within the same predicted time, and tell whether that was finished."""
+
+        def show(step: Any) -> None:
+            if study is self.study and begin == self.distribution:
+                self.search = step
+
+        steps = study.search(
+            latency_ms=study.predict(begin).latency_ms * (1.0 + 1e-9),
+            check=False,
+            margin=0.0,
+            begin=begin,
+            n_images=n_images,
+            locked={name: begin[name] for name in begin.locked},
+            groups=begin.groups,
+            stop=stop,
+        )
+        for step in steps:
+            self._publisher.post("search", functools.partial(show, step))
+            self._stop_if_abandoned()
+        return not stop.is_set()
+
+    def _search_ended(self, study: Any, complete: bool) -> None:
+        self.background = ""
+        if study is not self.study:
+            self._searched = None
+        elif not complete and self.search is None:
+            # Before anything was measured: it is begun anew when the worker is free.
+            self._searched = None
+        elif complete and self.search is not None:
+            gain = 1.0 - self.search.loss / self.search.first_loss if self.search.first_loss > 0 else 0.0
+            self._say(
+                f"Measured {self.search.n_measured} distributions of the same predicted latency: the best has {gain:.0%} less divergence before training."
+            )
+        self._settle(final=True)
+
+    @_guarded
+    def take_better(self) -> None:
+        """Adopt what the search has found."""
+        found = self.search
+        if found is None or found.distribution == self.distribution:
+            raise DistributionError("The search has not found a better distribution yet.")
+        self._idle_jobs.stop()
+        # What it leads to is not searched again, with the same networks.
+        self._searched = found.distribution
+        self._take(found.distribution, "solved")
+
     def _background_failed(self, error: BaseException) -> None:
         """Say it in the log: nobody asked for it, so nobody is to be interrupted."""
         self.background = ""
         # Not tried for ever.
         self._is_refined = True
         self._refined_layers = frozenset(layer.name for layer in self.layers)
-        self._trusted = self.distribution
+        self._trusted = self._searched = self.distribution
         self._say(f"A measurement in the background failed: {error}")
 
     def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:
