@@ -793,6 +793,8 @@ class Study:
             size_bytes=size_bytes,
         )
         table, data = self._need_table(), self._need_data()
+        if options.get("score", "") is None:
+            del options["score"]
         if "kl" not in table.kinds and "loss" in table.kinds:
             options.setdefault("score", "mix_loss_sqrt")
         margin: dict[str, Any] = {}

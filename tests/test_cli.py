@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -148,6 +149,27 @@ def test_a_distribution_is_solved_shown_and_written(
     remaining = int(rows["all"][3].replace(",", "")) - int(rows["all"][2].replace(",", ""))
     assert remaining <= 300
     assert "divergence before training" in out
+
+
+def test_a_search_goes_on_from_what_was_solved(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    solved, searched = tmp_path / "solved.json", tmp_path / "searched.json"
+    options = [*ON_TINY, "--images", "64", "--any-ends", "--params", "300", "--lock", "conv1=0.25"]
+    assert cli.main(["solve", *options, "--out", str(solved)]) == 0
+    capsys.readouterr()
+    assert cli.main(["solve", *options, "--search", "12", "--out", str(searched)]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"search: (\d+) networks measured, divergence before training (\S+) -> (\S+) nats", out)
+    assert found is not None
+    assert 1 < int(found[1]) <= 12
+    assert float(found[3]) <= float(found[2])
+    best = SparsityDistribution.from_json(searched.read_text())
+    assert best["conv1"] == 0.25
+    assert best.locked == {"conv1"}
+    rows = {row[0]: row for row in words(out) if row}
+    assert int(rows["all"][3].replace(",", "")) - int(rows["all"][2].replace(",", "")) <= 300
+    assert (best == SparsityDistribution.from_json(solved.read_text())) == (found[2] == found[3])
 
 
 def test_distributions_are_compared_at_one_target(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
