@@ -221,12 +221,21 @@ def _steps(
     everyone = np.arange(n_groups)
     n_random = min(_N_RANDOM, n_total // 2)
     size, fruitless, in_vain = max(1, math.ceil(_SHARE * n_groups)), 0, 0
-    while judge.n_measured < n_total and in_vain < _IN_VAIN and not (stop is not None and stop.is_set()):
+    while (
+        n_groups
+        and judge.n_measured < n_total
+        and in_vain < _IN_VAIN
+        and not (stop is not None and stop.is_set())
+    ):
         is_random = judge.n_measured <= n_random and in_vain == 0
         if is_random:
             tried = _Coefficients(prior, 1.0, np.zeros(n_groups)).drawn_anew(everyone, generator)
         else:
-            tried = best.drawn_anew(generator.choice(n_groups, min(size, n_groups), replace=False), generator)
+            # Where all neighbours are known, those further away.
+            reach = size if in_vain < _PATIENCE else int(generator.integers(1, n_groups + 1))
+            tried = best.drawn_anew(
+                generator.choice(n_groups, min(reach, n_groups), replace=False), generator
+            )
         found = judge(tried.errors())
         if found is None:
             return

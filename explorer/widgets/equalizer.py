@@ -9,6 +9,7 @@ import traitlets as t
 from explorer.errors import DistributionError
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
+from explorer.widgets.state import SEARCHING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,7 @@ class Equalizer(StateView):
         "can_redo",
         "job",
         "search",
+        "background",
     )
     gestures = {
         "select": lambda state, said: state.select(str(said["layer"])),
@@ -125,19 +127,17 @@ class Equalizer(StateView):
         if step is None:
             ends = "Solve for a target, and the page goes on looking for a distribution that does less harm in the same time."
             return {"text": ends if state.origin != "solved" else "", "better": False}
-        where = (
-            f"{step.n_measured} of {step.n_total} networks tried"
-            if step.n_measured < step.n_total
-            else f"{step.n_measured} networks tried"
-        )
+        searching = state.background == SEARCHING
+        of = f" of {step.n_total}" if searching else ""
+        where = f"{'Looking' if searching else 'Looked'} for less harm in the same time: {step.n_measured}{of} networks tried"
         gain = 1.0 - step.loss / step.first_loss if step.first_loss > 0 else 0.0
         if step.distribution == state.distribution or gain < LEAST_GAIN:
             return {
-                "text": f"Looking for less harm in the same time: {where}, none clearly better than this one.",
+                "text": f"{where}, none clearly better than this one.",
                 "better": False,
             }
         return {
-            "text": f"Looking for less harm in the same time: {where}, the best diverges {gain:.0%} less before training.",
+            "text": f"{where}, the best diverges {gain:.0%} less before training.",
             "better": not state.job.busy,
         }
 

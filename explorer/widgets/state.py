@@ -55,6 +55,9 @@ COMFORTABLE = 0.8
 LEVELS_IN_VIEW = 4
 """How many more levels of the chosen layer are measured while nothing else is asked for."""
 
+SEARCHING = "looking for a better distribution"
+"""Says `ExplorerState.background` while the search goes on."""
+
 LOG_LINES = 200
 PATIENCE = 180.0
 """Seconds without a sign of life from any page after which a job is stopped; browsers slow the timers of hidden pages to one a minute."""
@@ -701,7 +704,7 @@ class ExplorerState(t.HasTraits):
                 self._background_failed,
             )
         elif self.origin == "solved" and distribution != self._searched:
-            self.background = "looking for a better distribution"
+            self.background = SEARCHING
             self._searched = distribution
             self._idle_jobs.start(
                 functools.partial(self._search, study, distribution, n_images),
