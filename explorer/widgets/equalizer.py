@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from explorer.widgets.state import ExplorerState
 
 LEAST_GAIN = 0.02
-"""Share of the divergence from which a found distribution is offered."""
+"""Share of the harm from which a found distribution is offered."""
 
 ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
 
@@ -130,14 +130,14 @@ class Equalizer(StateView):
         searching = state.background == SEARCHING
         of = f" of {step.n_total}" if searching else ""
         where = f"{'Looking' if searching else 'Looked'} for less harm in the same time: {step.n_measured}{of} networks tried"
-        gain = 1.0 - step.loss / step.first_loss if step.first_loss > 0 else 0.0
+        gain = 1.0 - step.harm
         if step.distribution == state.distribution or gain < LEAST_GAIN:
             return {
                 "text": f"{where}, none clearly better than this one.",
                 "better": False,
             }
         return {
-            "text": f"{where}, the best diverges {gain:.0%} less before training.",
+            "text": f"{where}, the best is judged {gain:.0%} less harmful.",
             "better": not state.job.busy,
         }
 

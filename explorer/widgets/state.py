@@ -779,9 +779,9 @@ class ExplorerState(t.HasTraits):
             # Before anything was measured: it is begun anew when the worker is free.
             self._searched = None
         elif complete and self.search is not None:
-            gain = 1.0 - self.search.loss / self.search.first_loss if self.search.first_loss > 0 else 0.0
+            gain = 1.0 - self.search.harm
             self._say(
-                f"Measured {self.search.n_measured} distributions of the same predicted latency: the best has {gain:.0%} less divergence before training."
+                f"Measured {self.search.n_measured} distributions of the same predicted latency: the best is judged {gain:.0%} less harmful than the one on the page."
             )
         self._settle(final=True)
 

@@ -289,7 +289,7 @@ class FakeStudy:
             time.sleep(5 * self.pause_s)
             is_better = number > 2
             yield SimpleNamespace(
-                distribution=better if is_better else begin, loss=0.8 if is_better else 1.0,
+                distribution=better if is_better else begin, loss=0.8 if is_better else 1.0, harm=0.9 if is_better else 1.0,
                 first_loss=1.0, n_measured=number, n_total=4,
             )  # fmt: skip
 

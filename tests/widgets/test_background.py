@@ -108,7 +108,7 @@ def test_after_that_a_search_offers_what_it_finds(state: ExplorerState, study: F
     assert search[3] == {"check": False, "margin": 0.0, "locked": {}, "groups": ()}
     offer = Equalizer(state).view["search"]
     assert offer["better"]
-    assert "4 networks tried, the best diverges 20% less" in offer["text"]
+    assert "4 networks tried, the best is judged 10% less harmful" in offer["text"]
     assert any("Measured 4 distributions" in line for line in state.log)
 
     better = state.search.distribution
