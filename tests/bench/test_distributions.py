@@ -9,10 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from explorer.bench.distributions import NAMES, Trained, compare_trained, solver_report, table
+from explorer.bench.distributions import (
+    NAMES,
+    Trained,
+    check_names,
+    compare_trained,
+    load_trained,
+    solver_report,
+    table,
+)
 from explorer.data import load_data
-from explorer.errors import FormatError
+from explorer.errors import DistributionError, FormatError, ModelError
 from explorer.models import load_model
+from explorer.models.architectures import FashionResNet
+from explorer.models.demo.train import save_weights
 from explorer.study import LatencyBesideDense, Study
 from tests.pruning.tiny import TinyNet, quadrants
 
@@ -58,6 +68,34 @@ def test_each_network_is_trained_once_and_kept(study: Study, tmp_path: Path) -> 
 @pytest.mark.usefixtures("known_times")
 def test_what_is_out_of_reach_is_left_out(study: Study) -> None:
     assert list(compare_trained(study, [1000.0], [0], names=("uniform", "solved"), epochs=0.5)) == []
+
+
+@pytest.mark.usefixtures("known_times")
+def test_scores_and_searches_are_contestants_by_name(study: Study) -> None:
+    names = ("solved:quadratic", "searched", "searched:plain")
+    least, most = study.feasible_speedups()
+    runs = list(compare_trained(study, [(least + most) / 2], [0], names=names, epochs=0.2))
+    assert [one.name for one in runs] == list(names)
+    check_names([*NAMES, *names])
+    with pytest.raises(
+        DistributionError, match=r"no distribution 'solved:other'.*searched.*solved: with one of"
+    ):
+        check_names(["uniform", "solved:other"])
+
+
+def test_another_dense_network_is_loaded_from_its_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = FashionResNet((2, 4, 6), depth=2).eval()
+    save_weights(module, tmp_path / "fashion-resnet.safetensors")
+    (tmp_path / "fashion-resnet.json").write_text('{"widths": [2, 4, 6], "depth": 2}')
+    loaded = load_trained(tmp_path)
+    x = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(x), module(x))
+    assert len(loaded.layers) == 1 + 2 * 6 + 2 + 1
+    (tmp_path / "fashion-resnet.json").write_text('{"widths": [2, 4, 8], "depth": 2}')
+    with pytest.raises(ModelError, match=r"holds no network of 'python -m explorer\.models\.demo\.train"):
+        load_trained(tmp_path)
 
 
 def test_a_file_that_is_no_record_is_refused(study: Study, tmp_path: Path) -> None:

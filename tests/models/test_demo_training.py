@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -34,9 +33,8 @@ def small_fashion(tmp_path):
 
 
 def test_the_training_script_is_reproducible_from_its_seed_and_states_where_the_weights_come_from(
-    small_fashion, tmp_path, monkeypatch
+    small_fashion, tmp_path
 ):
-    monkeypatch.setattr(train, "FashionResNet", partial(FashionResNet, widths=(2, 4, 4)))
     for out in ("a", "b"):
         train.main(
             [
@@ -50,13 +48,21 @@ def test_the_training_script_is_reproducible_from_its_seed_and_states_where_the_
                 "1",
                 "--seed",
                 "3",
+                "--widths",
+                "2",
+                "4",
+                "6",
+                "--depth",
+                "2",
             ]
         )
     first, second = (tmp_path / out / "fashion-resnet.safetensors" for out in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
     assert all(bool(torch.isfinite(value).all()) for value in load_file(first).values())
     provenance = json.loads((tmp_path / "a" / "fashion-resnet.json").read_text(encoding="utf-8"))
+    assert "--widths 2 4 6 --depth 2" in provenance["command"]
     assert "--seed 3" in provenance["command"]
+    FashionResNet((2, 4, 6), depth=2).load_state_dict(load_file(first))
     assert provenance["torch"] == torch.__version__
 
 

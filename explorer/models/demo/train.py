@@ -23,6 +23,7 @@ from torch.nn import functional
 from explorer.data.augment import flip_and_shift
 from explorer.data.fashion_mnist import find_folder, normalise, read_split
 from explorer.data.split import SPLIT_SEED, demo_split
+from explorer.memory import pages_kept
 from explorer.models.architectures.fashion import FashionResNet
 
 __all__ = ["learning_rate_at", "main", "train"]
@@ -179,19 +180,20 @@ def main(argv: list[str] | None = None) -> None:
     model = FashionResNet(tuple(args.widths), depth=args.depth)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     weights = args.out / f"{NAME}.safetensors"
-    validation_accuracy = train(
-        model,
-        normalise(train_images[split.dense]),
-        torch.from_numpy(train_labels[split.dense]).long(),
-        held_out,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        peak_learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        warmup=args.warmup,
-        seed=args.seed,
-        checkpoint=weights,
-    )
+    with pages_kept():
+        validation_accuracy = train(
+            model,
+            normalise(train_images[split.dense]),
+            torch.from_numpy(train_labels[split.dense]).long(),
+            held_out,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            peak_learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            warmup=args.warmup,
+            seed=args.seed,
+            checkpoint=weights,
+        )
     inputs, labels = normalise(test_images), torch.from_numpy(test_labels).long()
     provenance = {
         "name": NAME,
