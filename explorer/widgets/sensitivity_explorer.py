@@ -12,6 +12,7 @@ from explorer.widgets.header import Header
 from explorer.widgets.layer_table import LayerTable
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
+from explorer.widgets.pareto_strip import ParetoStrip
 from explorer.widgets.publisher import DirectScheduler, LoopScheduler
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
@@ -63,6 +64,7 @@ class SensitivityExplorer(ipywidgets.VBox):
         self.layers = LayerTable(state)
         self.sensitivity = SensitivityView(state)
         self.equalizer = Equalizer(state)
+        self.balance = ParetoStrip(state)
         self.monitor = RunMonitor(state)
         self.result = ResultPanel(state)
         self.metrics.add_class("se-sticky")
@@ -75,6 +77,7 @@ class SensitivityExplorer(ipywidgets.VBox):
             self.layers,
             self.sensitivity,
             self.equalizer,
+            self.balance,
             self.monitor,
             self.result,
         ]

@@ -109,6 +109,15 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Worthwhile:
+    """A distribution that is the best at its speed, as predicted; `harm` is the change that `Curves.harm_kind` names, in nats."""
+
+    distribution: Any
+    speedup: float
+    harm: float
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
     """A file for the user to keep. `number` tells one download from the next."""
 
@@ -124,6 +133,17 @@ def _open_study(choice: Choice) -> Any:
     if choice.model.startswith(_REPLAY):
         return explorer.Study.replay(choice.model.removeprefix(_REPLAY))
     return explorer.Study(explorer.load_model(choice.model), explorer.load_data(choice.data))
+
+
+def _worthwhile(
+    study: Any, locked: Mapping[str, float], groups: Any, harm_kind: str
+) -> tuple[Worthwhile, ...]:
+    found = []
+    for point in study.pareto(locked=locked, groups=groups).points:
+        told = study.predict(point.distribution)
+        harm = told.kl if harm_kind == "kl" else told.loss - study.table.baseline("loss")
+        found.append(Worthwhile(point.distribution, told.speedup, max(0.0, harm)))
+    return tuple(found)
 
 
 def _guarded(method: Callable[..., None]) -> Callable[..., None]:
@@ -198,6 +218,8 @@ class ExplorerState(t.HasTraits):
     """The latest run."""
     trust = t.Any(None)
     """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
+    frontier = t.Tuple()
+    """Tuple of `Worthwhile` by rising speed-up: what solving gives at any target, with the locks on the page."""
     search = t.Any(None)
     """The latest `SearchStep` of the search that began at `distribution`; None before there is one."""
     background = t.Unicode("")
@@ -235,6 +257,9 @@ class ExplorerState(t.HasTraits):
         self._refined_layers: frozenset[str] = frozenset()
         self._trusted: Any = None
         self._searched: Any = None
+        self._idle_for: Any = None
+        self._n_tables = 0
+        self._frontier_of: Any = None
         self._history: History[Any] = History()
         self._pruning: Any = None
         self._deadline: float | None = None
@@ -379,6 +404,7 @@ class ExplorerState(t.HasTraits):
         locked = name in distribution.locked
         self.distribution = distribution.unlock(name) if locked else distribution.lock(name)
         self._remember()
+        self._settle(final=True)
 
     @_guarded
     def solve(self, target: Any) -> None:
@@ -673,23 +699,38 @@ class ExplorerState(t.HasTraits):
         self._is_refined = False
         self._trusted = self.trust = None
         self._searched = self.search = None
+        self._n_tables += 1
+        self.frontier = ()
 
     def _settle(self, *, final: bool = False) -> None:
         """Note that the distribution may have changed; when it is `final` and the worker is free, measure what can be trusted of its prediction."""
-        if self.distribution != self._trusted:
+        is_trusted = self._trusted is not None and dict(self.distribution) == self._trusted
+        if not is_trusted:
             self.trust = None
         if self.distribution != self._searched:
             self.search = None
         study = self.study
-        if not final or not self.measured or getattr(study, "data", None) is None or self._jobs.running:
+        if not final or not self.measured or self._jobs.running:
             return
         if self._idle_jobs.running:
             # Its end comes here again.
-            if self.distribution not in (self._trusted, self._searched):
+            if self.distribution != self._idle_for:
                 self._idle_jobs.stop()
             return
         distribution, n_images = self.distribution, self._n_images
-        if distribution != self._trusted:
+        self._idle_for = distribution
+        held = {name: distribution[name] for name in distribution.locked}
+        wanted = (self._n_tables, tuple(sorted(held.items())), distribution.groups)
+        if wanted != self._frontier_of:
+            self._idle_jobs.start(
+                lambda _stop: _worthwhile(study, held, distribution.groups, self.curves.harm_kind),
+                functools.partial(self._drawn, study, wanted),
+                self._background_failed,
+            )
+            return
+        if getattr(study, "data", None) is None:
+            return
+        if not is_trusted:
             self.background = "checking the prediction"
             self._idle_jobs.start(
                 lambda stop: study.trust(distribution, n_images=n_images, stop=stop),
@@ -721,10 +762,24 @@ class ExplorerState(t.HasTraits):
                 self._background_failed,
             )
 
+    def _drawn(self, study: Any, of: Any, found: tuple[Worthwhile, ...]) -> None:
+        if study is self.study:
+            self._frontier_of, self.frontier = of, found
+        self._settle(final=True)
+
+    @_guarded
+    def adopt_worthwhile(self, index: int) -> None:
+        """Adopt a distribution of the frontier."""
+        if not 0 <= index < len(self.frontier):
+            raise DistributionError(
+                f"The frontier has {len(self.frontier)} distributions; there is no number {index}."
+            )
+        self._take(self.frontier[index].distribution, "solved")
+
     def _checked_trust(self, study: Any, distribution: Any, found: Any) -> None:
         self.background = ""
         if study is self.study and found is not None and distribution == self.distribution:
-            self._trusted, self.trust = distribution, found
+            self._trusted, self.trust = dict(distribution), found
         self._settle(final=True)
 
     def _refine(self, study: Any, n_cells: int, n_images: int, stop: threading.Event, **where: Any) -> bool:
@@ -742,6 +797,7 @@ class ExplorerState(t.HasTraits):
             self._refined_layers |= layers if complete else frozenset()
         else:
             self._is_refined = complete
+        self._n_tables += 1
         with self.hold_trait_notifications():
             self.curves = CurveBuilder(study.table.points).curves()
             self._refresh_prediction()
@@ -802,7 +858,9 @@ class ExplorerState(t.HasTraits):
         # Not tried for ever.
         self._is_refined = True
         self._refined_layers = frozenset(layer.name for layer in self.layers)
-        self._trusted = self._searched = self.distribution
+        held = {name: self.distribution[name] for name in self.distribution.locked}
+        self._frontier_of = (self._n_tables, tuple(sorted(held.items())), self.distribution.groups)
+        self._trusted, self._searched = dict(self.distribution), self.distribution
         self._say(f"A measurement in the background failed: {error}")
 
     def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:

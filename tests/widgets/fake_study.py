@@ -233,10 +233,18 @@ class FakeStudy:
         n_params = sum(layer.n_params for layer in self.layers)
         zeros = sum(round(layer.n_params * distribution[layer.name]) for layer in self.layers)
         return SimpleNamespace(
-            loss=loss, accuracy=0.93 * math.exp(-0.2 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
+            kl=loss, loss=loss, accuracy=0.93 * math.exp(-0.2 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
             speedup=self.dense_ms / latency, nnz=n_params - zeros, n_params=n_params, sparsity=zeros / n_params,
             size_bytes=4 * (n_params - zeros) + n_params // 8,
         )  # fmt: skip
+
+    def pareto(self, *, locked: Mapping[str, float], groups: Any) -> Any:
+        self.calls.append(("pareto", locked, groups))
+        found = []
+        for i in range(0, 100, 4):
+            place = {layer.name: (i / 100) * (0.99 - 0.02 * (9 - j)) for j, layer in enumerate(self.layers)}
+            found.append(SimpleNamespace(distribution=Distribution({**place, **locked}, frozenset(locked))))
+        return SimpleNamespace(points=tuple(found))
 
     def trust(
         self, distribution: Mapping[str, float], *, n_images: int, stop: threading.Event | None = None
