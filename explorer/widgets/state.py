@@ -774,7 +774,19 @@ class ExplorerState(t.HasTraits):
             raise DistributionError(
                 f"The frontier has {len(self.frontier)} distributions; there is no number {index}."
             )
-        self._take(self.frontier[index].distribution, "solved")
+        study, chosen, before = self._need_study(), self.frontier[index], self.distribution
+
+        def work(_stop: threading.Event) -> Any:
+            return _uniform_like(study, study.predict(chosen.distribution).latency_ms)
+
+        def finished(uniform: Any) -> None:
+            if self.distribution != before:
+                self._say("The bars have been moved since: they stay.")
+                return
+            self.ghost, self.target = uniform, round(chosen.speedup, 2)
+            self._take(chosen.distribution, "solved")
+
+        self._start("solve", f"Adopting the distribution of {chosen.speedup:.2f} ×", work, finished)
 
     def _checked_trust(self, study: Any, distribution: Any, found: Any) -> None:
         self.background = ""

@@ -25,13 +25,15 @@ def test_it_is_worked_out_when_there_are_curves(state: ExplorerState) -> None:
     assert strip.view["here"] == [state.prediction.speedup, state.prediction.kl]
 
 
-def test_a_point_is_adopted_and_can_be_undone(state: ExplorerState) -> None:
+def test_a_point_is_adopted_and_can_be_undone(state: ExplorerState, study: FakeStudy) -> None:
     strip = ParetoStrip(state)
     state.measure()
     before = state.distribution
     strip._on_message(strip, {"do": "adopt", "index": 20}, [])
     assert state.distribution == state.frontier[20].distribution != before
     assert state.origin == "solved"
+    assert state.target == pytest.approx(strip.points[20][0], abs=0.01)
+    assert study.predict(state.ghost).latency_ms == pytest.approx(state.prediction.latency_ms, rel=0.1)
     assert state.prediction.speedup == pytest.approx(strip.points[20][0], rel=1e-3)
     state.undo()
     assert state.distribution == before

@@ -1,7 +1,7 @@
 // The least harm at each speed: a curve to click, and a slider that walks along it.
 
 const HEIGHT = 168;
-const FLOOR = 1e-4; // nats; the axis is logarithmic
+const FLOOR = 1e-3; // nats; the axis is logarithmic
 
 function render({ model, el, signal }) {
   const root = section(el, "Balance", "se-card se-pareto", 3);
@@ -17,8 +17,6 @@ function render({ model, el, signal }) {
 
   let place = null;
   let width = 0;
-  onResize(host, update, signal);
-  follow(model, ["view", "points"], update, signal);
 
   const points = () => model.get("points") ?? [];
   const adopt = (index) => { if (!model.get("view").busy && points().length) model.send({ do: "adopt", index }); };
@@ -36,6 +34,9 @@ function render({ model, el, signal }) {
     tip.replaceChildren(make("b", {}, `${speedup.toFixed(2)} ×`), `${model.get("view").harm} ${words.small(harm)} nats, before training`);
     Object.assign(tip.style, { left: `${x * scale}px`, top: `${y}px`, transform: x > width / 2 ? "translate(calc(-100% - 12px), -50%)" : "translate(12px, -50%)" });
   }, { signal });
+
+  onResize(host, update, signal);
+  follow(model, ["view", "points"], update, signal);
 
   function nearest(event) {
     const all = points();
@@ -74,13 +75,13 @@ function render({ model, el, signal }) {
     const [low, high] = [all[0][0], all[all.length - 1][0]];
     const shown = (harm) => Math.max(harm, FLOOR);
     const top = Math.max(1, ...all.map((point) => point[1]), here?.[1] ?? 0) * 1.3;
-    const decades = [1e-4, 1e-3, 0.01, 0.1, 1, 10].filter((value) => value <= top);
+    const decades = [1e-3, 0.01, 0.1, 1, 10].filter((value) => value <= top);
     const drawn = chart({
       width,
       height: HEIGHT,
       pad: { top: 12, left: 58 },
       x: { domain: [low, high], ticks: [1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30].filter((value) => value >= low - 0.01 && value <= high * 1.001).map((value) => [value, `${value} ×`]), label: "predicted speed-up (log scale)", map: Math.log },
-      y: { domain: [FLOOR, top], ticks: decades.map((value) => [value, value === FLOOR ? "≤ 0.0001" : String(value)]), map: Math.log10 },
+      y: { domain: [FLOOR, top], ticks: decades.map((value) => [value, value === FLOOR ? "≤ 0.001" : String(value)]), map: Math.log10 },
       lines: [{ points: all.map(([speedup, harm]) => [speedup, shown(harm)]), colour: "var(--se-accent)", width: 2.4 }],
       marks: here ? [{ x: Math.min(high, Math.max(low, here[0])), y: shown(here[1]), colour: "var(--se-ink)", r: 6, label: "you are here" }] : [],
       name: `Least harm at each speed: ${view.harm}, in nats, against predicted speed-up`,
