@@ -728,6 +728,13 @@ class ExplorerState(t.HasTraits):
                 self._background_failed,
             )
             return
+        if self.origin == "solved" and self.ghost is None:
+            self._idle_jobs.start(
+                lambda _stop: _uniform_like(study, study.predict(distribution).latency_ms),
+                functools.partial(self._compared, study, distribution),
+                self._background_failed,
+            )
+            return
         if getattr(study, "data", None) is None:
             return
         if not is_trusted:
@@ -774,19 +781,15 @@ class ExplorerState(t.HasTraits):
             raise DistributionError(
                 f"The frontier has {len(self.frontier)} distributions; there is no number {index}."
             )
-        study, chosen, before = self._need_study(), self.frontier[index], self.distribution
+        chosen = self.frontier[index]
+        # The uniform one to compare with is worked out when there is time: a slider does not wait.
+        self.ghost, self.target = None, round(chosen.speedup, 2)
+        self._take(chosen.distribution, "solved")
 
-        def work(_stop: threading.Event) -> Any:
-            return _uniform_like(study, study.predict(chosen.distribution).latency_ms)
-
-        def finished(uniform: Any) -> None:
-            if self.distribution != before:
-                self._say("The bars have been moved since: they stay.")
-                return
-            self.ghost, self.target = uniform, round(chosen.speedup, 2)
-            self._take(chosen.distribution, "solved")
-
-        self._start("solve", f"Adopting the distribution of {chosen.speedup:.2f} ×", work, finished)
+    def _compared(self, study: Any, of: Any, uniform: Any) -> None:
+        if study is self.study and of == self.distribution:
+            self.ghost = uniform
+        self._settle(final=True)
 
     def _checked_trust(self, study: Any, distribution: Any, found: Any) -> None:
         self.background = ""

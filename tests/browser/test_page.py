@@ -243,6 +243,42 @@ def test_axe_finds_nothing_serious_before_and_after_a_run(fake_page: Page) -> No
     assert serious() == []
 
 
+def test_the_balance_is_set_by_keyboard_and_by_mouse_and_a_better_distribution_is_taken(
+    fake_page: Page,
+) -> None:
+    page = measured(fake_page)
+    slider = page.get_by_label("Balance between little harm and much speed")
+    expect(slider).to_be_enabled()
+    speedup = page.locator("[data-key=speedup] .se-big")
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(speedup).to_have_text(re.compile(r"^1\.00\s*×$"))
+    page.keyboard.press("End")
+    expect(slider).to_have_attribute(
+        "aria-valuetext",
+        re.compile(r"^[\d.]+ times faster, KL to the dense outputs [\d.]+ nats before training$"),
+    )
+    expect(speedup).to_have_text(re.compile(r"^2\.98\s*×$"))
+    fastest = speedup.inner_text()
+    page.keyboard.press("ArrowLeft")
+    expect(speedup).not_to_have_text(fastest)
+
+    plot = page.locator(".se-strip .se-plot")
+    box = plot.bounding_box()
+    assert box is not None
+    plot.click(position={"x": box["width"] - 20, "y": 80})
+    expect(speedup).to_have_text(fastest)
+    expect(page.locator(".se-pareto svg")).to_contain_text("you are here")
+
+    better = page.get_by_role("button", name="Take the better one")
+    expect(better).to_be_visible(timeout=30_000)
+    expect(page.locator(".se-offer")).to_contain_text("4 networks tried, the best is judged 10% less harmful")
+    at = value(page, "block1.conv2")
+    better.click()
+    expect(better).to_be_hidden()
+    assert value(page, "block1.conv2") == pytest.approx(at - 5, abs=0.11)
+
+
 @pytest.mark.parametrize("context", [{"color_scheme": "dark"}], indirect=True)
 def test_the_theme_follows_the_system_until_the_reader_chooses(fake_page: Page) -> None:
     page = fake_page
