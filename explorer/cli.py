@@ -561,7 +561,7 @@ def _searched(
     if last is None:
         return found
     print(
-        f"search: {last.n_measured} networks measured, divergence before training {last.first_loss:.4g} -> {last.loss:.4g} nats (batch norm refreshed), judged {1 - last.harm:.1%} less harmful"
+        f"search: {last.n_measured} networks measured, divergence before training {last.first_loss:.4g} -> {last.loss:.4g} nats (batch norm refreshed)"
     )
     return last.distribution
 

@@ -761,7 +761,7 @@ class Study:
     ) -> Iterator[SearchStep]:
         """Improve on `solve` by measuring whole pruned networks, and yield a step for each; see `explorer.distribution.search`.
 
-        Networks are judged half by their divergence from the dense one, with BatchNorm statistics refreshed and nothing trained, half by a prior that rises with sparsity.
+        Networks are judged by their divergence from the dense one, with BatchNorm statistics refreshed, nothing being trained.
 
         Parameters
         ----------
@@ -776,7 +776,7 @@ class Study:
         stop : threading.Event, optional
             When set, the search ends early; the last step holds.
         **options
-            `begin`, `prior_share`, `score`, `margin` (with `check=False`), `seed`, `locked`, `bounds`, `groups`, `max_sparsity` and `dense_first_last`, as for `explorer.distribution.search`.
+            `begin`, `score`, `margin` (with `check=False`), `seed`, `locked`, `bounds`, `groups`, `max_sparsity` and `dense_first_last`, as for `explorer.distribution.search`.
 
         Raises
         ------
@@ -800,9 +800,7 @@ class Study:
         margin: dict[str, Any] = {}
         asked = {target.name: target.value}
         if target.is_time and check:
-            held = {
-                name: value for name, value in options.items() if name not in ("seed", "begin", "prior_share")
-            }
+            held = {name: value for name, value in options.items() if name not in ("seed", "begin")}
             found = self.predict(self.solve(speedup=speedup, latency_ms=latency_ms, **held)).latency_ms
             assert found is not None, "solved for a time"
             target, margin = Target(latency_ms=found * (1.0 + 1e-9)), {"margin": 0.0}

@@ -92,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--contestants",
         nargs="+",
         metavar="NAME",
-        help="uniform, erk, lamp, global, inverse, solved, solved:SCORE, searched, searched:plain (default: the first six)",
+        help="uniform, erk, lamp, global, inverse, solved, solved:SCORE, searched (default: all without colon but the last)",
     )
     trained.add_argument(
         "--trained",

@@ -38,10 +38,9 @@ __all__ = [
 ]
 
 NAMES = ("uniform", "erk", "lamp", "global", "inverse", "solved")
-# Solved with this score.
+# Solved with this score, or searched by measuring whole networks.
 _SCORED = "solved:"
-# Searched by measuring whole networks, with this share of the prior.
-SEARCHED = {"searched": 0.5, "searched:plain": 0.0}
+SEARCHED = "searched"
 _REPEATS = 9
 _LATENCY_TURNS = 5
 
@@ -55,7 +54,7 @@ class Trained:
     target : float
         Speed-up that was asked for.
     name : str
-        Of `NAMES`, "solved:" and the name of a score, or of `SEARCHED`.
+        Of `NAMES`, "solved:" and the name of a score, or "searched".
     seed : int
     sparsity : float
         Zeros over all prunable weights.
@@ -140,8 +139,8 @@ def _at_equal_latency(study: Study, name: str, target: float) -> tuple[Any, floa
             found = study.solve(speedup=target)
         elif name.startswith(_SCORED):
             found = study.solve(speedup=target, score=name.removeprefix(_SCORED))
-        elif name in SEARCHED:
-            *_, last = study.search(speedup=target, prior_share=SEARCHED[name])
+        elif name == SEARCHED:
+            *_, last = study.search(speedup=target)
             found = last.distribution
         else:
             found = study.baseline(name, speedup=target, check=True)
@@ -159,9 +158,9 @@ def check_names(names: Sequence[str]) -> None:
     DistributionError
     """
     for name in names:
-        if name not in (*NAMES, *SEARCHED) and name.removeprefix(_SCORED) not in SCORES:
+        if name not in (*NAMES, SEARCHED) and name.removeprefix(_SCORED) not in SCORES:
             raise DistributionError(
-                f"There is no distribution {name!r}; there are {', '.join((*NAMES, *SEARCHED))}, and {_SCORED} with one of {', '.join(SCORES)}."
+                f"There is no distribution {name!r}; there are {', '.join(NAMES)}, {SEARCHED}, and {_SCORED} with one of {', '.join(SCORES)}."
             )
 
 

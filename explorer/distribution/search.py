@@ -4,10 +4,8 @@ Scores of single layers cannot know how layers hurt one another. SPDY (Frantar a
 one coefficient for each layer: coefficients give an error table, dynamic programming gives the distribution of least error within the budget, and the loss of the network
 that is pruned to it, nothing being trained, tells how good the coefficients were. Random coefficients come first, then a local search around the best.
 
-Three things differ from the paper. The search begins at what `explorer.distribution.solve` gives, so that its answer is never worse by its own judgement. Networks are
-measured with BatchNorm statistics refreshed (by whoever passes `measure`), in place of reconstructed weights. And the measured loss alone does not judge: half of the judgement is
-the prior that rises with sparsity, the same for all layers. Of eight distributions of the demo at 8 times the speed (``docs/results/scores-demo.txt``), the loss before training puts the best of all
-trained networks fifth when it is measured as is, and a search for the least refreshed one found a network that ended 0.4 points below where the search began.
+Two things differ from the paper. The search begins at what `explorer.distribution.solve` gives, so that its answer is never worse by what it measures. And networks are
+judged with BatchNorm statistics refreshed (by whoever passes `measure`), in place of reconstructed weights.
 """
 
 from __future__ import annotations
@@ -39,8 +37,6 @@ _PATIENCE = 20
 _SHARE = 0.1
 # After so many draws in a row that led to known distributions nothing new is near.
 _IN_VAIN = 200
-# Stands for a loss or a prior of 0, which nothing can be divided by.
-_LEAST = 1e-12
 
 _Floats = NDArray[np.float64]
 
@@ -57,8 +53,6 @@ class SearchStep:
         What was measured of it.
     first_loss : float
         What was measured of the distribution that the search began with.
-    harm : float
-        What it is judged by: 1 for the distribution that the search began with, less for better ones.
     n_measured, n_total : int
         Distributions measured so far, and in all.
     is_better : bool
@@ -68,7 +62,6 @@ class SearchStep:
     distribution: SparsityDistribution
     loss: float
     first_loss: float
-    harm: float
     n_measured: int
     n_total: int
     is_better: bool
@@ -82,7 +75,6 @@ def search(
     *,
     n_total: int = 250,
     begin: SparsityDistribution | None = None,
-    prior_share: float = 0.5,
     score: str = DEFAULT_SCORE,
     margin: float = DEFAULT_MARGIN,
     other_params: int = 0,
@@ -104,9 +96,6 @@ def search(
         Distributions to measure; 250 in the paper's experiments. Coefficients that lead to a distribution that is known cost nothing.
     begin : SparsityDistribution, optional
         Is measured first, and is the answer as long as nothing is better; what `solve` gives comes next. Whether it keeps the budget is the caller's business.
-    prior_share : float
-        In [0, 1]. A distribution is judged by ``(1 - prior_share) * sqrt(loss / first loss) + prior_share * prior / first prior``, the prior being the sum over layers of
-        `explorer.distribution.scores.quadratic`. At 0 the loss alone judges, as in the paper: for networks that will not be trained.
     score : str
         Gives the distribution to begin with. Coefficients multiply the quadratic prior, as in the paper.
     margin, other_params
@@ -134,22 +123,13 @@ def search(
         )
     if n_total < 1:
         raise DistributionError(f"A search measures at least one distribution; got n_total={n_total}.")
-    if not 0.0 <= prior_share <= 1.0:
-        raise DistributionError(f"prior_share is a share in [0, 1]; got {prior_share!r}.")
     problem, costs, budget = posed_for(
         layers, table, target, score, margin=margin, other_params=other_params, **options
     )
     # The checks above run when the generator is made: a mistake shows where it was made.
-    judge = _Judge(problem, costs, budget, measure, prior_share)
+    judge = _Judge(problem, costs, budget, measure)
     scores, prior = problem.scores(score, table), problem.scores("quadratic", table)
     return _steps(judge, begin, scores, prior, n_total, seed, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    distribution: SparsityDistribution
-    loss: float
-    harm: float
 
 
 class _Judge:
@@ -161,27 +141,24 @@ class _Judge:
         costs: Costs,
         budget: float,
         measure: Callable[[SparsityDistribution], float | None],
-        prior_share: float,
     ) -> None:
         self._problem, self._times, self._measure = problem, costs.rows, measure
         self._within = max(budget - costs.fixed, float(costs.rows.min(axis=1).sum())) if problem.free else 0.0
         self._known: dict[SparsityDistribution, float] = {}
-        self._share = prior_share
-        self._first = (0.0, 0.0)
         self.is_new = False
 
     @property
     def n_measured(self) -> int:
         return len(self._known)
 
-    def __call__(self, errors: _Floats) -> _Judged | None:
-        """Judge the distribution of least error; None when the measurement was stopped."""
+    def __call__(self, errors: _Floats) -> tuple[SparsityDistribution, float] | None:
+        """Return the distribution of least error, and its loss; None when the measurement was stopped."""
         free = len(self._problem.free)
         picks = Frontier(errors, self._times).best(self._within) if free else np.empty(0, dtype=np.int64)
         return self.judge(self._problem.distribution(picks))
 
-    def judge(self, distribution: SparsityDistribution) -> _Judged | None:
-        """Judge a distribution against the first of all; None when the measurement was stopped."""
+    def judge(self, distribution: SparsityDistribution) -> tuple[SparsityDistribution, float] | None:
+        """Return a distribution with its loss; None when the measurement was stopped."""
         key = SparsityDistribution(distribution)
         self.is_new = key not in self._known
         if self.is_new:
@@ -192,18 +169,8 @@ class _Judge:
                 raise DistributionError(
                     f"The measured loss is {loss}; a search needs finite ones, so that the better can be told from the worse."
                 )
-            if not self._known:
-                self._first = max(loss, _LEAST), max(_prior(distribution), _LEAST)
             self._known[key] = loss
-        loss, (first_loss, first_prior) = self._known[key], self._first
-        tempered = math.sqrt(max(loss, 0.0) / first_loss)
-        harm = (1.0 - self._share) * tempered + self._share * _prior(distribution) / first_prior
-        return _Judged(distribution, loss, harm)
-
-
-def _prior(distribution: SparsityDistribution) -> float:
-    """The sum of the quadratic prior, but for a factor that cancels out."""
-    return sum(math.log1p(-sparsity) ** 2 for sparsity in distribution.values())
+        return distribution, self._known[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,33 +203,32 @@ def _steps(
     n_groups = len(scores)
     # Coefficients of the score lie around 1, as it is meant; those of the prior in [0, 1], as in the paper.
     best = _Coefficients(scores, 2.0, np.ones(n_groups))
-    first = judge(best.errors()) if begin is None else judge.judge(begin)
-    if first is None:
+    found = judge(best.errors()) if begin is None else judge.judge(begin)
+    if found is None:
         return
-    chosen = first
-
-    def step(*, is_better: bool) -> SearchStep:
-        return SearchStep(
-            chosen.distribution,
-            chosen.loss,
-            first.loss,
-            chosen.harm,
-            judge.n_measured,
-            n_total,
-            is_better,
-        )
-
-    yield step(is_better=True)
+    first_loss = found[1]
+    chosen, least = found
+    yield SearchStep(chosen, least, first_loss, 1, n_total, True)
+    if begin is not None and n_total > 1 and not (stop is not None and stop.is_set()):
+        found = judge(best.errors())
+        if found is None:
+            return
+        is_better = found[1] < least
+        if is_better:
+            chosen, least = found
+        if judge.is_new:
+            yield SearchStep(chosen, least, first_loss, judge.n_measured, n_total, is_better)
     everyone = np.arange(n_groups)
     n_random = min(_N_RANDOM, n_total // 2)
     size, fruitless, in_vain = max(1, math.ceil(_SHARE * n_groups)), 0, 0
-    while n_groups and judge.n_measured < n_total and in_vain < _IN_VAIN:
-        if stop is not None and stop.is_set():
-            return
+    while (
+        n_groups
+        and judge.n_measured < n_total
+        and in_vain < _IN_VAIN
+        and not (stop is not None and stop.is_set())
+    ):
         is_random = judge.n_measured <= n_random and in_vain == 0
-        if begin is not None and judge.n_measured == 1 and in_vain == 0:
-            tried = best
-        elif is_random:
+        if is_random:
             tried = _Coefficients(prior, 1.0, np.zeros(n_groups)).drawn_anew(everyone, generator)
         else:
             # Where all neighbours are known, those further away.
@@ -274,12 +240,12 @@ def _steps(
         if found is None:
             return
         in_vain = 0 if judge.is_new else in_vain + 1
-        is_better = found.harm < chosen.harm
+        is_better = found[1] < least
         if is_better:
-            best, chosen, fruitless = tried, found, 0
+            best, (chosen, least), fruitless = tried, found, 0
         elif not is_random:
             fruitless += 1
             if fruitless >= _PATIENCE:
                 size, fruitless = max(1, size - 1), 0
         if judge.is_new:
-            yield step(is_better=is_better)
+            yield SearchStep(chosen, least, first_loss, judge.n_measured, n_total, is_better)

@@ -9,15 +9,11 @@ import traitlets as t
 from explorer.errors import DistributionError
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
-from explorer.widgets.state import SEARCHING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from explorer.widgets.state import ExplorerState
-
-LEAST_GAIN = 0.02
-"""Share of the harm from which a found distribution is offered."""
 
 ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
 
@@ -50,8 +46,6 @@ class Equalizer(StateView):
         "can_undo",
         "can_redo",
         "job",
-        "search",
-        "background",
     )
     gestures = {
         "select": lambda state, said: state.select(str(said["layer"])),
@@ -62,7 +56,6 @@ class Equalizer(StateView):
         "uniform": lambda state, _: state.make_uniform(),
         "undo": lambda state, _: state.undo(),
         "redo": lambda state, _: state.redo(),
-        "better": lambda state, _: state.take_better(),
     }
 
     values = t.List(t.Float()).tag(sync=True)
@@ -116,29 +109,6 @@ class Equalizer(StateView):
             "why": self._why(),
             "can_undo": state.can_undo,
             "can_redo": state.can_redo,
-            "search": self._search(),
-        }
-
-    def _search(self) -> dict[str, Any]:
-        """Return what the search says, and whether it has something to offer."""
-        state, step = self.state, self.state.search
-        if getattr(state.study, "data", None) is None:
-            return {"text": "", "better": False}
-        if step is None:
-            ends = "Solve for a target, and the page goes on looking for a distribution that does less harm in the same time."
-            return {"text": ends if state.origin != "solved" else "", "better": False}
-        searching = state.background == SEARCHING
-        of = f" of {step.n_total}" if searching else ""
-        where = f"{'Looking' if searching else 'Looked'} for less harm in the same time: {step.n_measured}{of} networks tried"
-        gain = 1.0 - step.harm
-        if step.distribution == state.distribution or gain < LEAST_GAIN:
-            return {
-                "text": f"{where}, none clearly better than this one.",
-                "better": False,
-            }
-        return {
-            "text": f"{where}, the best is judged {gain:.0%} less harmful.",
-            "better": not state.job.busy,
         }
 
     def _why(self) -> str:

@@ -55,9 +55,6 @@ COMFORTABLE = 0.8
 LEVELS_IN_VIEW = 4
 """How many more levels of the chosen layer are measured while nothing else is asked for."""
 
-SEARCHING = "looking for a better distribution"
-"""Says `ExplorerState.background` while the search goes on."""
-
 LOG_LINES = 200
 PATIENCE = 180.0
 """Seconds without a sign of life from any page after which a job is stopped; browsers slow the timers of hidden pages to one a minute."""
@@ -220,8 +217,6 @@ class ExplorerState(t.HasTraits):
     """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
     frontier = t.Tuple()
     """Tuple of `Worthwhile` by rising speed-up: what solving gives at any target, with the locks on the page."""
-    search = t.Any(None)
-    """The latest `SearchStep` of the search that began at `distribution`; None before there is one."""
     background = t.Unicode("")
     """What is being measured while nothing else is asked for."""
     provenance = t.Unicode("")
@@ -256,7 +251,6 @@ class ExplorerState(t.HasTraits):
         self._is_refined = False
         self._refined_layers: frozenset[str] = frozenset()
         self._trusted: Any = None
-        self._searched: Any = None
         self._idle_for: Any = None
         self._n_tables = 0
         self._frontier_of: Any = None
@@ -698,7 +692,6 @@ class ExplorerState(t.HasTraits):
         self._refined_layers = frozenset()
         self._is_refined = False
         self._trusted = self.trust = None
-        self._searched = self.search = None
         self._n_tables += 1
         self.frontier = ()
 
@@ -707,8 +700,6 @@ class ExplorerState(t.HasTraits):
         is_trusted = self._trusted is not None and dict(self.distribution) == self._trusted
         if not is_trusted:
             self.trust = None
-        if self.distribution != self._searched:
-            self.search = None
         study = self.study
         if not final or not self.measured or self._jobs.running:
             return
@@ -749,14 +740,6 @@ class ExplorerState(t.HasTraits):
             self._idle_jobs.start(
                 lambda stop: self._refine(study, len(study.layers), n_images, stop, near=distribution),
                 functools.partial(self._refined, study, frozenset()),
-                self._background_failed,
-            )
-        elif self.origin == "solved" and distribution != self._searched:
-            self.background = SEARCHING
-            self._searched = distribution
-            self._idle_jobs.start(
-                functools.partial(self._search, study, distribution, n_images),
-                functools.partial(self._search_ended, study),
                 self._background_failed,
             )
         elif self._is_refined and self.selected not in self._refined_layers:
@@ -820,53 +803,6 @@ class ExplorerState(t.HasTraits):
             self._say("Measured more levels where the curves bend; predictions are nearer for it.")
         self._settle(final=True)
 
-    def _search(self, study: Any, begin: Any, n_images: int, stop: threading.Event) -> bool:
-        """Measure networks that are pruned otherwise within the same predicted time, and tell whether that was finished."""
-
-        def show(step: Any) -> None:
-            if study is self.study and begin == self.distribution:
-                self.search = step
-
-        steps = study.search(
-            latency_ms=study.predict(begin).latency_ms * (1.0 + 1e-9),
-            check=False,
-            margin=0.0,
-            begin=begin,
-            n_images=n_images,
-            locked={name: begin[name] for name in begin.locked},
-            groups=begin.groups,
-            stop=stop,
-        )
-        for step in steps:
-            self._publisher.post("search", functools.partial(show, step))
-            self._stop_if_abandoned()
-        return not stop.is_set()
-
-    def _search_ended(self, study: Any, complete: bool) -> None:
-        self.background = ""
-        if study is not self.study:
-            self._searched = None
-        elif not complete and self.search is None:
-            # Before anything was measured: it is begun anew when the worker is free.
-            self._searched = None
-        elif complete and self.search is not None:
-            gain = 1.0 - self.search.harm
-            self._say(
-                f"Measured {self.search.n_measured} distributions of the same predicted latency: the best is judged {gain:.0%} less harmful than the one on the page."
-            )
-        self._settle(final=True)
-
-    @_guarded
-    def take_better(self) -> None:
-        """Adopt what the search has found."""
-        found = self.search
-        if found is None or found.distribution == self.distribution:
-            raise DistributionError("The search has not found a better distribution yet.")
-        self._idle_jobs.stop()
-        # What it leads to is not searched again, with the same networks.
-        self._searched = found.distribution
-        self._take(found.distribution, "solved")
-
     def _background_failed(self, error: BaseException) -> None:
         """Say it in the log: nobody asked for it, so nobody is to be interrupted."""
         self.background = ""
@@ -875,7 +811,7 @@ class ExplorerState(t.HasTraits):
         self._refined_layers = frozenset(layer.name for layer in self.layers)
         held = {name: self.distribution[name] for name in self.distribution.locked}
         self._frontier_of = (self._n_tables, tuple(sorted(held.items())), self.distribution.groups)
-        self._trusted, self._searched = dict(self.distribution), self.distribution
+        self._trusted = dict(self.distribution)
         self._say(f"A measurement in the background failed: {error}")
 
     def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:

@@ -72,7 +72,7 @@ def test_what_is_out_of_reach_is_left_out(study: Study) -> None:
 
 @pytest.mark.usefixtures("known_times")
 def test_scores_and_searches_are_contestants_by_name(study: Study) -> None:
-    names = ("solved:quadratic", "searched", "searched:plain")
+    names = ("solved:quadratic", "searched")
     least, most = study.feasible_speedups()
     runs = list(compare_trained(study, [(least + most) / 2], [0], names=names, epochs=0.2))
     assert [one.name for one in runs] == list(names)

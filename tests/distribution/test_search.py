@@ -50,8 +50,7 @@ class Network:
 
 
 def run(measure, **options) -> list[SearchStep]:
-    options = {"margin": 0.0, "prior_share": 0.0} | options
-    return list(search(LAYERS, TABLE, options.pop("target", TARGET), measure, **options))
+    return list(search(LAYERS, TABLE, options.pop("target", TARGET), measure, margin=0.0, **options))
 
 
 def best_by_brute_force(budget_ms: float) -> float:
@@ -89,31 +88,6 @@ def test_it_begins_at_the_solved_one_never_gets_worse_and_keeps_the_budget() -> 
         assert harm(np.array([step.distribution[name] for name in FREE])) == step.loss
         got = predict(LAYERS, TABLE, step.distribution)
         assert got.latency_ms <= 6.5 / 3.0 * (1 + 1e-9)
-
-
-def test_half_of_the_judgement_is_the_prior() -> None:
-    network = Network()
-    begin = SparsityDistribution({"stem": 0.0, "a": 0.9, "b": 0.9, "c": 0.95, "d": 0.95, "fc": 0.0})
-    steps = run(network, n_total=60, begin=begin, prior_share=0.5)
-    assert network.asked[:2] == [begin, solve(LAYERS, TABLE, TARGET, margin=0.0)]
-
-    def judged(one: SparsityDistribution) -> float:
-        def prior(it: SparsityDistribution) -> float:
-            return sum(math.log(1 - s) ** 2 for s in it.values())
-
-        return 0.5 * math.sqrt(Network()(one) / Network()(begin)) + 0.5 * prior(one) / prior(begin)
-
-    assert steps[0].harm == 1.0
-    harms = [judged(one) for one in network.asked]
-    assert [step.harm for step in steps] == pytest.approx(list(np.minimum.accumulate(harms)))
-    assert steps[-1].distribution == network.asked[int(np.argmin(harms))]
-    assert steps[-1].harm < 1.0
-
-
-def test_nothing_can_be_better_than_no_loss_at_all() -> None:
-    steps = run(lambda _: 0.0, n_total=20, prior_share=0.5)
-    assert all(math.isfinite(step.harm) for step in steps)
-    assert steps[-1].harm <= 0.5
 
 
 def test_locks_bounds_and_groups_are_kept() -> None:
@@ -157,7 +131,6 @@ def test_stop_ends_it_before_the_next_measurement() -> None:
     [
         ({"target": Target(max_loss=1.0)}, DistributionError, "keeps a budget"),
         ({"target": Target(speedup=1000.0)}, InfeasibleTarget, "out of reach"),
-        ({"prior_share": 1.5}, DistributionError, "prior_share is a share"),
         ({"n_total": 0}, DistributionError, "n_total=0"),
         ({"score": "other"}, DistributionError, "Unknown score"),
         ({"locked": {"x": 0.5}}, DistributionError, "x"),

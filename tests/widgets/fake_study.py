@@ -279,28 +279,6 @@ class FakeStudy:
             self.table = SimpleNamespace(points=(*self.table.points, point))
             yield point
 
-    def search(
-        self,
-        *,
-        latency_ms: float,
-        begin: Distribution,
-        n_images: int,
-        stop: threading.Event | None = None,
-        **options: Any,
-    ) -> Iterator[Any]:
-        self.calls.append(("search", begin, latency_ms, options))
-        name = self.layers[2].name
-        better = begin.set(name, round(begin[name] - 0.05, 6))
-        for number in range(1, 5):
-            if stop is not None and stop.is_set():
-                return
-            time.sleep(5 * self.pause_s)
-            is_better = number > 2
-            yield SimpleNamespace(
-                distribution=better if is_better else begin, loss=0.8 if is_better else 1.0, harm=0.9 if is_better else 1.0,
-                first_loss=1.0, n_measured=number, n_total=4,
-            )  # fmt: skip
-
     def prune(self, distribution: Distribution, *, epochs: float = 5, **options: Any) -> FakeRun:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))
         return FakeRun(self, distribution, epochs)

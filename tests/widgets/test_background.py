@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
@@ -58,7 +57,7 @@ def test_after_solving_the_prediction_is_checked_and_the_curves_refined(
     state.measure(200)
     kinds = [call[0] for call in study.calls]
     assert kinds[0] == "solve"
-    assert set(kinds[1:]) == {"pareto", "trust", "refine", "search"}
+    assert set(kinds[1:]) == {"pareto", "trust", "refine"}
     refined, in_view = [call for call in study.calls if call[0] == "refine"]
     assert refined[1:3] == (state.distribution, None)
     assert in_view[1:3] == (None, {state.selected})
@@ -98,71 +97,6 @@ def test_a_bar_that_is_still_moving_has_no_badge(state: ExplorerState, study: Fa
     state.edit({}, final=True)
     assert state.trust is not None
     assert [call[0] for call in study.calls[n:]] == ["trust"]
-
-
-def test_after_that_a_search_offers_what_it_finds(state: ExplorerState, study: FakeStudy) -> None:
-    state.measure()
-    solved = state.distribution
-    [search] = [call for call in study.calls if call[0] == "search"]
-    assert search[1] == solved
-    assert search[2] == pytest.approx(state.prediction.latency_ms)
-    assert search[3] == {"check": False, "margin": 0.0, "locked": {}, "groups": ()}
-    offer = Equalizer(state).view["search"]
-    assert offer["better"]
-    assert "4 networks tried, the best is judged 10% less harmful" in offer["text"]
-    assert any("Measured 4 distributions" in line for line in state.log)
-
-    better = state.search.distribution
-    state.take_better()
-    assert state.distribution == better != solved
-    assert state.origin == "solved"
-    assert Equalizer(state).view["search"]["better"] is False
-    assert [call[0] for call in study.calls].count("search") == 1, "it is not searched again"
-    assert study.calls[-1][0] in ("trust", "refine")
-    assert state.trust is not None
-    state.undo()
-    assert state.distribution == solved
-
-
-def test_there_is_nothing_to_take_before_the_search_has_found_it(state: ExplorerState) -> None:
-    state.take_better()
-    assert "has not found a better" in state.error
-    state.measure()
-    state.edit({"fc": 0.4}, final=True)
-    assert state.search is None, "it was of another distribution"
-    assert Equalizer(state).view["search"] == {
-        "text": "Solve for a target, and the page goes on looking for a distribution that does less harm in the same time.",
-        "better": False,
-    }
-
-
-def test_a_search_gives_way_to_what_is_asked_for(study: FakeStudy) -> None:
-    gate = threading.Event()
-    real = study.search
-
-    def held(**options: Any) -> Iterator[Any]:
-        for number, step in enumerate(real(**options)):
-            if number == 1:
-                gate.wait(10)
-            yield step
-
-    study.search = held
-    with ThreadPoolExecutor(1) as executor:
-        state = ExplorerState(study, executor=executor, interval=0.0)
-        state.measure()
-        until(lambda: state.search is not None)
-        first = state.distribution
-        assert Equalizer(state).view["search"] == {
-            "text": "Looking for less harm in the same time: 1 of 4 networks tried, none clearly better than this one.",
-            "better": False,
-        }
-        state.edit({"fc": 0.4}, final=True)
-        assert state.search is None
-        gate.set()
-        until(lambda: state.trust is not None)
-        until(lambda: not state._idle_jobs.running)
-        assert state.search is None
-        assert state.distribution != first
 
 
 def test_undo_asks_again(state: ExplorerState, study: FakeStudy) -> None:

@@ -52,10 +52,7 @@ function render({ model, el, signal }) {
     make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
     make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), "uniform at about the same latency"),
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
-  const found = make("span", { class: "se-mute", role: "status", title: "Whole networks are pruned and measured, nothing being trained. Each is judged half by how far its outputs are from the dense network's (batch norm refreshed), half by a prior that rises with sparsity: neither alone agrees as well with the accuracy after training" });
-  const better = button("Take the better one", () => gesture("better"), signal, { title: "Adopt the distribution that the search has found; Undo brings this one back" });
-  const offer = make("div", { class: "se-offer" }, found, better);
-  root.append(tools, stage, empty, readout, legend, offer);
+  root.append(tools, stage, empty, readout, legend);
 
   let values = [];
   let layers = [];
@@ -82,9 +79,7 @@ function render({ model, el, signal }) {
     const fresh = view.layers ?? [];
     const changed = fresh.length !== layers.length || fresh.some((layer, i) => layer.name !== layers[i].name);
     layers = fresh;
-    stage.hidden = readout.hidden = legend.hidden = offer.hidden = !layers.length;
-    say(found, view.search?.text ?? "");
-    better.style.visibility = view.search?.better ? "visible" : "hidden";
+    stage.hidden = readout.hidden = legend.hidden = !layers.length;
     empty.hidden = Boolean(layers.length);
     if (changed) build();
     const at = layers.findIndex((layer) => layer.name === view.selected);
