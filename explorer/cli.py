@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "--search",
         type=bench_command.count,
         metavar="N",
-        help="then measure N pruned networks, to find a distribution that does less harm in the same time (250 take a minute or so on the demo); Ctrl-C keeps the best",
+        help="for networks that will not be trained: then measure N pruned ones, to find the distribution that does the least harm at once in the same time (250 take a minute or so on the demo); Ctrl-C keeps the best",
     )
     solve.add_argument("--out", type=Path, metavar="FILE", help="write the distribution, as .yaml or .json")
     solve.set_defaults(command=_solve)

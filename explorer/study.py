@@ -759,7 +759,7 @@ class Study:
         stop: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[SearchStep]:
-        """Improve on `solve` by measuring whole pruned networks, and yield a step for each; see `explorer.distribution.search`.
+        """Improve on `solve` for a network that will not be trained, by measuring whole pruned ones, and yield a step for each; see `explorer.distribution.search`.
 
         Networks are judged by their divergence from the dense one, with BatchNorm statistics refreshed, nothing being trained.
 
