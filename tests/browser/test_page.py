@@ -78,6 +78,9 @@ def test_the_whole_job_can_be_done_by_keyboard(fake_page: Page) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("[data-key=speedup] .se-big")).to_contain_text(re.compile(r"^2\.[0-4]"))
     expect(bar).to_have_attribute("aria-valuenow", "42")
+    # The speed-up may have been 2.x before.
+    expect(page.get_by_role("region", name="Distribution").get_by_text("solved", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Start pruning")).to_be_enabled()
     page.get_by_role("textbox", name="Epochs").focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("1")
