@@ -4,8 +4,9 @@ Scores of single layers cannot know how layers hurt one another. SPDY (Frantar a
 one coefficient for each layer: coefficients give an error table, dynamic programming gives the distribution of least error within the budget, and the loss of the network
 that is pruned to it, nothing being trained, tells how good the coefficients were. Random coefficients come first, then a local search around the best.
 
-Two things differ from the paper. The search begins at what `explorer.distribution.solve` gives, so that its answer is never worse by what it measures. And networks are
-judged with BatchNorm statistics refreshed (by whoever passes `measure`), in place of reconstructed weights.
+Some things differ from the paper. The search begins at what `explorer.distribution.solve` gives, so that its answer is never worse by what it measures. And networks are
+judged with BatchNorm statistics refreshed (by whoever passes `measure`), in place of reconstructed weights. The authors' code (github.com/IST-DASLab/spdy) gives up a neighbourhood
+after 100 draws and ends with the last one; here it is 20 draws, and a number of measurements ends it.
 
 It is for networks that will not be trained any more. Where pruned networks were trained, those that it found ended 0.4, 0.0 and 0.4 points below those that it began with, on
 three networks (``docs/results/scores.txt``): what is least harmful before training is not what trains best.
@@ -34,10 +35,11 @@ from explorer.sensitivity import SensitivityTable
 
 __all__ = ["SearchStep", "search"]
 
-# The paper's: 100 random draws, then each neighbourhood until so many draws in it were no better.
+# The authors' code begins with as many random draws, and draws a tenth of the coefficients anew at first.
 _N_RANDOM = 100
-_PATIENCE = 20
 _SHARE = 0.1
+# After so many draws that were no better a neighbourhood is given up.
+_PATIENCE = 20
 # After so many draws in a row that led to known distributions nothing new is near.
 _IN_VAIN = 200
 
@@ -96,7 +98,7 @@ def search(
     measure : callable
         Gives the loss of the network pruned to a distribution, nothing being trained: finite, lower is better; None when it was stopped, which ends the search.
     n_total : int
-        Distributions to measure; 250 in the paper's experiments. Coefficients that lead to a distribution that is known cost nothing.
+        Distributions to measure. Coefficients that lead to a distribution that is known cost nothing.
     begin : SparsityDistribution, optional
         Is measured first, and is the answer as long as nothing is better; what `solve` gives comes next. Whether it keeps the budget is the caller's business.
     score : str

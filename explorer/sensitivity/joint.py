@@ -85,9 +85,8 @@ class JointScan:
         """
         check_levels([*distribution.values(), 0.5])
         by_name = {self._names[name]: level for name, level in distribution.items()}
-        n_batches = self._scan.n_refreshed if self._refreshed else self._scan.n_batches
         with pages_kept():
-            if self._scan.record(range(n_batches)) is None:
+            if self._scan.record(self._scan.batches(refreshed=self._refreshed)) is None:
                 return None
             cell = self._scan.measure_joint(by_name, refreshed=self._refreshed)
         if cell is None:

@@ -255,7 +255,7 @@ def _points(
                     return
                 begun[Task(name, level, False)] = sample
                 yield from scan.cell(sample).points(name, level, refreshed=False)
-        dense = scan.record(range(scan.n_batches))
+        dense = scan.record(scan.batches(refreshed=False))
         if dense is None:
             return
         baseline = dense.points(WHOLE_NETWORK, 0.0, refreshed=False)
@@ -265,7 +265,7 @@ def _points(
         yield from _fisher(material, fisher_levels, key, stop)
 
     for refreshed in (False, True) if refresh_batchnorm and scan.has_batchnorm else (False,):
-        used = range(scan.n_refreshed if refreshed else scan.n_batches)
+        used = scan.batches(refreshed=refreshed)
         if refreshed:
             # Nothing is pruned, so there is nothing to refresh; but the images are fewer.
             baseline = kept.get(WHOLE_NETWORK, 0.0, refreshed=True)

@@ -20,8 +20,7 @@ from explorer.sensitivity.units import Unit, units_of
 __all__ = ["MIN_IMAGES", "Criterion", "LabelledData", "Material", "choose_layers", "take_material"]
 
 MIN_IMAGES = 16
-# Statistics over a few hundred images are within about a per cent: convolutions average over positions as well.
-# The divergence that statistics of so few images add by themselves, on the demo: 0.0014 nats; 250 images would add 0.0010, and 64 add 0.0060.
+# The divergence that statistics of so few images add by themselves, on the demo, against those of 1,000: 0.0014 nats; 250 images would add 0.0010, and 64 add 0.0060.
 N_CALIBRATION = 125
 
 Criterion = Callable[[Tensor, Tensor], Tensor]

@@ -143,8 +143,8 @@ class Scan:
             calibration = calibration.contiguous(memory_format=torch.channels_last)
         self._images: tuple[Tensor, ...] = ()
         self._labels: tuple[Tensor, ...] | None = None
-        # One batch: statistics of several small ones would leave out how images differ.
-        self._calibration = (calibration,)
+        # In one batch: statistics of several small ones would leave out how images differ.
+        self._calibration = calibration
         self._replay = PrefixReplay(self._module, self._memory_limit)
         self._resampler = Resampler()
         self._first_use: dict[str, int] = {}
@@ -167,11 +167,16 @@ class Scan:
         """Number of batches that are enough for a first picture."""
         return min(self.n_batches, -(-MIN_DRAWN // len(self._images[0])))
 
-    @property
-    def n_refreshed(self) -> int:
-        """Number of batches that are measured on with refreshed BatchNorm statistics, the first of all."""
+    def batches(self, *, refreshed: bool) -> range:
+        """Return the batches that are measured on: all, or with refreshed BatchNorm statistics the first."""
+        if not refreshed:
+            return range(self.n_batches)
         n_images = max(_MIN_REFRESHED, _REFRESHED_SHARE * len(self._inputs))
-        return min(self.n_batches, math.ceil(n_images / len(self._images[0])))
+        return range(min(self.n_batches, math.ceil(n_images / len(self._images[0]))))
+
+    def _recorded(self, *, refreshed: bool) -> range:
+        """Return those of them whose dense outputs are known."""
+        return self.batches(refreshed=refreshed)[: len(self._dense)]
 
     def prepare(self) -> None:
         """Learn the calls, choose the size of batches, and try the shortened passes.
@@ -221,7 +226,7 @@ class Scan:
             answers = self._module(self._few())
         return scan_key(
             self._module,
-            (self._inputs, self._all_labels, *self._calibration),
+            (self._inputs, self._all_labels, self._calibration),
             answers,
             f"labels {self._all_labels is not None} {list(self._units.values()) if any(unit.channels for unit in self._units.values()) else ''}",
         )
@@ -269,11 +274,11 @@ class Scan:
 
     def dense(self, *, refreshed: bool = False) -> Cell:
         """Return what the dense network gives on the recorded batches; if `refreshed`, on those that refreshed cells are measured on."""
-        batches = range(min(len(self._dense), self.n_refreshed) if refreshed else len(self._dense))
+        batches = self._recorded(refreshed=refreshed)
         return self.cell(self._sample(self._dense[: len(batches)], batches, "of the dense model", 0.0, 0))
 
     def measure(self, name: str, level: float, *, refreshed: bool) -> Cell | None:
-        """Prune a layer, measure on all recorded batches (if `refreshed`, on the first `n_refreshed`), restore; None when stopped.
+        """Prune a layer, measure on all recorded batches (see `batches`), restore; None when stopped.
 
         Raises
         ------
@@ -282,7 +287,7 @@ class Scan:
         """
         try:
             if not refreshed:
-                return self.cell(self._sampled(name, level, range(len(self._dense))))
+                return self.cell(self._sampled(name, level, self._recorded(refreshed=False)))
             if not self._calibration_recorded:
                 self._record_calibration()
             with (
@@ -291,7 +296,7 @@ class Scan:
                 self._refreshed(name),
             ):
                 where = f"with layer {name!r} at sparsity {level} and BatchNorm refreshed"
-                batches = range(min(len(self._dense), self.n_refreshed))
+                batches = self._recorded(refreshed=True)
                 outputs = self._outputs(self._start[name], batches)
                 return self.cell(self._sample(outputs, batches, where, *removed))
         except _Stopped:
@@ -327,7 +332,7 @@ class Scan:
                 if refreshed and names:
                     restored.enter_context(self._refreshed(min(names, key=self._first_use.__getitem__)))
                 start = min((self._start[name] for name in names), default=0)
-                batches = range(min(len(self._dense), self.n_refreshed) if refreshed else len(self._dense))
+                batches = self._recorded(refreshed=refreshed)
                 outputs = self._outputs(start, batches)
                 return self.cell(self._sample(outputs, batches, "with all layers pruned", 0.0, n_removed))
         except _Stopped:
@@ -335,9 +340,8 @@ class Scan:
 
     def _record_calibration(self) -> None:
         with torch.inference_mode():
-            for key, images in enumerate(self._calibration, start=len(self._images)):
-                self._check_stop()
-                self._replay.record(key, images)
+            self._check_stop()
+            self._replay.record(self.n_batches, self._calibration)
         self._calibration_recorded = True
 
     def _outputs(self, start: int, batches: range) -> list[Tensor]:
@@ -359,14 +363,10 @@ class Scan:
         try:
             if norms:
                 for norm in norms:
-                    norm.momentum = (
-                        None  # a cumulative average, so the first batch replaces the old statistics
-                    )
-                    norm.get_buffer("num_batches_tracked").zero_()
+                    norm.momentum = 1.0  # the batch replaces the old statistics
                     norm.train()
-                for key, images in enumerate(self._calibration, start=len(self._images)):
-                    self._check_stop()
-                    self._replay.run_from(self._start[name], key, images)
+                self._check_stop()
+                self._replay.run_from(self._start[name], self.n_batches, self._calibration)
                 for norm in norms:
                     norm.eval()
             yield

@@ -264,7 +264,7 @@ def _measured(handle: Handle, task: Task, memory_limit: int | None) -> Cell:
         _kept.token, _kept.scan = None, None  # the old one goes before the new one comes
         scan = Scan(handle.fetch(), memory_limit=memory_limit)
         scan.prepare()
-        scan.record(range(scan.n_batches))
+        scan.record(scan.batches(refreshed=False))
         _kept.token, _kept.scan = handle.token, scan
     cell: Cell | None = _kept.scan.measure(task.layer, task.level, refreshed=task.refreshed)
     assert cell is not None, "a worker's scan has no stop event"
