@@ -496,6 +496,10 @@ def _solve(options: argparse.Namespace) -> int:
     from explorer.study import Study
 
     target = _target(options)
+    if options.search is not None and "max_loss" in target:
+        raise ExplorerError(
+            "A search keeps a budget of time, count or size; leave out --search, or ask for something other than --max-loss."
+        )
     if options.out is not None and options.out.suffix not in (".yaml", ".yml", ".json"):
         raise ExplorerError(
             f"{options.out} is neither .yaml nor .json; name the file so that its format is known."
@@ -536,22 +540,14 @@ def _searched(
     """Return the best of many distributions that keep the budget of the solved one."""
     from tqdm import tqdm
 
-    # The solved one was checked: its predicted time is the corrected budget.
-    budget = dict(target)
-    if {"speedup", "latency_ms"} & set(target):
-        latency = study.predict(found).latency_ms
-        assert latency is not None, "solved for a time"
-        budget = {"latency_ms": latency * (1.0 + 1e-9)}
     last = None
     with (
         tqdm(total=options.search, desc="search", unit="network", leave=False, disable=None) as bar,
         contextlib.suppress(KeyboardInterrupt),
     ):
         for step in study.search(
-            **budget,
+            **target,
             begin=found,
-            check=False,
-            margin=0.0,
             n_total=options.search,
             n_images=options.images,
             **_solver_options(options),

@@ -730,10 +730,7 @@ class Study:
             max_loss=max_loss,
         )
         table = self._need_table()
-        if score is None and "kl" not in table.kinds and "loss" in table.kinds:
-            score = "mix_loss_sqrt"
-        if score is not None:
-            options["score"] = score
+        options |= self._scored(score)
         options.setdefault("other_params", self._other_params())
 
         def solved(wanted: Target) -> SparsityDistribution:
@@ -755,7 +752,10 @@ class Study:
         size_bytes: int | None = None,
         n_total: int = 250,
         n_images: int = 500,
+        begin: SparsityDistribution | None = None,
+        score: str | None = None,
         check: bool = True,
+        seed: int = 0,
         stop: threading.Event | None = None,
         **options: Any,
     ) -> Iterator[SearchStep]:
@@ -771,12 +771,17 @@ class Study:
             Distributions to measure.
         n_images : int
             As for the scan.
+        begin : SparsityDistribution, optional
+            What was solved for the target: for a speed-up or a latency, what it is predicted to take is the budget.
+        score : str, optional
+            As for `solve`.
         check : bool
-            Measure what is solved for a speed-up or a latency on the engine first, and search within the corrected budget.
+            Without `begin`, measure what is solved for a speed-up or a latency on the engine first, and search within the corrected budget.
+        seed : int
         stop : threading.Event, optional
             When set, the search ends early; the last step holds.
         **options
-            `begin`, `score`, `margin` (with `check=False`), `seed`, `locked`, `bounds`, `groups`, `max_sparsity` and `dense_first_last`, as for `explorer.distribution.search`.
+            `locked`, `bounds`, `groups`, `max_sparsity` and `dense_first_last`, as for `explorer.distribution.search`.
 
         Raises
         ------
@@ -793,17 +798,15 @@ class Study:
             size_bytes=size_bytes,
         )
         table, data = self._need_table(), self._need_data()
-        if options.get("score", "") is None:
-            del options["score"]
-        if "kl" not in table.kinds and "loss" in table.kinds:
-            options.setdefault("score", "mix_loss_sqrt")
-        margin: dict[str, Any] = {}
         asked = {target.name: target.value}
-        if target.is_time and check:
-            held = {name: value for name, value in options.items() if name not in ("seed", "begin")}
-            found = self.predict(self.solve(speedup=speedup, latency_ms=latency_ms, **held)).latency_ms
+        known = begin
+        if target.is_time and check and known is None:
+            known = self.solve(speedup=speedup, latency_ms=latency_ms, score=score, **options)
+        options |= self._scored(score)
+        if target.is_time and known is not None:
+            found = self.predict(known).latency_ms
             assert found is not None, "solved for a time"
-            target, margin = Target(latency_ms=found * (1.0 + 1e-9)), {"margin": 0.0}
+            target, options["margin"] = Target(latency_ms=found * (1.0 + 1e-9)), 0.0
         judge = JointScan(
             self.model.module,
             data,
@@ -823,12 +826,20 @@ class Study:
             target,
             divergence,
             n_total=n_total,
-            stop=stop,
+            begin=begin,
             other_params=self._other_params(),
-            **margin,
+            seed=seed,
+            stop=stop,
             **options,
         )
         return self._remembered(steps, asked)
+
+    def _scored(self, score: str | None) -> dict[str, str]:
+        """Return the option that names a score: the given one, or what suits a table without divergences; else none."""
+        kinds = self._need_table().kinds
+        if score is None and "kl" not in kinds and "loss" in kinds:
+            score = "mix_loss_sqrt"
+        return {} if score is None else {"score": score}
 
     def _remembered(self, steps: Iterator[SearchStep], asked: dict[str, float]) -> Iterator[SearchStep]:
         """Pass steps on, and remember what their distributions were found for: recipes say it."""
@@ -909,10 +920,8 @@ class Study:
         DistributionError
             If the sensitivity has not been measured.
         """
-        table = self._need_table()
-        if "kl" not in table.kinds and "loss" in table.kinds:
-            options.setdefault("score", "mix_loss_sqrt")
-        return pareto_frontier(self.model.layers, table, **options)
+        options |= self._scored(options.pop("score", None))
+        return pareto_frontier(self.model.layers, self._need_table(), **options)
 
     def _checked(
         self,

@@ -186,6 +186,7 @@ def test_distributions_are_compared_at_one_target(tiny: None, capsys: pytest.Cap
         (["solve", *ON_TINY], "exactly one target: --speedup, --latency-ms, --sparsity, --params"),
         (["solve", *ON_TINY, "--speedup", "2", "--params", "9"], "exactly one target"),
         (["solve", *ON_TINY, "--params", "9", "--out", "found.txt"], "neither .yaml nor .json"),
+        (["solve", *ON_TINY, "--max-loss", "1", "--search", "9"], "leave out --search"),
         (["compare-distributions", *ON_TINY], "exactly one target"),
         (["solve", *ON_TINY, "--params", "1", "--images", "64"], "weights are out of reach"),
     ],

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import traitlets as t
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
-
-if TYPE_CHECKING:
-    from explorer.widgets.state import ExplorerState
+from explorer.widgets.state import harm_of
 
 
 class ParetoStrip(StateView):
@@ -35,20 +33,11 @@ class ParetoStrip(StateView):
         """Return everything but the points."""
         state = self.state
         kind = state.curves.harm_kind
-        told, here = state.prediction, None
-        if told is not None and state.frontier and told.speedup is not None:
-            harm = told.kl if kind == "kl" else _increase(state)
-            if harm is not None:
-                here = [told.speedup, max(0.0, harm)]
+        told = state.prediction
         return {
-            "here": here,
+            # Where there is a frontier, predictions tell of everything that it was made of.
+            "here": [told.speedup, harm_of(state.study, told, kind)] if told and state.frontier else None,
             "harm": "KL to the dense outputs" if kind == "kl" else "increase of the loss",
             "busy": state.job.busy,
             "measured": state.measured,
         }
-
-
-def _increase(state: ExplorerState) -> float | None:
-    if state.prediction.loss is None:
-        return None
-    return float(state.prediction.loss - state.study.table.baseline("loss"))

@@ -138,9 +138,14 @@ def _worthwhile(
     found = []
     for point in study.pareto(locked=locked, groups=groups).points:
         told = study.predict(point.distribution)
-        harm = told.kl if harm_kind == "kl" else told.loss - study.table.baseline("loss")
-        found.append(Worthwhile(point.distribution, told.speedup, max(0.0, harm)))
+        found.append(Worthwhile(point.distribution, told.speedup, harm_of(study, told, harm_kind)))
     return tuple(found)
+
+
+def harm_of(study: Any, told: Any, harm_kind: str) -> float:
+    """Return the change that a prediction tells of, in nats; for `harm_kind` see `Curves.harm_kind`."""
+    harm = told.kl if harm_kind == "kl" else told.loss - study.table.baseline("loss")
+    return max(0.0, float(harm))
 
 
 def _guarded(method: Callable[..., None]) -> Callable[..., None]:
@@ -710,11 +715,11 @@ class ExplorerState(t.HasTraits):
             return
         distribution, n_images = self.distribution, self._n_images
         self._idle_for = distribution
-        held = {name: distribution[name] for name in distribution.locked}
-        wanted = (self._n_tables, tuple(sorted(held.items())), distribution.groups)
+        wanted = self._frontier_key()
         if wanted != self._frontier_of:
+            _, held, groups = wanted
             self._idle_jobs.start(
-                lambda _stop: _worthwhile(study, held, distribution.groups, self.curves.harm_kind),
+                lambda _stop: _worthwhile(study, dict(held), groups, self.curves.harm_kind),
                 functools.partial(self._drawn, study, wanted),
                 self._background_failed,
             )
@@ -751,6 +756,12 @@ class ExplorerState(t.HasTraits):
                 functools.partial(self._refined, study, chosen),
                 self._background_failed,
             )
+
+    def _frontier_key(self) -> tuple[int, tuple[tuple[str, float], ...], Any]:
+        """Return what a frontier depends on: which tables, which locks, which groups."""
+        distribution = self.distribution
+        held = sorted((name, distribution[name]) for name in distribution.locked)
+        return self._n_tables, tuple(held), distribution.groups
 
     def _drawn(self, study: Any, of: Any, found: tuple[Worthwhile, ...]) -> None:
         if study is self.study:
@@ -809,8 +820,7 @@ class ExplorerState(t.HasTraits):
         # Not tried for ever.
         self._is_refined = True
         self._refined_layers = frozenset(layer.name for layer in self.layers)
-        held = {name: self.distribution[name] for name in self.distribution.locked}
-        self._frontier_of = (self._n_tables, tuple(sorted(held.items())), self.distribution.groups)
+        self._frontier_of = self._frontier_key()
         self._trusted = dict(self.distribution)
         self._say(f"A measurement in the background failed: {error}")
 

@@ -5,7 +5,6 @@ const FLOOR = 1e-3; // nats; the axis is logarithmic
 
 function render({ model, el, signal }) {
   const root = section(el, "Balance", "se-card se-pareto", 3);
-  const note = make("small", {}, "the least harm that solving finds at each speed");
   const range = make("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": "Balance between little harm and much speed" });
   const told = make("output", { class: "se-mute" });
   const balance = make("span", { class: "se-balance" }, make("span", { class: "se-mute" }, "Less harm"), range, make("span", { class: "se-mute" }, "More speed"), told);
@@ -13,7 +12,7 @@ function render({ model, el, signal }) {
   const tip = make("div", { class: "se-tip", hidden: true });
   const plot = make("div", { class: "se-strip" }, host, tip);
   const empty = make("p", { class: "se-hint" });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, "Balance"), note, make("div", { class: "se-push" }, balance)), plot, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, "Balance"), make("small", {}, "the least harm that solving finds at each speed"), make("div", { class: "se-push" }, balance)), plot, empty);
 
   let place = null;
   let width = 0;
@@ -50,8 +49,7 @@ function render({ model, el, signal }) {
   function describe(index) {
     const point = points()[index];
     if (!point) return;
-    const text = `${point[0].toFixed(2)} ×, ${words.small(point[1])} nats`;
-    say(told, text);
+    say(told, `${point[0].toFixed(2)} ×, ${words.small(point[1])} nats`);
     setOne(range, "aria-valuetext", `${point[0].toFixed(2)} times faster, ${model.get("view").harm} ${words.small(point[1])} nats before training`);
   }
 
