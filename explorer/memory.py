@@ -1,8 +1,9 @@
 """Keeps memory that was freed for the next tensor of its size, while a network is computed again and again.
 
 C libraries return large blocks to the system as soon as they are freed, and the system fills every page that it hands out anew with zeros. A training step or a pass of a
-network frees and asks for the same blocks each time. On two cores of an AMD EPYC with glibc, keeping them makes a training step of the demo 1.2 times as fast (121 and
-101 ms), and a pass over the late layers of ResNet-50 up to 2.5 times.
+network frees and asks for the same blocks each time. On two cores of an AMD EPYC with glibc, keeping them makes a training step of the demo 1.1 times as fast (115 and
+105 ms, medians of five processes each, in turn), and passes over 60 images from a block of ResNet-50 on, against the thresholds below, 1.1 to 1.5 times on one thread and
+1.0 to 1.2 times on two, most in the early blocks.
 
 Only glibc has the switches that are used here; elsewhere nothing happens, and numbers are the same everywhere.
 """
