@@ -17,6 +17,8 @@ from torch import nn
 
 _SLICE_S = 0.004
 """A contestant runs this long before the next one does: long enough to warm its caches, short enough that all meet the same noise."""
+_IDLE_S = 0.012
+"""Longer than the ticks in which systems count the CPU time of a running thread (4 or 10 ms)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,8 @@ def compare_latency(
     slice_s : float
         What the calls of one turn take, about; at least one call.
     warm_s : float
-        How long each contestant runs before its turn is timed; at least one call. Until then its caches are cold, its helpers may sleep, and those of the
-        contestant before it may still look out for work.
+        How long each contestant runs before its turn is timed; at least one call. Until then its caches are cold, and its helpers may sleep. When this is
+        above 0, the next turn waits until the helpers of the last one have given up looking out for work, which can take them 40 ms.
 
     Returns
     -------
@@ -177,6 +179,8 @@ def compare_latency(
             for name, call in contestants.items():
                 n = calls[name][0]
                 times[name].append(_seconds(call, n, warm_s) / n * 1e3)
+                if warm_s > 0:
+                    wait_until_idle()
     return {
         name: summarise(
             t,
@@ -187,6 +191,16 @@ def compare_latency(
         )
         for name, t in times.items()
     }
+
+
+def wait_until_idle(limit_s: float = 0.5) -> None:
+    """Sleep until the threads of this process, some of which spin for a while after their work, have used no CPU for a moment; at most so long."""
+    end = time.perf_counter() + limit_s
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(_IDLE_S)
+        if time.process_time() - used < _IDLE_S / 5:
+            return
 
 
 def _seconds(call: Callable[[], object], calls: int, warm_s: float = 0.0) -> float:

@@ -193,6 +193,34 @@ def test_a_contestant_warms_up_before_each_of_its_turns() -> None:
     assert len(calls) >= 5 + 5 * 3
 
 
+def test_a_turn_begins_when_the_helpers_of_the_last_one_have_stopped_spinning() -> None:
+    spun_until = [0.0]
+    early: list[float] = []
+
+    def spin() -> None:
+        while time.perf_counter() < spun_until[0]:
+            pass
+
+    def spins_on() -> None:
+        if time.perf_counter() >= spun_until[0]:
+            spun_until[0] = time.perf_counter() + 0.06
+            threading.Thread(target=spin).start()
+
+    def next_one() -> None:
+        early.append(max(0.0, spun_until[0] - time.perf_counter()))
+
+    def run(warm_s: float) -> int:
+        early.clear()
+        compare_latency({"spins on": spins_on, "next": next_one}, seconds=0.05, slice_s=0.0, warm_s=warm_s)
+        return sum(left > 0 for left in early)
+
+    assert run(warm_s=0.0) > 0
+    # The five calls that say how long one takes come before the first turn.
+    run(warm_s=1e-6)
+    assert len(early) > 10
+    assert not any(early[5:])
+
+
 def test_the_dense_contestants_compute_the_same() -> None:
     network = small_network()
     contestants = dense_contestants(network, X)
