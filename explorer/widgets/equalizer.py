@@ -9,11 +9,16 @@ import traitlets as t
 from explorer.errors import DistributionError
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
+from explorer.widgets.state import SEARCHING, less_harm
+from explorer.widgets.targets import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from explorer.widgets.state import ExplorerState
+
+LEAST_GAIN = 0.02
+"""Share of the divergence from which a found distribution is offered."""
 
 ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
 
@@ -42,20 +47,28 @@ class Equalizer(StateView):
         "selected",
         "feasible",
         "target",
+        "target_kind",
         "measured",
         "can_undo",
         "can_redo",
         "job",
+        "search",
+        "is_one_shot",
+        "background",
     )
     gestures = {
         "select": lambda state, said: state.select(str(said["layer"])),
         "commit": lambda state, said: state.edit(_by_layer(state, said["values"]), final=True),
         "type": lambda state, said: state.type_sparsity(str(said["layer"]), str(said["text"])),
         "lock": lambda state, said: state.toggle_lock(str(said["layer"])),
-        "solve": lambda state, said: state.solve(said["speedup"]),
+        "solve": lambda state, said: state.solve(said["target"]),
+        "turn": lambda state, said: state.turn(said["target"]),
+        "target": lambda state, said: state.choose_target(str(said["kind"])),
         "uniform": lambda state, _: state.make_uniform(),
         "undo": lambda state, _: state.undo(),
         "redo": lambda state, _: state.redo(),
+        "better": lambda state, _: state.take_better(),
+        "one_shot": lambda state, said: state.choose_one_shot(bool(said["chosen"])),
     }
 
     values = t.List(t.Float()).tag(sync=True)
@@ -103,12 +116,45 @@ class Equalizer(StateView):
             "harm": "KL" if state.curves.harm_kind == "kl" else "loss increase",
             "selected": state.selected,
             "origin": ORIGINS.get(state.origin, ""),
-            "feasible": list(state.feasible),
+            "limits": state.target_limits(),
             "target": state.target,
+            "target_kind": state.target_kind,
+            "target_kinds": [
+                {"name": kind.name, "label": kind.label, "unit": kind.unit, "digits": kind.digits}
+                for kind in KINDS.values()
+            ],
             "solvable": state.measured and not state.job.busy,
             "why": self._why(),
             "can_undo": state.can_undo,
             "can_redo": state.can_redo,
+            "search": self._search(),
+        }
+
+    def _search(self) -> dict[str, Any]:
+        """Return whether a search can be asked for, what it says, and whether it has something to offer."""
+        state, step = self.state, self.state.search
+        view = {
+            "able": state.measured and getattr(state.study, "data", None) is not None,
+            "on": state.is_one_shot,
+        }
+        if not (view["able"] and state.is_one_shot):
+            return view | {"text": "", "better": False}
+        if step is None:
+            waits = (
+                "begins when the prediction is checked"
+                if state.origin == "solved"
+                else "begins at what is solved: choose a target"
+            )
+            return view | {"text": f"The search {waits}.", "better": False}
+        is_going_on = state.background == SEARCHING
+        of = f" of {step.n_total}" if is_going_on else ""
+        where = f"{'Looking' if is_going_on else 'Looked'} for less harm in the same time: {step.n_measured}{of} networks tried"
+        gain = less_harm(step)
+        if step.distribution == state.distribution or gain < LEAST_GAIN:
+            return view | {"text": f"{where}, none clearly better than this one.", "better": False}
+        return view | {
+            "text": f"{where}, the best diverges {gain:.0%} less.",
+            "better": not state.job.busy,
         }
 
     def _why(self) -> str:

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
-from explorer.errors import DistributionError, ExplorerError, RunError
+from explorer.errors import DistributionError, ExplorerError, InfeasibleTarget, RunError
 from explorer.history import History
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
 from explorer.widgets.runs import RunRecord, RunRecorder
+from explorer.widgets.targets import KINDS
 
 if TYPE_CHECKING:
     import threading
@@ -54,6 +55,9 @@ COMFORTABLE = 0.8
 
 LEVELS_IN_VIEW = 4
 """How many more levels of the chosen layer are measured while nothing else is asked for."""
+
+SEARCHING = "looking for a better distribution"
+"""Says `ExplorerState.background` while the search goes on."""
 
 LOG_LINES = 200
 PATIENCE = 180.0
@@ -206,6 +210,8 @@ class ExplorerState(t.HasTraits):
     """The `Prediction` for `distribution`, or None before a measurement."""
     feasible = t.Tuple(default_value=(1.0, None))
     """Lowest and highest speed-up that a distribution can reach; the highest None before a measurement."""
+    target_kind = t.Enum(tuple(KINDS), default_value="speedup")
+    """What is solved for: a name of `KINDS`."""
     target = t.Float(3.0)
     """Speed-up that was asked for last."""
     can_undo = t.Bool(False)
@@ -222,6 +228,10 @@ class ExplorerState(t.HasTraits):
     """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
     frontier = t.Tuple()
     """Tuple of `Worthwhile` by rising speed-up: what solving gives at any target, with the locks on the page."""
+    is_one_shot = t.Bool(False)
+    """The user will not train the pruned network: a search for less harm as it is goes on in the background."""
+    search = t.Any(None)
+    """The latest `SearchStep` of the search that began at `distribution`; None before there is one."""
     background = t.Unicode("")
     """What is being measured while nothing else is asked for."""
     provenance = t.Unicode("")
@@ -256,6 +266,7 @@ class ExplorerState(t.HasTraits):
         self._is_refined = False
         self._refined_layers: frozenset[str] = frozenset()
         self._trusted: Any = None
+        self._searched: Any = None
         self._idle_for: Any = None
         self._n_tables = 0
         self._frontier_of: Any = None
@@ -358,6 +369,8 @@ class ExplorerState(t.HasTraits):
         self._refresh_prediction()
         self._say(f"Measured {len(study.layers)} layers.")
         # A first picture of what solving does; the target that stands on the page may be beyond this model.
+        if self.target_kind != "speedup":
+            self.target_kind, self.target = "speedup", 3.0
         target = min(self.target, round(COMFORTABLE * self.feasible[1], 1))
         if target > 1:
             self.solve(target)
@@ -406,36 +419,106 @@ class ExplorerState(t.HasTraits):
         self._settle(final=True)
 
     @_guarded
-    def solve(self, target: Any) -> None:
-        """Find the distribution that reaches a speed-up with the least loss, in the worker."""
-        study = self._need_study()
-        lowest, highest = self.feasible
-        limits = f"between {lowest:.1f} and {highest:.1f}" if highest else "above 1"
-        speedup = _number(target, f"a speed-up {limits}")
+    def choose_target(self, kind: str) -> None:
+        """Solve for another kind of target from now on; what the distribution on the page has of it stands there first."""
+        if kind not in KINDS:
+            raise DistributionError(f"There is no target {kind!r}; there are {', '.join(KINDS)}.")
+        self.target_kind = kind
+        self._refresh_target()
+
+    def target_limits(self) -> tuple[float, float] | None:
+        """Return the least and the most that this kind of target can be with the locks on the page, in its unit; None before the measurement."""
         if not self.measured:
-            raise DistributionError("A speed-up is solved from measured curves; press Measure first.")
-        if speedup < 1:
-            raise DistributionError(f"The speed-up asked for is {speedup:g}; give a number {limits}.")
-        self.target = speedup
+            return None
+        if self.target_kind == "speedup":
+            return self.feasible
+        held = {name: self.distribution[name] for name in self.distribution.locked}
+        ends = (self._shown(dict.fromkeys(self.distribution, end) | held) for end in (0.0, MAX_SPARSITY))
+        low, high = sorted(ends)
+        return low, high
+
+    def _shown(self, distribution: Mapping[str, float]) -> float:
+        """Return what a distribution is predicted to have of the present kind of target, in the unit of the page."""
+        changed = self.distribution
+        for name, value in distribution.items():
+            if changed[name] != value:
+                changed = changed.set(name, value)
+        told = self.study.predict(changed)
+        return KINDS[self.target_kind].shown(told, harm_of(self.study, told, self.curves.harm_kind))
+
+    def _refresh_target(self) -> None:
+        if self.measured and self.distribution is not None:
+            self.target = self._shown(self.distribution)
+
+    def _checked_target(self, text: Any) -> float:
+        """Return the target that was typed, in the unit of the page."""
+        kind, limits = KINDS[self.target_kind], self.target_limits()
+        unit = f" {kind.unit}"
+        lowest, highest = self.feasible
+        if self.target_kind == "speedup":
+            within, unit = (f"between {lowest:.1f} and {highest:.1f}" if highest else "above 1"), ""
+        else:
+            within = f"between {kind.words(limits[0])} and {kind.words(limits[1])}" if limits else "above 0"
+        number = _number(str(text).removesuffix(kind.unit), f"a {kind.label} {within}")
+        if not self.measured:
+            raise DistributionError(f"A {kind.label} is solved from measured curves; press Measure first.")
+        if number < (1 if self.target_kind == "speedup" else 0) or (
+            self.target_kind == "sparsity" and number > 100 * MAX_SPARSITY
+        ):
+            raise DistributionError(
+                f"The {kind.label} asked for is {number:g}{unit}; give a number {within}."
+            )
+        return number
+
+    @_guarded
+    def turn(self, target: Any) -> None:
+        """Follow the dial while it turns: solve from the tables alone, within this call; letting go solves with a check on the engine."""
+        if not self.measured or self.job.busy:
+            return
+        number = self._checked_target(target)
+        current = self.distribution
+        locked = {name: current[name] for name in current.locked}
+        try:
+            solved = self.study.solve(
+                **{self.target_kind: number * KINDS[self.target_kind].scale},
+                locked=locked,
+                groups=current.groups,
+                check=False,
+            )
+        except InfeasibleTarget:
+            return  # the end of the dial is a rounded number; letting go tells it
+        self.target, self.origin, self.ghost = number, "solved", None
+        self.distribution = solved.lock(*locked) if locked else solved
+        self._refresh_prediction()
+        self._settle()
+
+    @_guarded
+    def solve(self, target: Any) -> None:
+        """Find the distribution that reaches the target, of the present kind and in its unit, with the least loss, in the worker."""
+        study = self._need_study()
+        kind = KINDS[self.target_kind]
+        number = self._checked_target(target)
+        self.target = number
         current = before = self._need_distribution()
         locked = {name: current[name] for name in current.locked}
+        words = kind.words(number)
 
         def work(_stop: threading.Event) -> tuple[Any, Any]:
-            solved = study.solve(speedup=speedup, locked=locked)
+            solved = study.solve(**{kind.name: number * kind.scale}, locked=locked, groups=current.groups)
             return solved, _uniform_like(study, study.predict(solved).latency_ms)
 
         def finished(found: tuple[Any, Any]) -> None:
             solved, uniform = found
             if self.distribution != before:
                 self._say(
-                    f"Solved for {speedup:g} ×, but the bars have been moved since: they stay. Press Solve to take a solution."
+                    f"Solved for {words}, but the bars have been moved since: they stay. Press Solve to take a solution."
                 )
                 return
             self.ghost = uniform
             self._take(solved.lock(*locked) if locked else solved, "solved")
-            self._say(f"Solved for {speedup:g} ×: predicted {self.prediction.speedup:.2f} ×.")
+            self._say(f"Solved for {words}: predicted {self.prediction.speedup:.2f} ×.")
 
-        self._start("solve", f"Solving for {speedup:g} ×", work, finished)
+        self._start("solve", f"Solving for {words}", work, finished)
 
     @_guarded
     def make_uniform(self) -> None:
@@ -697,6 +780,7 @@ class ExplorerState(t.HasTraits):
         self._refined_layers = frozenset()
         self._is_refined = False
         self._trusted = self.trust = None
+        self._searched = self.search = None
         self._n_tables += 1
         self.frontier = ()
 
@@ -705,6 +789,8 @@ class ExplorerState(t.HasTraits):
         is_trusted = self._trusted is not None and dict(self.distribution) == self._trusted
         if not is_trusted:
             self.trust = None
+        if self.distribution != self._searched:
+            self.search = None
         study = self.study
         if not final or not self.measured or self._jobs.running:
             return
@@ -747,6 +833,14 @@ class ExplorerState(t.HasTraits):
                 functools.partial(self._refined, study, frozenset()),
                 self._background_failed,
             )
+        elif self.is_one_shot and self.origin == "solved" and distribution != self._searched:
+            self.background = SEARCHING
+            self._searched = distribution
+            self._idle_jobs.start(
+                functools.partial(self._search, study, distribution, n_images),
+                functools.partial(self._search_ended, study),
+                self._background_failed,
+            )
         elif self._is_refined and self.selected not in self._refined_layers:
             # What is looked at.
             chosen = frozenset({self.selected})
@@ -777,8 +871,9 @@ class ExplorerState(t.HasTraits):
             )
         chosen = self.frontier[index]
         # The uniform one to compare with is worked out when there is time: a slider does not wait.
-        self.ghost, self.target = None, round(chosen.speedup, 2)
+        self.ghost = None
         self._take(chosen.distribution, "solved")
+        self._refresh_target()
 
     def _compared(self, study: Any, of: Any, uniform: Any) -> None:
         if study is self.study and of == self.distribution:
@@ -814,6 +909,60 @@ class ExplorerState(t.HasTraits):
             self._say("Measured more levels where the curves bend; predictions are nearer for it.")
         self._settle(final=True)
 
+    def _search(self, study: Any, begin: Any, n_images: int, stop: threading.Event) -> bool:
+        """Measure networks that are pruned otherwise within the same predicted time, and tell whether that was finished."""
+
+        def show(step: Any) -> None:
+            if self.is_one_shot and study is self.study and begin == self.distribution:
+                self.search = step
+
+        steps = study.search(
+            latency_ms=study.predict(begin).latency_ms * (1.0 + 1e-9),
+            begin=begin,
+            n_images=n_images,
+            locked={name: begin[name] for name in begin.locked},
+            groups=begin.groups,
+            stop=stop,
+        )
+        for step in steps:
+            self._publisher.post("search", functools.partial(show, step))
+            self._stop_if_abandoned()
+        return not stop.is_set()
+
+    def _search_ended(self, study: Any, complete: bool) -> None:
+        self.background = ""
+        if study is not self.study:
+            self._searched = None
+        elif not complete and self.search is None:
+            # Before anything was measured: it is begun anew when the worker is free.
+            self._searched = None
+        elif complete and self.search is not None:
+            gain = less_harm(self.search)
+            self._say(
+                f"Measured {self.search.n_measured} distributions of the same predicted latency, nothing being trained: the best diverges {gain:.0%} less from the dense network than the one on the page."
+            )
+        self._settle(final=True)
+
+    def choose_one_shot(self, chosen: bool) -> None:
+        """Say whether the network stays as it is pruned, so that a search for less harm without training is worth its time."""
+        self.is_one_shot = bool(chosen)
+        if not chosen:
+            if self.background == SEARCHING:
+                self._idle_jobs.stop()
+            self._searched = self.search = None
+        self._settle(final=True)
+
+    @_guarded
+    def take_better(self) -> None:
+        """Adopt what the search has found."""
+        found = self.search
+        if found is None or found.distribution == self.distribution:
+            raise DistributionError("The search has not found a better distribution yet.")
+        self._idle_jobs.stop()
+        # What it leads to is not searched again, with the same networks.
+        self._searched = found.distribution
+        self._take(found.distribution, "solved")
+
     def _background_failed(self, error: BaseException) -> None:
         """Say it in the log: nobody asked for it, so nobody is to be interrupted."""
         self.background = ""
@@ -821,7 +970,7 @@ class ExplorerState(t.HasTraits):
         self._is_refined = True
         self._refined_layers = frozenset(layer.name for layer in self.layers)
         self._frontier_of = self._frontier_key()
-        self._trusted = dict(self.distribution)
+        self._trusted, self._searched = dict(self.distribution), self.distribution
         self._say(f"A measurement in the background failed: {error}")
 
     def _progress(self, *, done: int, total: int, seconds_left: float | None) -> None:
@@ -891,6 +1040,11 @@ class ExplorerState(t.HasTraits):
         if threads:
             parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
         self.facts = " · ".join(parts)
+
+
+def less_harm(step: Any) -> float:
+    """Return by which share the best of a search diverges less from the dense network than what it began with."""
+    return 1.0 - step.loss / step.first_loss if step.first_loss > 0 else 0.0
 
 
 def _uniform_like(study: Any, latency_ms: float) -> Any:

@@ -272,6 +272,25 @@ def test_the_balance_is_set_by_keyboard_and_by_mouse(fake_page: Page) -> None:
     expect(page.locator(".se-pareto svg")).to_contain_text("you are here")
 
 
+def test_for_one_shot_pruning_a_better_distribution_is_found_and_taken(fake_page: Page) -> None:
+    page = measured(fake_page)
+    box = page.get_by_label("Will not be trained: search for less harm")
+    expect(box).not_to_be_checked()
+    better = page.get_by_role("button", name="Take the better one")
+    expect(better).to_be_hidden()
+    box.focus()
+    page.keyboard.press("Space")
+    expect(box).to_be_checked()
+    expect(better).to_be_visible(timeout=30_000)
+    expect(page.locator(".se-offer")).to_contain_text("4 networks tried, the best diverges 10% less")
+    at = value(page, "block1.conv2")
+    better.click()
+    expect(better).to_be_hidden()
+    assert value(page, "block1.conv2") == pytest.approx(at - 5, abs=0.11)
+    box.uncheck()
+    expect(page.locator(".se-offer [role=status]")).to_have_text("")
+
+
 @pytest.mark.parametrize("context", [{"color_scheme": "dark"}], indirect=True)
 def test_the_theme_follows_the_system_until_the_reader_chooses(fake_page: Page) -> None:
     page = fake_page

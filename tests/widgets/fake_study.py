@@ -211,19 +211,36 @@ class FakeStudy:
     def feasible_speedups(self) -> tuple[float, float]:
         return 1.0, self.dense_ms / (FIXED_MS + sum(self.ms(layer, 0.99) for layer in self.layers))
 
-    def solve(self, *, speedup: float, locked: Mapping[str, float] | None = None) -> Distribution:
+    def solve(
+        self,
+        *,
+        locked: Mapping[str, float] | None = None,
+        groups: Any = (),
+        check: bool = True,
+        **target: float,
+    ) -> Distribution:
         from explorer.errors import InfeasibleTarget
 
-        if speedup > self.feasible_speedups()[1]:
+        [(kind, wanted)] = target.items()
+        if kind == "speedup" and wanted > self.feasible_speedups()[1]:
             raise InfeasibleTarget(
-                f"{speedup:g} × cannot be reached; the highest is {self.feasible_speedups()[1]:.2f} ×."
+                f"{wanted:g} × cannot be reached; the highest is {self.feasible_speedups()[1]:.2f} ×."
             )
-        self.calls.append(("solve", speedup, locked))
+        self.calls.append(("solve" if check else "turn", wanted if kind == "speedup" else target, locked))
         best = self.uniform(0.0)
         for i in range(100):
             place = {layer.name: (i / 100) * (0.99 - 0.02 * (9 - j)) for j, layer in enumerate(self.layers)}
-            best = Distribution({**place, **(locked or {})})
-            if self.predict(best).speedup >= speedup:
+            tried = Distribution({**place, **(locked or {})})
+            told = self.predict(tried)
+            if kind == "max_loss":
+                if told.kl > wanted:
+                    break
+                best = tried
+                continue
+            best = tried
+            reached = {"latency_ms": told.latency_ms <= wanted, "size_bytes": told.size_bytes <= wanted}
+            reached |= {"speedup": told.speedup >= wanted, "sparsity": told.sparsity >= wanted}
+            if reached[kind]:
                 break
         return best
 
@@ -278,6 +295,28 @@ class FakeStudy:
             time.sleep(self.pause_s)
             self.table = SimpleNamespace(points=(*self.table.points, point))
             yield point
+
+    def search(
+        self,
+        *,
+        latency_ms: float,
+        begin: Distribution,
+        n_images: int,
+        stop: threading.Event | None = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        self.calls.append(("search", begin, latency_ms, options))
+        name = self.layers[2].name
+        better = begin.set(name, round(begin[name] - 0.05, 6))
+        for number in range(1, 5):
+            if stop is not None and stop.is_set():
+                return
+            time.sleep(5 * self.pause_s)
+            is_better = number > 2
+            yield SimpleNamespace(
+                distribution=better if is_better else begin, loss=1.8 if is_better else 2.0,
+                first_loss=2.0, n_measured=number, n_total=4,
+            )  # fmt: skip
 
     def prune(self, distribution: Distribution, *, epochs: float = 5, **options: Any) -> FakeRun:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))

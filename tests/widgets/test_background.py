@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
@@ -97,6 +98,97 @@ def test_a_bar_that_is_still_moving_has_no_badge(state: ExplorerState, study: Fa
     state.edit({}, final=True)
     assert state.trust is not None
     assert [call[0] for call in study.calls[n:]] == ["trust"]
+
+
+def test_for_one_shot_pruning_a_search_offers_what_it_finds(state: ExplorerState, study: FakeStudy) -> None:
+    state.measure()
+    solved = state.distribution
+    assert Equalizer(state).view["search"] == {"able": True, "on": False, "text": "", "better": False}
+    assert not [call for call in study.calls if call[0] == "search"]
+    state.choose_one_shot(True)
+    [search] = [call for call in study.calls if call[0] == "search"]
+    assert search[1] == solved
+    assert search[2] == pytest.approx(state.prediction.latency_ms)
+    assert search[3] == {"locked": {}, "groups": ()}
+    offer = Equalizer(state).view["search"]
+    assert offer["better"]
+    assert "4 networks tried, the best diverges 10% less" in offer["text"]
+    assert any("Measured 4 distributions" in line for line in state.log)
+
+    better = state.search.distribution
+    state.take_better()
+    assert state.distribution == better != solved
+    assert state.origin == "solved"
+    assert Equalizer(state).view["search"]["better"] is False
+    assert [call[0] for call in study.calls].count("search") == 1, "it is not searched again"
+    assert study.calls[-1][0] in ("trust", "refine")
+    assert state.trust is not None
+    state.undo()
+    assert state.distribution == solved
+
+
+def test_there_is_nothing_to_take_before_the_search_has_found_it(state: ExplorerState) -> None:
+    assert Equalizer(state).view["search"]["able"] is False
+    state.take_better()
+    assert "has not found a better" in state.error
+    state.choose_one_shot(True)
+    state.measure()
+    assert state.search is not None
+    state.edit({"fc": 0.4}, final=True)
+    assert state.search is None, "it was of another distribution"
+    view = Equalizer(state).view["search"]
+    assert view["text"] == "The search begins at what is solved: choose a target."
+    assert not view["better"]
+
+
+def test_a_search_ends_when_it_is_no_longer_wanted(study: FakeStudy) -> None:
+    study.pause_s = 0.02
+    with ThreadPoolExecutor(1) as executor:
+        state = ExplorerState(study, executor=executor, interval=0.0)
+        state.choose_one_shot(True)
+        state.measure()
+        until(lambda: state.search is not None)
+        assert state.background == "looking for a better distribution"
+        state.choose_one_shot(False)
+        until(lambda: not state._idle_jobs.running)
+        assert state.search is None
+        assert state.background == ""
+        assert [call[0] for call in study.calls].count("search") == 1
+        state.choose_one_shot(True)
+        until(lambda: state.search is not None and state.search.n_measured == 4)
+        assert [call[0] for call in study.calls].count("search") == 2
+
+
+def test_a_search_gives_way_to_what_is_asked_for(study: FakeStudy) -> None:
+    gate = threading.Event()
+    real = study.search
+
+    def held(**options: Any) -> Iterator[Any]:
+        for number, step in enumerate(real(**options)):
+            if number == 1:
+                gate.wait(10)
+            yield step
+
+    study.search = held
+    with ThreadPoolExecutor(1) as executor:
+        state = ExplorerState(study, executor=executor, interval=0.0)
+        state.choose_one_shot(True)
+        state.measure()
+        until(lambda: state.search is not None)
+        first = state.distribution
+        assert Equalizer(state).view["search"] == {
+            "able": True,
+            "on": True,
+            "text": "Looking for less harm in the same time: 1 of 4 networks tried, none clearly better than this one.",
+            "better": False,
+        }
+        state.edit({"fc": 0.4}, final=True)
+        assert state.search is None
+        gate.set()
+        until(lambda: state.trust is not None)
+        until(lambda: not state._idle_jobs.running)
+        assert state.search is None
+        assert state.distribution != first
 
 
 def test_undo_asks_again(state: ExplorerState, study: FakeStudy) -> None:

@@ -100,6 +100,76 @@ def test_a_target_out_of_reach_says_so_and_keeps_the_bars(state: ExplorerState) 
     assert not state.job.busy
 
 
+@pytest.mark.parametrize(
+    ("kind", "typed", "asked"),
+    [
+        ("latency_ms", "0.5 ms", 0.5),
+        ("sparsity", "80%", 0.8),
+        ("size_bytes", "200", 200e3),
+        ("max_loss", "0,4", 0.4),
+    ],
+)
+def test_other_targets_are_solved_in_the_units_of_the_page(
+    state: ExplorerState, study: FakeStudy, kind: str, typed: str, asked: float
+) -> None:
+    state.measure()
+    state.choose_target(kind)
+    told = study.predict(state.distribution)
+    has = {"latency_ms": told.latency_ms, "sparsity": 100 * told.sparsity}
+    has |= {"size_bytes": told.size_bytes / 1000, "max_loss": told.kl}
+    assert state.target == pytest.approx(has[kind], abs=0.06), "it begins at what is on the page"
+    limits = state.target_limits()
+    assert limits is not None
+    assert limits[0] < state.target < limits[1]
+    before = state.distribution
+    state.solve(typed)
+    assert state.error == ""
+    assert state.distribution != before
+    [call] = [call for call in study.calls if call[0] == "solve" and call[1] == pytest.approx({kind: asked})]
+    assert call[2] == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "said"),
+    [
+        ("sparsity", "120", "The sparsity asked for is 120 %; give a number between 0 % and 99 %"),
+        ("latency_ms", "-1", "The latency asked for is -1 ms; give a number between"),
+        ("size_bytes", "small", '"small" is not a number; give a size between'),
+        ("max_loss", "nan", "give a harm between 0 nats and"),
+        ("weight", "3", "There is no target 'weight'; there are speedup, latency_ms"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_refused_with_its_unit_and_range(
+    state: ExplorerState, kind: str, typed: str, said: str
+) -> None:
+    state.measure()
+    before = state.distribution
+    state.choose_target(kind)
+    if not state.error:
+        state.solve(typed)
+    assert said in state.error
+    assert state.distribution is before
+
+
+def test_while_the_dial_turns_the_tables_answer_within_the_call_and_undo_keeps_one_step(
+    state: ExplorerState, study: FakeStudy
+) -> None:
+    state.measure()
+    first = state.distribution
+    for number in (1.5, 2.0, 2.5):
+        state.turn(number)
+        assert state.error == ""
+        assert state.prediction.speedup >= number
+        assert study.calls[-1][:2] == ("turn", number)
+    state.turn(500)
+    assert state.error == "", "the end of the dial is a rounded number"
+    assert state.prediction.speedup >= 2.5
+    state.solve(2.5)
+    assert [call for call in study.calls if call[0] == "solve"][-1][1] == 2.5
+    state.undo()
+    assert state.distribution == first
+
+
 def test_bars_that_are_moved_while_a_target_is_solved_stay_where_they_were_put(
     state: ExplorerState, study: FakeStudy
 ) -> None:

@@ -69,7 +69,7 @@ def test_a_step_of_a_drag_that_arrives_after_its_end_changes_nothing(state: Expl
 def test_the_buttons_of_the_equalizer_act(state: ExplorerState) -> None:
     equalizer = Equalizer(state)
     state.measure()
-    press(equalizer, "solve", speedup="2")
+    press(equalizer, "solve", target="2")
     assert state.target == 2
     solved = state.distribution
     press(equalizer, "uniform")

@@ -9,21 +9,34 @@ function render({ model, el, signal }) {
   const gesture = (name, extra = {}) => model.send({ do: name, ...extra });
 
   // Tools
+  const kinds = make("select", { "aria-label": "What to solve for", title: "Speed-up over the fastest dense run; latency of one call; zeros among the weights that can be pruned; size on disc; or how far outputs may be from the dense network's before training, as fast as that allows" });
   const range = make("input", { type: "range", min: 1, max: 5, step: 0.05, "aria-label": "Target speed-up" });
-  const target = make("input", { type: "text", inputmode: "decimal", size: 5, "aria-label": "Target speed-up, typed", title: "Speed-up over the fastest dense run, such as 3" });
+  const target = make("input", { type: "text", inputmode: "decimal", size: 6, "aria-label": "Target speed-up, typed" });
+  const unit = make("span", { class: "se-mute" }, "×");
   const limits = make("span", { class: "se-mute" });
-  const solve = button("Solve", () => gesture("solve", { speedup: target.value }), signal, { class: "se-primary", title: "Find the sparsities that reach this speed-up with the least loss" });
+  const solve = button("Solve", () => gesture("solve", { target: target.value }), signal, { class: "se-primary" });
   const uniform = button("Uniform", () => gesture("uniform"), signal, { title: "The same sparsity in all layers but the first and the last, at about the same latency" });
   const undo = button("↶", () => gesture("undo"), signal, { class: "se-square", "aria-label": "Undo", title: "Undo (Ctrl+Z)" });
   const redo = button("↷", () => gesture("redo"), signal, { class: "se-square", "aria-label": "Redo", title: "Redo (Ctrl+Y)" });
-  range.addEventListener("input", () => { target.value = Number(range.value).toFixed(2).replace(/0$/, ""); }, { signal });
-  range.addEventListener("change", () => { if (!solve.disabled) gesture("solve", { speedup: range.value }); }, { signal });
-  target.addEventListener("keydown", (event) => { if (event.key === "Enter" && !solve.disabled) gesture("solve", { speedup: target.value }); }, { signal });
+  const kind = () => (model.get("view").target_kinds ?? []).find((one) => one.name === model.get("view").target_kind) ?? { label: "speed-up", unit: "×", digits: 2 };
+  const written = (number) => String(Number(Number(number).toFixed(kind().digits)));
+  // While the dial turns the kernel solves from its tables, at most every SEND_MS; letting go has the solution checked on the engine.
+  let turning = null;
+  const stopTurning = () => { clearTimeout(turning); turning = null; };
+  range.addEventListener("input", () => {
+    target.value = written(range.value);
+    setOne(range, "aria-valuetext", `${target.value} ${kind().unit}`);
+    if (turning === null && !solve.disabled) turning = setTimeout(() => { turning = null; gesture("turn", { target: range.value }); }, SEND_MS);
+  }, { signal });
+  range.addEventListener("change", () => { stopTurning(); if (!solve.disabled) gesture("solve", { target: range.value }); }, { signal });
+  signal.addEventListener("abort", stopTurning);
+  target.addEventListener("keydown", (event) => { if (event.key === "Enter" && !solve.disabled) gesture("solve", { target: target.value }); }, { signal });
+  kinds.addEventListener("change", () => gesture("target", { kind: kinds.value }), { signal });
   const origin = make("small", {});
   const tools = make("div", { class: "se-head" },
     make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "3"), "Distribution"), origin,
     make("div", { class: "se-push" },
-      make("span", { class: "se-target" }, make("span", { class: "se-mute" }, "Target speed-up"), range, target, make("span", { class: "se-mute" }, "×"), limits),
+      make("span", { class: "se-target" }, make("span", { class: "se-mute", "aria-hidden": "true" }, "Target"), kinds, range, target, unit, limits),
       solve, uniform, undo, redo));
 
   // Bars
@@ -52,7 +65,14 @@ function render({ model, el, signal }) {
     make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
     make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), "uniform at about the same latency"),
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
-  root.append(tools, stage, empty, readout, legend);
+  // For one-shot pruning: what harms least before training is not what trains best.
+  const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
+  const oneShotLabel = make("label", { for: oneShot.id, title: "For a network that stays as it is pruned: whole pruned networks of the same predicted latency are measured in the background, by how far their outputs are from the dense network's (batch norm refreshed), and the best is offered. Leave it off if you will train: on three networks what such a search found trained to 0.0 to 0.4 points less than what is solved" }, oneShot, "Will not be trained: search for less harm");
+  oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
+  const found = make("span", { class: "se-mute", role: "status" });
+  const better = button("Take the better one", () => gesture("better"), signal, { title: "Adopt the distribution that the search has found; Undo brings this one back" });
+  const offer = make("div", { class: "se-offer" }, oneShotLabel, found, better);
+  root.append(tools, stage, empty, readout, legend, offer);
 
   let values = [];
   let layers = [];
@@ -80,19 +100,36 @@ function render({ model, el, signal }) {
     const changed = fresh.length !== layers.length || fresh.some((layer, i) => layer.name !== layers[i].name);
     layers = fresh;
     stage.hidden = readout.hidden = legend.hidden = !layers.length;
+    offer.hidden = !layers.length || !view.search?.able;
+    oneShot.checked = Boolean(view.search?.on);
+    say(found, view.search?.text ?? "");
+    better.style.visibility = view.search?.better ? "visible" : "hidden";
     empty.hidden = Boolean(layers.length);
     if (changed) build();
     const at = layers.findIndex((layer) => layer.name === view.selected);
     if (at >= 0 && dragging < 0) active = at;
-    const [low, high] = view.feasible ?? [1, null];
-    if (high !== null) setAll(range, { min: low, max: Math.floor(high * 20) / 20 });
-    range.disabled = target.disabled = solve.disabled = !view.solvable;
-    if (document.activeElement !== range && document.activeElement !== target && view.target !== undefined) {
-      range.value = String(view.target);
-      target.value = String(Number(view.target.toFixed(2)));
+    const [low, high] = view.limits ?? [1, null];
+    const { label, unit: sign } = kind();
+    if (kinds.options.length === 0) kinds.append(...(view.target_kinds ?? []).map((one) => make("option", { value: one.name }, one.label)));
+    const kindChanged = kinds.value !== view.target_kind || unit.textContent !== sign;
+    if (view.target_kind) kinds.value = view.target_kind;
+    say(unit, sign);
+    setOne(range, "aria-label", `Target ${label}`);
+    setOne(target, "aria-label", `Target ${label}, typed`);
+    if (high !== null) {
+      const step = view.target_kind === "speedup" ? 0.05 : 10 ** Math.floor(Math.log10(Math.max(high - low, 1e-9) / 200));
+      setAll(range, { min: low, max: Math.floor(high / step) * step, step });
     }
-    setOne(solve, "title", view.solvable ? "Find the sparsities that reach this speed-up with the least loss" : view.why);
-    say(limits, high === null ? "measure first" : `of ${low.toFixed(1)} to ${high.toFixed(1)}`);
+    kinds.disabled = range.disabled = target.disabled = solve.disabled = !view.solvable;
+    if (kindChanged || (document.activeElement !== range && document.activeElement !== target && view.target !== undefined)) {
+      range.value = String(view.target);
+      target.value = written(view.target);
+      setOne(range, "aria-valuetext", `${target.value} ${sign}`);
+    }
+    const does = view.target_kind === "max_loss" ? "Find the fastest sparsities within this harm" : `Find the sparsities that reach this ${label} with the least loss`;
+    setOne(solve, "title", view.solvable ? does : view.why);
+    const short = (number) => (Math.abs(number) < 10 ? Number(number).toFixed(1) : Number(number).toFixed(0));
+    say(limits, high === null ? "measure first" : `of ${short(low)} to ${short(high)}`);
     say(origin, view.origin ?? "");
     uniform.disabled = !layers.length;
     undo.disabled = !view.can_undo;
