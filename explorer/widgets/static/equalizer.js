@@ -3,6 +3,7 @@
 
 const SEND_MS = 50;
 const MAX = 0.99;
+const TURNS = 1000; // positions of the target's dial
 
 function render({ model, el, signal }) {
   const root = section(el, "Distribution", "se-card se-eq", 3);
@@ -10,7 +11,7 @@ function render({ model, el, signal }) {
 
   // Tools
   const kinds = make("select", { "aria-label": "What to solve for", title: "Speed-up over the fastest dense run; latency of one call; zeros among the weights that can be pruned; size on disc; or how far outputs may be from the dense network's before training, as fast as that allows" });
-  const range = make("input", { type: "range", min: 1, max: 5, step: 0.05, "aria-label": "Target speed-up" });
+  const range = make("input", { type: "range", min: 0, max: TURNS, step: TURNS / 200, "aria-label": "Target speed-up" });
   const target = make("input", { type: "text", inputmode: "decimal", size: 6, "aria-label": "Target speed-up, typed" });
   const unit = make("span", { class: "se-mute" }, "×");
   const limits = make("span", { class: "se-mute" });
@@ -19,16 +20,21 @@ function render({ model, el, signal }) {
   const undo = button("↶", () => gesture("undo"), signal, { class: "se-square", "aria-label": "Undo", title: "Undo (Ctrl+Z)" });
   const redo = button("↷", () => gesture("redo"), signal, { class: "se-square", "aria-label": "Redo", title: "Redo (Ctrl+Y)" });
   const kind = () => (model.get("view").target_kinds ?? []).find((one) => one.name === model.get("view").target_kind) ?? { label: "speed-up", unit: "×", digits: 2 };
+  // Sizes and harm are chosen near their lower ends: the dial moves slowly there.
+  const bend = () => (["size_bytes", "max_loss"].includes(kind().name) ? 3 : 1);
+  const ends = () => model.get("view").limits ?? [1, 5];
+  const fromDial = (position) => { const [low, high] = ends(); return low + (high - low) * (position / TURNS) ** bend(); };
+  const toDial = (number) => { const [low, high] = ends(); return Math.round(TURNS * Math.min(1, Math.max(0, (number - low) / (high - low || 1))) ** (1 / bend())); };
   const written = (number) => String(Number(Number(number).toFixed(kind().digits)));
   // While the dial turns the kernel solves from its tables, at most every SEND_MS; letting go has the solution checked on the engine.
   let turning = null;
   const stopTurning = () => { clearTimeout(turning); turning = null; };
   range.addEventListener("input", () => {
-    target.value = written(range.value);
+    target.value = written(fromDial(range.value));
     setOne(range, "aria-valuetext", `${target.value} ${kind().unit}`);
-    if (turning === null && !solve.disabled) turning = setTimeout(() => { turning = null; gesture("turn", { target: range.value }); }, SEND_MS);
+    if (turning === null && !solve.disabled) turning = setTimeout(() => { turning = null; gesture("turn", { target: target.value }); }, SEND_MS);
   }, { signal });
-  range.addEventListener("change", () => { stopTurning(); if (!solve.disabled) gesture("solve", { target: range.value }); }, { signal });
+  range.addEventListener("change", () => { stopTurning(); if (!solve.disabled) gesture("solve", { target: target.value }); }, { signal });
   signal.addEventListener("abort", stopTurning);
   target.addEventListener("keydown", (event) => { if (event.key === "Enter" && !solve.disabled) gesture("solve", { target: target.value }); }, { signal });
   kinds.addEventListener("change", () => gesture("target", { kind: kinds.value }), { signal });
@@ -116,19 +122,15 @@ function render({ model, el, signal }) {
     say(unit, sign);
     setOne(range, "aria-label", `Target ${label}`);
     setOne(target, "aria-label", `Target ${label}, typed`);
-    if (high !== null) {
-      const step = view.target_kind === "speedup" ? 0.05 : 10 ** Math.floor(Math.log10(Math.max(high - low, 1e-9) / 200));
-      setAll(range, { min: low, max: Math.floor(high / step) * step, step });
-    }
     kinds.disabled = range.disabled = target.disabled = solve.disabled = !view.solvable;
     if (kindChanged || (document.activeElement !== range && document.activeElement !== target && view.target !== undefined)) {
-      range.value = String(view.target);
+      range.value = String(toDial(view.target));
       target.value = written(view.target);
       setOne(range, "aria-valuetext", `${target.value} ${sign}`);
     }
     const does = view.target_kind === "max_loss" ? "Find the fastest sparsities within this harm" : `Find the sparsities that reach this ${label} with the least loss`;
     setOne(solve, "title", view.solvable ? does : view.why);
-    const short = (number) => (Math.abs(number) < 10 ? Number(number).toFixed(1) : Number(number).toFixed(0));
+    const short = (number) => (number >= 100 || number === 0 ? number.toFixed(0) : Number(number.toPrecision(2)).toFixed(number >= 10 ? 0 : number >= 1 ? 1 : 3));
     say(limits, high === null ? "measure first" : `of ${short(low)} to ${short(high)}`);
     say(origin, view.origin ?? "");
     uniform.disabled = !layers.length;
