@@ -73,7 +73,7 @@ function render({ model, el, signal }) {
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
   // For one-shot pruning: what harms least before training is not what trains best.
   const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
-  const oneShotLabel = make("label", { for: oneShot.id, title: "For a network that stays as it is pruned: whole pruned networks of the same predicted latency are measured in the background, by how far their outputs are from the dense network's (batch norm refreshed), and the best is offered. Leave it off if you will train: on three networks what such a search found trained to 0.0 to 0.4 points less than what is solved" }, oneShot, "Will not be trained: search for less harm");
+  const oneShotLabel = make("label", { for: oneShot.id, title: "For a network that stays as it is pruned: whole pruned networks of the same predicted latency are measured in the background, by how far their outputs are from the dense network's (batch norm refreshed), and the best is offered. Leave it off if you will train: on three networks what such a search found trained to 0.0 to 1.0 points less than what is solved" }, oneShot, "Will not be trained: search for less harm");
   oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
   const found = make("span", { class: "se-mute", role: "status" });
   const better = button("Take the better one", () => gesture("better"), signal, { title: "Adopt the distribution that the search has found; Undo brings this one back" });
