@@ -148,7 +148,8 @@ class Equalizer(StateView):
             return view | {"text": f"The search {waits}.", "better": False}
         is_going_on = state.background == SEARCHING
         of = f" of {step.n_total}" if is_going_on else ""
-        where = f"{'Looking' if is_going_on else 'Looked'} for less harm in the same time: {step.n_measured}{of} networks tried"
+        networks = "network" if step.n_total == 1 or (step.n_measured == 1 and not of) else "networks"
+        where = f"{'Looking' if is_going_on else 'Looked'} for less harm in the same time: {step.n_measured}{of} {networks} tried"
         gain = less_harm(step)
         if step.distribution == state.distribution or gain < LEAST_GAIN:
             return view | {"text": f"{where}, none clearly better than this one.", "better": False}

@@ -151,6 +151,8 @@ def spawns() -> None:
 
 def interrupts() -> None:
     """Ctrl-C at any moment is a KeyboardInterrupt, and the module is as good as before."""
+    # A shell that starts the tests in the background makes its children ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Python drops an interrupt that falls into the callback of a weak reference, of which torch has some, and says so.
     hook, dropped = sys.unraisablehook, []
 
