@@ -73,6 +73,8 @@ class Equalizer(StateView):
 
     values = t.List(t.Float()).tag(sync=True)
     """Sparsity of each layer in [0, 0.99], in the order of the layers. Only the kernel writes it."""
+    target_kinds = t.List([kind.to_page() for kind in KINDS.values()]).tag(sync=True)
+    """What can be solved for; it does not change."""
     drag = t.Dict().tag(sync=True)
     """What the page shows while a bar is dragged: the values, and the number of the last edit that it had sent before. The page may hold
     such a message back until the kernel is idle, and so send it after the edit that ended the drag: it is then out of date."""
@@ -119,10 +121,6 @@ class Equalizer(StateView):
             "limits": state.target_limits(),
             "target": state.target,
             "target_kind": state.target_kind,
-            "target_kinds": [
-                {"name": kind.name, "label": kind.label, "unit": kind.unit, "digits": kind.digits}
-                for kind in KINDS.values()
-            ],
             "solvable": state.measured and not state.job.busy,
             "why": self._why(),
             "can_undo": state.can_undo,

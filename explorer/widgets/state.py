@@ -28,7 +28,7 @@ from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
 from explorer.widgets.runs import RunRecord, RunRecorder
-from explorer.widgets.targets import KINDS
+from explorer.widgets.targets import KINDS, TargetKind
 
 if TYPE_CHECKING:
     import threading
@@ -49,6 +49,9 @@ DEFAULT_IMAGES = 500
 
 CURVES_EVERY = 0.3
 """Shortest time in seconds between two drawings of growing curves."""
+
+FIRST_SPEEDUP = 3.0
+"""What is solved for before anything is chosen."""
 
 COMFORTABLE = 0.8
 """Share of the highest speed-up that is solved for without being asked: at the very edge every layer is nearly empty."""
@@ -212,7 +215,7 @@ class ExplorerState(t.HasTraits):
     """Lowest and highest speed-up that a distribution can reach; the highest None before a measurement."""
     target_kind = t.Enum(tuple(KINDS), default_value="speedup")
     """What is solved for: a name of `KINDS`."""
-    target = t.Float(3.0)
+    target = t.Float(FIRST_SPEEDUP)
     """Speed-up that was asked for last."""
     can_undo = t.Bool(False)
     can_redo = t.Bool(False)
@@ -270,6 +273,8 @@ class ExplorerState(t.HasTraits):
         self._idle_for: Any = None
         self._n_tables = 0
         self._frontier_of: Any = None
+        self._limits_of: Any = None
+        self._limits: tuple[float, float] | None = None
         self._history: History[Any] = History()
         self._pruning: Any = None
         self._deadline: float | None = None
@@ -370,7 +375,7 @@ class ExplorerState(t.HasTraits):
         self._say(f"Measured {len(study.layers)} layers.")
         # A first picture of what solving does; the target that stands on the page may be beyond this model.
         if self.target_kind != "speedup":
-            self.target_kind, self.target = "speedup", 3.0
+            self.target_kind, self.target = "speedup", FIRST_SPEEDUP
         target = min(self.target, round(COMFORTABLE * self.feasible[1], 1))
         if target > 1:
             self.solve(target)
@@ -432,43 +437,50 @@ class ExplorerState(t.HasTraits):
             return None
         if self.target_kind == "speedup":
             return self.feasible
-        held = {name: self.distribution[name] for name in self.distribution.locked}
-        ends = (self._shown(dict.fromkeys(self.distribution, end) | held) for end in (0.0, MAX_SPARSITY))
-        low, high = sorted(ends)
-        return low, high
+        # Asked for at every step of a drag, which changes none of this.
+        key = self.target_kind, self._frontier_key()
+        if key != self._limits_of:
+            held = {name: self.distribution[name] for name in self.distribution.locked}
+            ends = [dict.fromkeys(self.distribution, end) | held for end in (0.0, MAX_SPARSITY)]
+            low, high = sorted(self._shown(self.study.predict(end)) for end in ends)
+            self._limits_of, self._limits = key, (low, high)
+        return self._limits
 
-    def _shown(self, distribution: Mapping[str, float]) -> float:
-        """Return what a distribution is predicted to have of the present kind of target, in the unit of the page."""
-        changed = self.distribution
-        for name, value in distribution.items():
-            if changed[name] != value:
-                changed = changed.set(name, value)
-        told = self.study.predict(changed)
-        return KINDS[self.target_kind].shown(told, harm_of(self.study, told, self.curves.harm_kind))
+    def _shown(self, prediction: Any) -> float:
+        """Return what a prediction tells of the present kind of target, in the unit of the page."""
+        harm = harm_of(self.study, prediction, self.curves.harm_kind)
+        return KINDS[self.target_kind].shown(prediction, harm)
 
     def _refresh_target(self) -> None:
-        if self.measured and self.distribution is not None:
-            self.target = self._shown(self.distribution)
+        if self.prediction is not None:
+            self.target = self._shown(self.prediction)
 
     def _checked_target(self, text: Any) -> float:
         """Return the target that was typed, in the unit of the page."""
         kind, limits = KINDS[self.target_kind], self.target_limits()
-        unit = f" {kind.unit}"
-        lowest, highest = self.feasible
-        if self.target_kind == "speedup":
-            within, unit = (f"between {lowest:.1f} and {highest:.1f}" if highest else "above 1"), ""
+        if limits is None:
+            within = f"of at least {kind.words(kind.least)}"
+        elif self.target_kind == "speedup":
+            within = f"between {limits[0]:.1f} and {limits[1]:.1f}"
         else:
-            within = f"between {kind.words(limits[0])} and {kind.words(limits[1])}" if limits else "above 0"
+            within = f"between {kind.words(limits[0])} and {kind.words(limits[1])}"
         number = _number(str(text).removesuffix(kind.unit), f"a {kind.label} {within}")
         if not self.measured:
             raise DistributionError(f"A {kind.label} is solved from measured curves; press Measure first.")
-        if number < (1 if self.target_kind == "speedup" else 0) or (
-            self.target_kind == "sparsity" and number > 100 * MAX_SPARSITY
-        ):
+        if not kind.least <= number <= kind.most:
             raise DistributionError(
-                f"The {kind.label} asked for is {number:g}{unit}; give a number {within}."
+                f"The {kind.label} asked for is {number:g} {kind.unit}; give a number {within}."
             )
         return number
+
+    @staticmethod
+    def _solved(study: Any, kind: TargetKind, number: float, current: Any, *, check: bool) -> Any:
+        """Solve for a target in the unit of the page, with the locks and groups of `current`."""
+        locked = {name: current[name] for name in current.locked}
+        found = study.solve(
+            **{kind.name: number * kind.scale}, locked=locked, groups=current.groups, check=check
+        )
+        return found.lock(*locked) if locked else found
 
     @_guarded
     def turn(self, target: Any) -> None:
@@ -476,19 +488,12 @@ class ExplorerState(t.HasTraits):
         if not self.measured or self.job.busy:
             return
         number = self._checked_target(target)
-        current = self.distribution
-        locked = {name: current[name] for name in current.locked}
         try:
-            solved = self.study.solve(
-                **{self.target_kind: number * KINDS[self.target_kind].scale},
-                locked=locked,
-                groups=current.groups,
-                check=False,
-            )
+            solved = self._solved(self.study, KINDS[self.target_kind], number, self.distribution, check=False)
         except InfeasibleTarget:
             return  # the end of the dial is a rounded number; letting go tells it
         self.target, self.origin, self.ghost = number, "solved", None
-        self.distribution = solved.lock(*locked) if locked else solved
+        self.distribution = solved
         self._refresh_prediction()
         self._settle()
 
@@ -496,15 +501,13 @@ class ExplorerState(t.HasTraits):
     def solve(self, target: Any) -> None:
         """Find the distribution that reaches the target, of the present kind and in its unit, with the least loss, in the worker."""
         study = self._need_study()
+        number = self.target = self._checked_target(target)
+        before = self._need_distribution()
         kind = KINDS[self.target_kind]
-        number = self._checked_target(target)
-        self.target = number
-        current = before = self._need_distribution()
-        locked = {name: current[name] for name in current.locked}
         words = kind.words(number)
 
         def work(_stop: threading.Event) -> tuple[Any, Any]:
-            solved = study.solve(**{kind.name: number * kind.scale}, locked=locked, groups=current.groups)
+            solved = self._solved(study, kind, number, before, check=True)
             return solved, _uniform_like(study, study.predict(solved).latency_ms)
 
         def finished(found: tuple[Any, Any]) -> None:
@@ -515,7 +518,7 @@ class ExplorerState(t.HasTraits):
                 )
                 return
             self.ghost = uniform
-            self._take(solved.lock(*locked) if locked else solved, "solved")
+            self._take(solved, "solved")
             self._say(f"Solved for {words}: predicted {self.prediction.speedup:.2f} ×.")
 
         self._start("solve", f"Solving for {words}", work, finished)
@@ -917,7 +920,7 @@ class ExplorerState(t.HasTraits):
                 self.search = step
 
         steps = study.search(
-            latency_ms=study.predict(begin).latency_ms * (1.0 + 1e-9),
+            latency_ms=study.predict(begin).latency_ms,
             begin=begin,
             n_images=n_images,
             locked={name: begin[name] for name in begin.locked},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +20,30 @@ class TargetKind:
         The argument of `Study.solve`.
     label, unit : str
         As the page names it.
+    task : str
+        What solving for it does.
     scale : float
         What is shown on the page, times this, is what `Study.solve` takes.
     digits : int
         Decimals on the page.
     told : callable
         Gives a distribution's value, as `Study.solve` takes it, from its `Prediction` and its harm in nats.
+    least, most : float
+        What makes sense at all, in the unit of the page.
+    bend : int
+        The dial moves as this power: sizes and harm are chosen near their lower ends, where it is to move slowly.
     """
 
     name: str
     label: str
     unit: str
+    task: str
     scale: float
     digits: int
     told: Callable[[Any, float], float]
+    least: float = 0.0
+    most: float = math.inf
+    bend: int = 1
 
     def shown(self, prediction: Any, harm: float) -> float:
         """Return what a distribution has of this, in the unit of the page."""
@@ -42,14 +53,41 @@ class TargetKind:
         """Return a value of the page with its unit."""
         return f"{round(value, self.digits):g} {self.unit}"
 
+    def to_page(self) -> dict[str, Any]:
+        """Return what the page has to know of it."""
+        return {
+            "name": self.name,
+            "label": self.label,
+            "unit": self.unit,
+            "task": self.task,
+            "digits": self.digits,
+            "bend": self.bend,
+        }
 
+
+_REACH = "Find the sparsities that reach this {} with the least loss"
 KINDS = {
     kind.name: kind
     for kind in (
-        TargetKind("speedup", "speed-up", "×", 1.0, 2, lambda told, _: float(told.speedup)),
-        TargetKind("latency_ms", "latency", "ms", 1.0, 3, lambda told, _: float(told.latency_ms)),
-        TargetKind("sparsity", "sparsity", "%", 0.01, 1, lambda told, _: float(told.sparsity)),
-        TargetKind("size_bytes", "size", "kB", 1e3, 1, lambda told, _: float(told.size_bytes)),
-        TargetKind("max_loss", "harm", "nats", 1.0, 3, lambda _, harm: harm),
+        TargetKind(
+            "speedup", "speed-up", "×", _REACH.format("speed-up"), 1.0, 2,
+            lambda told, _: float(told.speedup), least=1.0,
+        ),
+        TargetKind(
+            "latency_ms", "latency", "ms", _REACH.format("latency"), 1.0, 3,
+            lambda told, _: float(told.latency_ms),
+        ),
+        TargetKind(
+            "sparsity", "sparsity", "%", _REACH.format("sparsity"), 0.01, 1,
+            lambda told, _: float(told.sparsity), most=99.0,
+        ),
+        TargetKind(
+            "size_bytes", "size", "kB", _REACH.format("size"), 1e3, 1,
+            lambda told, _: float(told.size_bytes), bend=3,
+        ),
+        TargetKind(
+            "max_loss", "harm", "nats", "Find the fastest sparsities within this harm", 1.0, 3,
+            lambda _, harm: harm, bend=3,
+        ),
     )
-}
+}  # fmt: skip

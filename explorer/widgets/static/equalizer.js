@@ -19,12 +19,11 @@ function render({ model, el, signal }) {
   const uniform = button("Uniform", () => gesture("uniform"), signal, { title: "The same sparsity in all layers but the first and the last, at about the same latency" });
   const undo = button("↶", () => gesture("undo"), signal, { class: "se-square", "aria-label": "Undo", title: "Undo (Ctrl+Z)" });
   const redo = button("↷", () => gesture("redo"), signal, { class: "se-square", "aria-label": "Redo", title: "Redo (Ctrl+Y)" });
-  const kind = () => (model.get("view").target_kinds ?? []).find((one) => one.name === model.get("view").target_kind) ?? { label: "speed-up", unit: "×", digits: 2 };
-  // Sizes and harm are chosen near their lower ends: the dial moves slowly there.
-  const bend = () => (["size_bytes", "max_loss"].includes(kind().name) ? 3 : 1);
+  kinds.append(...model.get("target_kinds").map(({ name, label }) => make("option", { value: name }, label)));
+  const kind = () => model.get("target_kinds").find(({ name }) => name === model.get("view").target_kind) ?? model.get("target_kinds")[0];
   const ends = () => model.get("view").limits ?? [1, 5];
-  const fromDial = (position) => { const [low, high] = ends(); return low + (high - low) * (position / TURNS) ** bend(); };
-  const toDial = (number) => { const [low, high] = ends(); return Math.round(TURNS * Math.min(1, Math.max(0, (number - low) / (high - low || 1))) ** (1 / bend())); };
+  const fromDial = (position) => { const [low, high] = ends(); return low + (high - low) * (position / TURNS) ** kind().bend; };
+  const toDial = (number) => { const [low, high] = ends(); return Math.round(TURNS * Math.min(1, Math.max(0, (number - low) / (high - low || 1))) ** (1 / kind().bend)); };
   const written = (number) => String(Number(Number(number).toFixed(kind().digits)));
   // While the dial turns the kernel solves from its tables, at most every SEND_MS; letting go has the solution checked on the engine.
   let turning = null;
@@ -115,10 +114,9 @@ function render({ model, el, signal }) {
     const at = layers.findIndex((layer) => layer.name === view.selected);
     if (at >= 0 && dragging < 0) active = at;
     const [low, high] = view.limits ?? [1, null];
-    const { label, unit: sign } = kind();
-    if (kinds.options.length === 0) kinds.append(...(view.target_kinds ?? []).map((one) => make("option", { value: one.name }, one.label)));
-    const kindChanged = kinds.value !== view.target_kind || unit.textContent !== sign;
-    if (view.target_kind) kinds.value = view.target_kind;
+    const { name, label, unit: sign, task } = kind();
+    const kindChanged = unit.textContent !== sign;
+    kinds.value = name;
     say(unit, sign);
     setOne(range, "aria-label", `Target ${label}`);
     setOne(target, "aria-label", `Target ${label}, typed`);
@@ -128,8 +126,7 @@ function render({ model, el, signal }) {
       target.value = written(view.target);
       setOne(range, "aria-valuetext", `${target.value} ${sign}`);
     }
-    const does = view.target_kind === "max_loss" ? "Find the fastest sparsities within this harm" : `Find the sparsities that reach this ${label} with the least loss`;
-    setOne(solve, "title", view.solvable ? does : view.why);
+    setOne(solve, "title", view.solvable ? task : view.why);
     const short = (number) => (number >= 100 || number === 0 ? number.toFixed(0) : Number(number.toPrecision(2)).toFixed(number >= 10 ? 0 : number >= 1 ? 1 : 3));
     say(limits, high === null ? "measure first" : `of ${short(low)} to ${short(high)}`);
     say(origin, view.origin ?? "");
