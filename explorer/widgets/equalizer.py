@@ -129,13 +129,14 @@ class Equalizer(StateView):
         }
 
     def _search(self) -> dict[str, Any]:
-        """Return whether a search can be asked for, what it says, and whether it has something to offer."""
+        """Return whether a search can be asked for and begin, what it says, and whether it has something to offer."""
         state, step = self.state, self.state.search
         view = {
-            "able": state.measured and getattr(state.study, "data", None) is not None,
+            "able": getattr(state.study, "data", None) is not None,
+            "ready": state.measured,
             "on": state.is_one_shot,
         }
-        if not (view["able"] and state.is_one_shot):
+        if not (view["able"] and state.measured and state.is_one_shot):
             return view | {"text": "", "better": False}
         if step is None:
             waits = (

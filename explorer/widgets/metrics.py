@@ -181,7 +181,7 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     if accuracy is None or math.isnan(accuracy):
         return _nothing(tile, "estimated once it is measured")
     return tile | {
-        "label": "Accuracy, before training",
+        "label": "Accuracy, untrained",
         "value": f"{100 * accuracy:.1f}",
         "note": "estimated from single layers;",
         "more": "a run recovers most of it" if not state.provenance else "training recovers most of it",

@@ -62,6 +62,5 @@ class SensitivityView(StateView):
             "ready": state.study is not None,
             "busy": state.job.busy,
             "evens": [state.curves.break_even(layer.name) for layer in state.layers],
-            "note": "measuring" if state.job.kind == "measure" else "",
             "provenance": state.provenance,
         }

@@ -48,7 +48,9 @@ def test_the_main_job_by_mouse_from_page_load_to_a_downloaded_result(
     expect(status).to_have_text("Next: measure how each layer reacts to pruning.")
     assert page.watch.received < 500_000  # type: ignore[attr-defined]
 
-    # Sensitivity: both curves grow, then a target is solved.
+    # Sensitivity: both curves grow, then a target is solved; nothing moves away under the hand that waits for it.
+    bars = page.get_by_role("slider", name="block3.conv2")
+    before = bars.bounding_box()
     page.get_by_label("Images to measure on").select_option("100")
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.get_by_role("progressbar")).to_be_visible(timeout=2 * MINUTES)
@@ -58,6 +60,10 @@ def test_the_main_job_by_mouse_from_page_load_to_a_downloaded_result(
         "Next: drag the bars or solve for a speed-up, then start pruning.", timeout=6 * MINUTES
     )
     assert paths.count() == 20
+    after = bars.bounding_box()
+    assert before is not None
+    assert after is not None
+    assert after["y"] == pytest.approx(before["y"], abs=1)
     expect(page.locator("[data-key=speedup]")).to_contain_text("Speed-up, predicted")
 
     # Distribution: pull the three largest layers up.

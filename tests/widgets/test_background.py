@@ -103,7 +103,13 @@ def test_a_bar_that_is_still_moving_has_no_badge(state: ExplorerState, study: Fa
 def test_for_one_shot_pruning_a_search_offers_what_it_finds(state: ExplorerState, study: FakeStudy) -> None:
     state.measure()
     solved = state.distribution
-    assert Equalizer(state).view["search"] == {"able": True, "on": False, "text": "", "better": False}
+    assert Equalizer(state).view["search"] == {
+        "able": True,
+        "ready": True,
+        "on": False,
+        "text": "",
+        "better": False,
+    }
     assert not [call for call in study.calls if call[0] == "search"]
     state.choose_one_shot(True)
     [search] = [call for call in study.calls if call[0] == "search"]
@@ -128,7 +134,7 @@ def test_for_one_shot_pruning_a_search_offers_what_it_finds(state: ExplorerState
 
 
 def test_there_is_nothing_to_take_before_the_search_has_found_it(state: ExplorerState) -> None:
-    assert Equalizer(state).view["search"]["able"] is False
+    assert Equalizer(state).view["search"]["ready"] is False
     state.take_better()
     assert "has not found a better" in state.error
     state.choose_one_shot(True)
@@ -178,6 +184,7 @@ def test_a_search_gives_way_to_what_is_asked_for(study: FakeStudy) -> None:
         first = state.distribution
         assert Equalizer(state).view["search"] == {
             "able": True,
+            "ready": True,
             "on": True,
             "text": "Looking for less harm in the same time: 1 of 4 networks tried, none clearly better than this one.",
             "better": False,

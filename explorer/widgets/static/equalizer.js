@@ -107,6 +107,7 @@ function render({ model, el, signal }) {
     stage.hidden = readout.hidden = legend.hidden = !layers.length;
     offer.hidden = !layers.length || !view.search?.able;
     oneShot.checked = Boolean(view.search?.on);
+    oneShot.disabled = !view.search?.ready;
     say(found, view.search?.text ?? "");
     better.style.visibility = view.search?.better ? "visible" : "hidden";
     empty.hidden = Boolean(layers.length);

@@ -10,13 +10,12 @@ const HEIGHT = 278;
 
 function render({ model, el, signal }) {
   const root = section(el, "Sensitivity", "se-card se-sens", 2);
-  const measure = button("Measure", () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
+  const measure = button("Measure", () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
   let kind = "kl";
   const images = make("select", { "aria-label": "Images to measure on", title: "Validation images behind each point: more take longer and jitter less" }, ...IMAGES.map(([count, label]) => make("option", { value: count }, label)));
   images.value = "500";
   const seg = make("div", { class: "se-seg", role: "group", "aria-label": "Kind of loss" }, ...Object.entries(KINDS).map(([key, { label }]) =>
     button(label, () => { kind = key; update(); }, signal, { "data-kind": key })));
-  const note = make("small", {});
   const left = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
   const right = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
   const plots = make("div", { class: "se-pair" }, left, right);
@@ -24,7 +23,7 @@ function render({ model, el, signal }) {
   const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
   const legend = make("p", { class: "se-hint se-key" });
   const source = make("p", { class: "se-hint se-source", hidden: true });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), note, make("div", { class: "se-push" }, seg, images, measure)), plots, legend, source, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), make("div", { class: "se-push" }, seg, images, measure)), plots, legend, source, empty);
 
   for (const figure of [left, right]) {
     const host = figure.lastElementChild;
@@ -44,17 +43,16 @@ function render({ model, el, signal }) {
     const any = Object.keys(curves).length > 0;
     plots.hidden = legend.hidden = !any;
     empty.hidden = any;
-    seg.hidden = !any;
+    seg.style.visibility = any ? "visible" : "hidden"; // its place is kept
     say(about, view.ready
       ? "Measuring prunes one layer at a time and looks how much the outputs change, then times each layer on the sparse engine. Nothing is trained, and every weight is put back."
       : "There is no model yet.");
     say(measure, any ? "Measure again" : "Measure");
-    setOne(measure, "class", any ? null : "se-primary");
+    setOne(measure, "class", any ? "se-measure" : "se-primary se-measure");
     images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
     if (any && !(kind in curves)) kind = Object.keys(KINDS).find((key) => key in curves) ?? kind;
-    for (const choice of seg.children) choice.hidden = !(choice.dataset.kind in curves);
-    say(note, view.note ?? "");
+    for (const choice of seg.children) choice.hidden = any && !(choice.dataset.kind in curves);
     source.hidden = !view.provenance;
     say(source, view.provenance ?? "");
     images.hidden = Boolean(view.provenance);
