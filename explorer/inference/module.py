@@ -151,7 +151,7 @@ def compile(
     compiled = (
         _fastest(graph, inputs, sparse, isa)
         if threads == "auto"
-        else SparseModule(graph, inputs, threads or 1, sparse, isa)
+        else _divided(graph, inputs, threads or 1, sparse, isa)
     )
     compiled.remember(module)
     return compiled
@@ -167,13 +167,37 @@ def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode, isa: Isa) -> Spa
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     best, threads = SparseModule(graph, inputs, 1, mode, isa), 2
     while threads <= cores:
-        wider = SparseModule(graph, inputs, threads, mode, isa)
+        wider = _divided(graph, inputs, threads, mode, isa)
         pair = {"best": partial(best, *inputs), "wider": partial(wider, *inputs)}
         times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.2)
         if times["best"].latency_ms < _WORTH_MORE_THREADS * times["wider"].latency_ms:
             break
         best, threads = wider, 2 * threads
     return best
+
+
+_SHARED, _APART = "image by image", "images apart"
+
+
+def _divided(
+    graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Mode, isa: Isa, seconds: float = 0.3
+) -> SparseModule:
+    """The network with the faster division of a batch: each thread has images of its own, or all work on one image after the other.
+
+    Apart, threads never wait for each other's part of an image, and a thread reads what it wrote itself; together, the activations of one image are in
+    the caches instead of those of several. Where the latter do not fit, only measuring tells; the answer is remembered.
+    """
+    module = SparseModule(graph, inputs, threads, mode, isa)
+    question = module.division
+    if question is None or choice_cache().get(question) in (_SHARED, _APART):
+        return module
+    together = SparseModule(graph, inputs, threads, mode, isa, at_once=1)
+    some = tuple(value[: 2 * threads] for value in inputs)
+    pair = {_APART: partial(module, *some), _SHARED: partial(together, *some)}
+    times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=seconds)
+    faster = min(times, key=lambda name: times[name].latency_ms)
+    choice_cache().put({question: faster})
+    return together if faster == _SHARED else module
 
 
 class SparseModule:
@@ -195,10 +219,19 @@ class SparseModule:
         Operators that run through torch, with the module they belong to.
     choices : dict
         Layer name -> kernel chosen.
+    division : str or None
+        Of a batch whose images do not fit the caches, one a thread: what the better way to divide it depends on, see `explorer.inference.choices`.
     """
 
     def __init__(
-        self, graph: Graph, example: tuple[Any, ...], threads: int, mode: Mode, isa: Isa | None = None
+        self,
+        graph: Graph,
+        example: tuple[Any, ...],
+        threads: int,
+        mode: Mode,
+        isa: Isa | None = None,
+        *,
+        at_once: int | None = None,
     ) -> None:
         # A graph may be compiled more than once: what this one forgets (see `_let_go`) is its own.
         self._captured = replace(graph, constants=dict(graph.constants))
@@ -211,7 +244,8 @@ class SparseModule:
         self._graph = self._lowered()
         self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
-        self._at_once = self._images_at_once()
+        self.division: str | None = None
+        self._at_once = at_once or self._images_at_once()
         if self._at_once is not None:
             self._graph = self._lowered()
             self._plan = Plan(self._graph, self._isa, threads)
@@ -249,7 +283,12 @@ class SparseModule:
         if not plan.is_dynamic or not plan.native or not follows:
             return None
         fitting = int(_CACHED_BYTES * images // max(plan.memory.n_bytes, 1))
-        # Whole rounds of the threads: each then has images of its own.
+        # Whole rounds of the threads: each then has images of its own, even where the caches do not hold so many, unless sharing was found faster.
+        if fitting < self.threads <= images and self.threads > 1:
+            densities = {i: self._density(i) for i in plan.layers(graph)}
+            self.division = f"{self._mode} {plan.division(graph, densities)}"
+            if choice_cache().get(self.division) == _SHARED:
+                return 1
         fitting = max(fitting // self.threads, 1) * self.threads
         return fitting if fitting < images else None
 
@@ -551,7 +590,7 @@ class SparseModule:
             return
         from explorer.inference.steps import build_steps
 
-        layers = [i for i in self._plan.native if self._graph.operations[i].kind in ("conv", "linear")]
+        layers = self._plan.layers(self._graph)
         self._densities = densities = {i: self._density(i) for i in layers}
         paired = {i: in_pairs(self._weight(i)) for i in layers}
         candidates = {

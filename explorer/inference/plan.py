@@ -6,7 +6,8 @@ only the weights change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -652,6 +653,15 @@ class Plan:
             return form is not None
         first = np.arange(out.rows)[:, None] * out.pitch + np.arange(0, out.columns, form[0])
         return bool(np.all(first // tile == (first + form[0] - 1) // tile))
+
+    def layers(self, graph: Graph) -> list[int]:
+        """The native convolutions and linear layers, which have a choice of kernels."""
+        return [i for i in self.native if graph.operations[i].kind in ("conv", "linear")]
+
+    def division(self, graph: Graph, densities: Mapping[int, float]) -> str:
+        """What the better way to divide a batch among the threads depends on, for `explorer.inference.choices`: all layers, and so the network."""
+        every = "\n".join(self.question(graph, i, density) for i, density in densities.items())
+        return f"division {generator_version()} {self.isa.cpu} {self.threads} {hashlib.sha256(every.encode()).hexdigest()}"
 
     def question(self, graph: Graph, index: int, density: float, *, paired: bool = False) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""

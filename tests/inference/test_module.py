@@ -14,6 +14,7 @@ from torch import nn
 import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native
+from explorer.inference.choices import choice_cache
 from tests.inference.graphs import relative_error
 
 
@@ -350,11 +351,12 @@ class TwoOutputs(nn.Module):
         return {"image": z, "mean": z.mean((2, 3))}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("threads", "division"), [(1, None), (2, "images apart"), (2, "image by image")])
 def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
-    threads: int, monkeypatch: pytest.MonkeyPatch
+    threads: int, division: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
     torch.manual_seed(0)
     network = TwoOutputs().eval()
     x, y = torch.randn(7, 2, 9, 11), torch.randn(7, 3, 9, 11)
@@ -363,13 +365,20 @@ def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
         explorer.compile(network, (x, y), threads=threads),
     )
     assert engine.batch_size == 7
+    if division is not None:
+        # Whichever was faster here is remembered; both must be right.
+        assert engine.division is not None
+        assert choice_cache().get(engine.division) in ("images apart", "image by image")
+        choice_cache().put({engine.division: division})
+        engine = explorer.compile(network, (x, y), threads=threads)
+    assert engine._plan.images == (2 if division == "images apart" else 1)
     for n in (7, 1, 2, 3, 6, 7):
         got = engine(x[:n], y[:n])
         with torch.no_grad():
             wanted = network(x[:n], y[:n])
         assert got.keys() == wanted.keys()
         assert all(relative_error(got[k], wanted[k]) < 1e-5 for k in wanted)
-    # Buffers for as many images as there are threads, not for seven.
+    # Buffers for as many images as there are threads at most, not for seven.
     assert engine._plan.memory.n_bytes < 3 * whole._plan.memory.n_bytes
     one = {row.name: row for row in whole.profile(x[:1], y[:1], repeats=3)}
     for row in engine.profile(x, y, repeats=3):
