@@ -30,6 +30,7 @@ from explorer.distribution import (
     DEFAULT_MARGIN,
     ParetoFrontier,
     Prediction,
+    PredictionTables,
     SearchStep,
     SparsityDistribution,
     Target,
@@ -973,6 +974,16 @@ class Study:
         return predict_distribution(
             self.model.layers, self._need_table(), known, other_params=self._other_params()
         )
+
+    def prediction_tables(self) -> PredictionTables:
+        """Return what `predict` reads as plain numbers, to predict elsewhere.
+
+        Raises
+        ------
+        DistributionError
+            If the sensitivity has not been measured.
+        """
+        return PredictionTables.of(self.model.layers, self._need_table(), other_params=self._other_params())
 
     def feasible_speedups(self) -> tuple[float, float]:
         """Return the smallest and the largest predicted speed-up that `solve` can reach.

@@ -7,6 +7,7 @@ from explorer.distribution.distribution import Achieved, SparsityDistribution, u
 from explorer.distribution.knapsack import Frontier, solve_table
 from explorer.distribution.pareto import ParetoFrontier, ParetoPoint, pareto
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
+from explorer.distribution.prediction_tables import PredictionTables
 from explorer.distribution.scores import DEFAULT_SCORE, SCORES
 from explorer.distribution.search import SearchStep, search
 from explorer.distribution.solver import (
@@ -28,6 +29,7 @@ __all__ = [
     "ParetoFrontier",
     "ParetoPoint",
     "Prediction",
+    "PredictionTables",
     "SearchStep",
     "SparsityDistribution",
     "Target",

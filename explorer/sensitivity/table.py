@@ -288,10 +288,13 @@ class SensitivityTable:
         self, layer: str, sparsities: NDArray[np.float64], kind: str = "kl", *, refreshed: bool = False
     ) -> NDArray[np.float64]:
         """Read a layer's monotone curve at many sparsities: ``(n,)`` float64 in and out."""
-        levels, values = self.curve(layer, kind, refreshed=refreshed)
-        if kind == "latency_ms":
-            levels, values = _with_bends(levels, values)
+        levels, values = self.knots(layer, kind, refreshed=refreshed)
         return np.interp(sparsities, levels, values)
+
+    def knots(self, layer: str, kind: str = "kl", *, refreshed: bool = False) -> _Curve:
+        """Return what `value` interpolates: a layer's monotone curve with the corners of a latency, ``(n,)`` float64 levels and values."""
+        levels, values = self.curve(layer, kind, refreshed=refreshed)
+        return _with_bends(levels, values) if kind == "latency_ms" else (levels, values)
 
     def break_even(self, layer: str, tolerance: float = 0.02) -> float | None:
         """Return the sparsity from which the sparse kernel is faster than the dense one, as measured in the running network.

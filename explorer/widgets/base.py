@@ -37,13 +37,16 @@ class StateView(anywidget.AnyWidget):
     view = t.Dict().tag(sync=True)
     """Plain values that the page draws."""
 
+    page = t.Unicode().tag(sync=True)
+    """The same for all widgets of one state, by which they find each other in a document, see static/link.js."""
+
     watches: ClassVar[tuple[str, ...]] = ()
     gestures: ClassVar[Mapping[str, Callable[[ExplorerState, Mapping[str, Any]], None]]] = {}
 
     _watching = False
 
     def __init__(self, state: ExplorerState) -> None:
-        super().__init__()
+        super().__init__(page=state.page)
         self.state = state
         self.refresh()
         state.observe(self._on_change, names=list(self.watches))

@@ -14,6 +14,7 @@ import math
 import tempfile
 import time
 import traceback
+import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -258,6 +259,7 @@ class ExplorerState(t.HasTraits):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
+        self.page = uuid.uuid4().hex[:12]
         self.choices = tuple(choices)
         self._open_study = open_study
         self._clock = clock

@@ -6,10 +6,12 @@ import importlib.util
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from explorer.distribution import SparsityDistribution, predict, stored_bytes, uniform
+from explorer.distribution import PredictionTables, SparsityDistribution, predict, stored_bytes, uniform
 from explorer.errors import DistributionError
+from explorer.sensitivity import SensitivityTable
 
 _spec = importlib.util.spec_from_file_location("distribution_tables", Path(__file__).parent / "tables.py")
 assert _spec is not None
@@ -78,3 +80,40 @@ def test_what_was_not_measured_is_none_and_not_a_guess() -> None:
 def test_another_models_distribution_is_refused() -> None:
     with pytest.raises(DistributionError, match="does not fit the model"):
         predict(LAYERS, None, SparsityDistribution({"x": 0.5}))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plain_tables_say_what_predict_says(seed: int) -> None:
+    """With nothing but interpolation and sums, as whoever holds the tables elsewhere does them."""
+    random = np.random.default_rng(seed)
+    table = a_table(baseline_latency_ms=6.0)
+    plain = PredictionTables.of(LAYERS, table, other_params=25)
+    values = {layer.name: round(float(v), 3) for layer, v in zip(LAYERS, random.uniform(0, 0.99, len(LAYERS)), strict=True)}  # fmt: skip
+    values[LAYERS[seed].name] = 0.0
+    told = predict(LAYERS, table, SparsityDistribution(values), other_params=25)
+
+    def summed(kind: str) -> float:
+        return sum(
+            float(np.interp(values[layer.name], *knots)) - (0.0 if kind == "latency_ms" else float(np.interp(0.0, *knots)))
+            for layer, knots in zip(LAYERS, plain.curves[kind], strict=True)
+        )  # fmt: skip
+
+    assert plain.fixed_ms is not None
+    assert plain.scale is not None
+    assert plain.baseline_ms == 6.0
+    assert plain.other_bytes == 100
+    assert plain.fixed_ms + plain.scale * summed("latency_ms") == pytest.approx(told.latency_ms)
+    for kind in ("kl", "loss", "accuracy"):
+        assert plain.dense[kind] + summed(kind) == pytest.approx(getattr(told, kind))
+    page = plain.to_page()
+    assert page["n_params"] == [layer.n_params for layer in LAYERS]
+    assert page["curves"]["kl"][1][1] == pytest.approx(plain.curves["kl"][1][1], rel=1e-5)
+
+
+def test_plain_tables_leave_out_what_is_not_measured_of_every_layer() -> None:
+    table = a_table()
+    points = [p for p in table.points if (p.layer, p.kind) not in {("a", "kl"), ("b", "latency_ms")}]
+    plain = PredictionTables.of(LAYERS, SensitivityTable.from_points(points, layers=[x.name for x in LAYERS]))
+    assert set(plain.curves) == {"loss", "accuracy"}
+    assert set(plain.dense) == {"loss", "accuracy"}
+    assert plain.fixed_ms is plain.scale is None

@@ -1,0 +1,35 @@
+// What sparsities will give, from the tables that travelled to the page once: the sums of explorer.distribution.predict, done in the frame in which a bar moves.
+
+/** Value of a curve `[sparsities, values]`: linear between its knots, the nearest value outside. */
+function onCurve([xs, ys], at) {
+  let i = 0;
+  while (i < xs.length && xs[i] < at) i++;
+  if (i === 0) return ys[0];
+  if (i === xs.length) return ys[i - 1];
+  return ys[i - 1] + ((ys[i] - ys[i - 1]) * (at - xs[i - 1])) / (xs[i] - xs[i - 1]);
+}
+
+/** Zeros of a layer: at least what was asked for, but one weight stays. */
+const zerosOf = (count, sparsity) => Math.min(count - 1, Math.ceil(sparsity * count - 1e-9));
+
+/**
+ * Predict. `tables` are those of `PredictionTables.to_page`, `values` the sparsity of each layer.
+ * Figures that the tables do not give are left out.
+ */
+function predict(tables, values) {
+  const { n_params: counts, curves, dense } = tables;
+  const sum = (each) => counts.reduce((total, count, i) => total + each(count, i), 0);
+  const zeros = values.map((value, i) => zerosOf(counts[i], value));
+  const told = {
+    sparsity: sum((_, i) => zeros[i]) / sum((count) => count),
+    size_bytes: tables.other_bytes + sum((count, i) => Math.min(Math.ceil(count / 8) + 4 * (count - zeros[i]), 4 * count)),
+  };
+  for (const [kind, base] of Object.entries(dense))
+    told[kind] = base + sum((_, i) => (values[i] === 0 ? 0 : onCurve(curves[kind][i], values[i]) - onCurve(curves[kind][i], 0)));
+  if (told.accuracy !== undefined) told.accuracy = Math.max(0, told.accuracy);
+  if (tables.fixed_ms !== null && curves.latency_ms) {
+    told.latency_ms = tables.fixed_ms + tables.scale * sum((_, i) => onCurve(curves.latency_ms[i], values[i]));
+    if (tables.baseline_ms !== null && told.latency_ms > 0) told.speedup = tables.baseline_ms / told.latency_ms;
+  }
+  return told;
+}
