@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import tempfile
 import time
@@ -33,7 +34,7 @@ from explorer.widgets.targets import KINDS, TargetKind
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from concurrent.futures import Executor
 
 MAX_SPARSITY = 0.99
@@ -62,6 +63,9 @@ LEVELS_IN_VIEW = 4
 
 SEARCHING = "looking for a better distribution"
 """Says `ExplorerState.background` while the search goes on."""
+
+MAX_SNAPSHOTS, MAX_NAME = 24, 40
+"""Most distributions that are kept by name, and most characters of a name."""
 
 LOG_LINES = 200
 PATIENCE = 180.0
@@ -120,6 +124,14 @@ class Worthwhile:
     distribution: Any
     speedup: float
     harm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A distribution that is kept by name."""
+
+    name: str
+    distribution: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +230,10 @@ class ExplorerState(t.HasTraits):
     """What is solved for: a name of `KINDS`."""
     target = t.Float(FIRST_SPEEDUP)
     """Speed-up that was asked for last."""
+    snapshots = t.Tuple()
+    """Tuple of `Snapshot`, the oldest first."""
+    compared = t.Unicode("")
+    """Name of the snapshot that is drawn behind the bars; empty for the uniform one of about the same latency."""
     can_undo = t.Bool(False)
     can_redo = t.Bool(False)
     selected = t.Unicode("")
@@ -303,6 +319,7 @@ class ExplorerState(t.HasTraits):
         self.selected = self.layers[0].name
         self._refresh_facts()
         self._history.clear()
+        self._refresh_snapshots()
         self.ghost = None
         self._take(study.uniform(0.9), "uniform")
         self._refresh_limits()
@@ -409,21 +426,89 @@ class ExplorerState(t.HasTraits):
             self._settle(final=True)
 
     @_guarded
-    def type_sparsity(self, name: str, text: str) -> None:
-        """Take a sparsity that was typed, in per cent."""
+    def type_sparsity(self, names: Sequence[str], text: str) -> None:
+        """Take a sparsity for some layers that was typed, in per cent."""
+        self._check_layers(names)
         number = _number(text.replace("%", ""), "a sparsity in per cent between 0 and 99")
-        self.edit({name: _checked_sparsity(number / 100)}, final=True)
+        self.edit(dict.fromkeys(names, _checked_sparsity(number / 100)), final=True)
 
     @_guarded
-    def toggle_lock(self, name: str) -> None:
-        """Lock a layer at its sparsity, or unlock it."""
+    def toggle_lock(self, names: Sequence[str]) -> None:
+        """Lock some layers at their sparsity, or unlock them when all of them are."""
+        distribution = self._check_layers(names)
+        locked = set(names) <= distribution.locked
+        self._change(distribution.unlock(*names) if locked else distribution.lock(*names))
+
+    @_guarded
+    def toggle_tie(self, names: Sequence[str]) -> None:
+        """Have some layers share one sparsity from now on, in the hand and in the solver; free them when all of them are tied to each other."""
+        distribution = self._check_layers(names)
+        is_tied = any(set(names) <= set(group) for group in distribution.groups)
+        self._change(distribution.unlink(*names) if is_tied else distribution.link(*names))
+
+    def _check_layers(self, names: Sequence[str]) -> Any:
+        """Return the distribution, which has these layers."""
         distribution = self._need_distribution()
-        if name not in distribution:
-            raise DistributionError(f"There is no layer {name!r}; layers are {', '.join(distribution)}.")
-        locked = name in distribution.locked
-        self.distribution = distribution.unlock(name) if locked else distribution.lock(name)
+        unknown = [name for name in names if name not in distribution]
+        if unknown or not names:
+            told = ", ".join(map(repr, unknown)) or "no name"
+            raise DistributionError(f"There is no layer {told}; layers are {', '.join(distribution)}.")
+        return distribution
+
+    def _change(self, distribution: Any) -> None:
+        """Take what differs in more than sparsities; where these differ too, it was made by hand."""
+        if dict(distribution) != dict(self.distribution):
+            self.origin = "mine"
+        self.distribution = distribution
+        self._refresh_prediction()
         self._remember()
         self._settle(final=True)
+
+    # Snapshots
+
+    @_guarded
+    def keep(self, name: str = "") -> None:
+        """Keep the distribution by name; without one it is called after its speed-up, or its sparsity."""
+        self._need_distribution()
+        known = {snapshot.name for snapshot in self.snapshots}
+        name = " ".join(str(name).split())
+        if len(name) > MAX_NAME:
+            raise DistributionError(f"The name has {len(name)} characters; give at most {MAX_NAME}.")
+        if len(known) >= MAX_SNAPSHOTS and name not in known:
+            raise DistributionError(f"{MAX_SNAPSHOTS} distributions are kept already; forget one first.")
+        self._remember()
+        self._history.snapshot(name or _unused(self._described(), known))
+        self._refresh_snapshots()
+
+    def _described(self) -> str:
+        word = {"solved": "solved", "uniform": "uniform"}.get(self.origin, "by hand")
+        if self.prediction is not None and self.prediction.speedup is not None:
+            return f"{word}, {self.prediction.speedup:.2f} ×"
+        return f"{word}, {_mean_sparsity(self.layers, self.distribution):.1%}"
+
+    @_guarded
+    def take_snapshot(self, name: str) -> None:
+        """Put a kept distribution on the page; a step of undo like any other."""
+        self._take(self._history.restore(name), "mine")
+
+    @_guarded
+    def forget_snapshot(self, name: str) -> None:
+        """Drop a kept distribution."""
+        self._history.forget(name)
+        self._refresh_snapshots()
+
+    @_guarded
+    def compare_with(self, name: str) -> None:
+        """Draw a kept distribution behind the bars; with an empty name the uniform one."""
+        if name and name not in self._history.snapshots:
+            raise DistributionError(f"No distribution is kept as {name!r}.")
+        self.compared = name
+
+    def _refresh_snapshots(self) -> None:
+        kept = self._history.snapshots
+        self.snapshots = tuple(Snapshot(name, distribution) for name, distribution in kept.items())
+        if self.compared not in kept:
+            self.compared = ""
 
     @_guarded
     def choose_target(self, kind: str) -> None:
@@ -1062,6 +1147,15 @@ def _uniform_like(study: Any, latency_ms: float) -> Any:
         else:
             high = middle
     return study.uniform(round(high, 3))
+
+
+def _unused(name: str, known: Collection[str]) -> str:
+    """Return `name`, with a number behind it when it is taken."""
+    numbers = itertools.count(2)
+    tried = name
+    while tried in known:
+        tried = f"{name} ({next(numbers)})"
+    return tried
 
 
 def _number(value: Any, accepted: str) -> float:

@@ -44,8 +44,13 @@ class Point:
 
 
 class Distribution(Mapping[str, float]):
-    def __init__(self, values: Mapping[str, float], locked: frozenset[str] = frozenset()) -> None:
-        self._values, self.locked = dict(values), locked
+    def __init__(
+        self,
+        values: Mapping[str, float],
+        locked: frozenset[str] = frozenset(),
+        groups: tuple[tuple[str, ...], ...] = (),
+    ) -> None:
+        self._values, self.locked, self.groups = dict(values), locked, groups
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
@@ -57,26 +62,32 @@ class Distribution(Mapping[str, float]):
         return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Distribution) and (self._values, self.locked) == (
+        return isinstance(other, Distribution) and (self._values, self.locked, self.groups) == (
             other._values,
             other.locked,
+            other.groups,
         )
 
     def __hash__(self) -> int:
         return hash((tuple(self._values.items()), self.locked))
 
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        return ()
-
     def set(self, name: str, value: float) -> Distribution:
-        return Distribution({**self._values, name: value}, self.locked)
+        tied = next((group for group in self.groups if name in group), (name,))
+        return Distribution({**self._values, **dict.fromkeys(tied, value)}, self.locked, self.groups)
 
     def lock(self, *names: str) -> Distribution:
-        return Distribution(self._values, self.locked | set(names))
+        return Distribution(self._values, self.locked | set(names), self.groups)
 
     def unlock(self, *names: str) -> Distribution:
-        return Distribution(self._values, self.locked - set(names))
+        return Distribution(self._values, self.locked - set(names), self.groups)
+
+    def link(self, *names: str) -> Distribution:
+        equal = dict.fromkeys(names, self._values[names[0]])
+        return Distribution({**self._values, **equal}, self.locked, (*self.groups, names))
+
+    def unlink(self, *names: str) -> Distribution:
+        left = tuple(group for group in self.groups if not set(group) & set(names))
+        return Distribution(self._values, self.locked, left)
 
 
 @dataclass(frozen=True)

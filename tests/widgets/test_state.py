@@ -73,8 +73,8 @@ def test_a_stopped_measurement_keeps_its_points_and_solves_nothing(
 
 def test_a_solved_speedup_respects_locked_layers(state: ExplorerState, study: FakeStudy) -> None:
     state.measure()
-    state.type_sparsity("fc", "12.5")
-    state.toggle_lock("fc")
+    state.type_sparsity(["fc"], "12.5")
+    state.toggle_lock(["fc"])
     state.solve("2.5")
     assert state.error == ""
     assert [call for call in study.calls if call[0] == "solve"][-1] == ("solve", 2.5, {"fc": 0.125})
@@ -208,20 +208,20 @@ def test_solving_before_measuring_says_what_to_do(state: ExplorerState) -> None:
     ("typed", "value"), [("50", 0.5), ("87,5", 0.875), (" 12 % ", 0.12), ("0", 0.0), ("99", 0.99)]
 )
 def test_a_typed_sparsity_is_in_per_cent(state: ExplorerState, typed: str, value: float) -> None:
-    state.type_sparsity("fc", typed)
+    state.type_sparsity(["fc"], typed)
     assert state.error == ""
     assert state.distribution["fc"] == pytest.approx(value)
 
 
 @pytest.mark.parametrize("typed", ["99.9", "-1", "many", "", "inf", "120"])
 def test_a_wrong_sparsity_is_refused(state: ExplorerState, typed: str) -> None:
-    state.type_sparsity("fc", typed)
+    state.type_sparsity(["fc"], typed)
     assert "between 0 and 99" in state.error
     assert state.distribution["fc"] == 0.0
 
 
 def test_a_locked_layer_cannot_be_dragged(state: ExplorerState) -> None:
-    state.toggle_lock("fc")
+    state.toggle_lock(["fc"])
     state.edit({"fc": 0.5}, final=True)
     assert "unlock" in state.error
     assert state.distribution["fc"] == 0.0
@@ -240,7 +240,7 @@ def test_a_drag_is_one_step_of_undo(state: ExplorerState) -> None:
 
 def test_uniform_keeps_locked_layers(state: ExplorerState) -> None:
     state.edit({"block1.conv1": 0.2}, final=True)
-    state.toggle_lock("block1.conv1")
+    state.toggle_lock(["block1.conv1"])
     state.make_uniform()
     assert state.distribution["block1.conv1"] == 0.2
     assert state.distribution["block3.conv2"] == 0.9
