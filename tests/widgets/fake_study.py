@@ -259,12 +259,39 @@ class FakeStudy:
         latency = FIXED_MS + sum(self.ms(layer, distribution[layer.name]) for layer in self.layers)
         loss = sum(self.kl(layer, distribution[layer.name]) for layer in self.layers)
         n_params = sum(layer.n_params for layer in self.layers)
-        zeros = sum(round(layer.n_params * distribution[layer.name]) for layer in self.layers)
+        nonzeros = [
+            layer.n_params
+            - min(layer.n_params - 1, math.ceil(layer.n_params * distribution[layer.name] - 1e-9))
+            for layer in self.layers
+        ]
+        nnz = sum(nonzeros)
+        stored = (
+            min(math.ceil(layer.n_params / 8) + 4 * n, 4 * layer.n_params)
+            for layer, n in zip(self.layers, nonzeros, strict=True)
+        )
         return SimpleNamespace(
-            kl=loss, loss=loss, accuracy=0.93 * math.exp(-0.2 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
-            speedup=self.dense_ms / latency, nnz=n_params - zeros, n_params=n_params, sparsity=zeros / n_params,
-            size_bytes=4 * (n_params - zeros) + n_params // 8,
+            kl=loss, loss=loss, accuracy=max(0.0, 0.93 - 0.03 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
+            speedup=self.dense_ms / latency, nnz=nnz, n_params=n_params, sparsity=1 - nnz / n_params,
+            size_bytes=sum(stored),
         )  # fmt: skip
+
+    def prediction_tables(self) -> Any:
+        levels = [i / 100 for i in range(100)]
+
+        def curves(of: Any) -> list[Any]:
+            return [[levels, [of(layer, level) for level in levels]] for layer in self.layers]
+
+        page = {
+            "n_params": [layer.n_params for layer in self.layers],
+            "curves": {
+                "kl": curves(self.kl),
+                "accuracy": curves(lambda layer, level: -0.03 * self.kl(layer, level)),
+                "latency_ms": curves(self.ms),
+            },
+            "dense": {"kl": 0.0, "accuracy": 0.93},
+            "fixed_ms": FIXED_MS, "scale": 1.0, "baseline_ms": self.dense_ms, "other_bytes": 0,
+        }  # fmt: skip
+        return SimpleNamespace(to_page=lambda: page)
 
     def pareto(self, *, locked: Mapping[str, float], groups: Any) -> Any:
         self.calls.append(("pareto", locked, groups))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from explorer.errors import DataError
+from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.jobs import IDLE, InlineExecutor
 from explorer.widgets.publisher import DirectScheduler
 from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState, RunOptions
@@ -432,3 +433,65 @@ def test_the_log_is_bounded(state: ExplorerState) -> None:
         state.report(DataError(f"error {i}"))
     assert len(state.log) == 200
     assert "error 999" in state.log[-1]
+
+
+def test_a_distribution_is_kept_by_name_taken_back_and_compared_with(state: ExplorerState) -> None:
+    state.measure()
+    first = state.distribution
+    state.keep("  for   the phone ")
+    assert [snapshot.name for snapshot in state.snapshots] == ["for the phone"]
+    state.edit({"fc": 0.5}, final=True)
+    state.keep()
+    state.keep()
+    told = f"by hand, {state.prediction.speedup:.2f} ×"
+    assert [snapshot.name for snapshot in state.snapshots] == ["for the phone", told, f"{told} (2)"]
+    state.compare_with("for the phone")
+    view = Equalizer(state).view
+    assert [layer["ghost"] for layer in view["layers"]] == [first[layer.name] for layer in state.layers]
+    assert [one["here"] for one in view["snapshots"]] == [False, True, True]
+    state.take_snapshot("for the phone")
+    assert state.distribution == first
+    state.undo()
+    assert state.distribution["fc"] == 0.5
+    state.forget_snapshot("for the phone")
+    assert state.compared == ""
+    assert len(state.snapshots) == 2
+    for gesture in (state.take_snapshot, state.forget_snapshot, state.compare_with):
+        gesture("for the phone")
+        assert "for the phone" in state.error
+        state.error = ""
+    state.keep("x" * 41)
+    assert "at most 40" in state.error
+    for i in range(30):
+        state.keep(f"number {i}")
+    assert len(state.snapshots) == 24
+    assert "forget one first" in state.error
+    state.adopt(state.study)
+    assert state.snapshots == ()
+
+
+def test_several_layers_are_typed_locked_and_tied_together(state: ExplorerState) -> None:
+    some = ["block3.conv1", "block3.conv2"]
+    state.type_sparsity(some, "80 %")
+    assert [state.distribution[name] for name in some] == [0.8, 0.8]
+    assert state.distribution["block2.conv2"] == 0.9
+    state.toggle_lock(some[:1])
+    state.toggle_lock(some)
+    assert state.distribution.locked == {*some}
+    state.toggle_lock(some)
+    assert state.distribution.locked == frozenset()
+    state.edit({some[1]: 0.4}, final=True)
+    state.toggle_tie(some)
+    assert state.distribution.groups == (tuple(some),)
+    assert [state.distribution[name] for name in some] == [0.8, 0.8]
+    assert {layer["name"]: layer["group"] for layer in Equalizer(state).view["layers"]}[some[0]] == 0
+    state.edit({some[0]: 0.7, some[1]: 0.7}, final=True)
+    assert [state.distribution[name] for name in some] == [0.7, 0.7]
+    state.undo()
+    assert state.distribution.groups == (tuple(some),)
+    state.toggle_tie(some)
+    assert state.distribution.groups == ()
+    for names in (["no such layer"], []):
+        state.error = ""
+        state.type_sparsity(names, "50")
+        assert "There is no layer" in state.error

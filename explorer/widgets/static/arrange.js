@@ -1,6 +1,6 @@
 // In which order layers stand, which of them belong together, and which are meant by a few letters.
 
-const ORDERS = [["network", "as in the network"], ["time", "by time, longest first"], ["weights", "by weights, most first"], ["harm", "by sensitivity, highest first"], ["sparsity", "by sparsity, highest first"]];
+const ORDERS = [["network", "as in the network"], ["time", "by time"], ["weights", "by weights"], ["harm", "by sensitivity"], ["sparsity", "by sparsity"]];
 const WIDTHS = [["time", "share of dense time"], ["weights", "share of weights"], ["equal", "all equal"]];
 const MOST_BLOCKS = 24;
 const USUAL = 0.9; // sparsity at which sensitivities are compared
@@ -17,13 +17,16 @@ function arranged(layers, how, { harm = [], values = [] } = {}) {
   return figure ? indices.sort((a, b) => (figure(b) ?? -Infinity) - (figure(a) ?? -Infinity) || a - b) : indices;
 }
 
-/** The block that each layer belongs to: the module around it, or one further out where there would be too many; "" for none. */
+/** The block that each layer belongs to: the outermost module with layers of its own around it, none that holds most of the network; "" for none. */
 function blocksOf(names) {
-  const parts = names.map((name) => name.split(".").slice(0, -1));
-  const cut = (depth) => parts.map((part) => part.slice(0, depth).join("."));
-  let depth = Math.max(1, ...parts.map((part) => part.length));
-  while (depth > 1 && new Set(cut(depth)).size > MOST_BLOCKS) depth -= 1;
-  return cut(depth);
+  const parents = [...new Set(names.map((name) => name.split(".").slice(0, -1).join(".")))].filter(Boolean);
+  const holds = (parent, name) => name.startsWith(`${parent}.`);
+  const small = parents.filter((parent) => parents.length === 1 || names.filter((name) => holds(parent, name)).length <= names.length / 2);
+  small.sort((a, b) => a.length - b.length);
+  let found = names.map((name) => small.find((parent) => holds(parent, name)) ?? "");
+  // One further out, as long as there are too many to be read.
+  while (new Set(found).size > MOST_BLOCKS && found.some((block) => block.includes("."))) found = found.map((block) => block.split(".").slice(0, -1).join(".") || block);
+  return found;
 }
 
 /** Indices of the layers whose names hold all words of `text`; "*" stands for anything. */

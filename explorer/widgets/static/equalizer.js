@@ -49,7 +49,7 @@ function render({ model, el, signal }) {
   const find = make("input", { type: "search", size: 15, placeholder: "Find layers", "aria-label": "Find layers by name", title: "Parts of a name; * stands for anything. Enter chooses what is found" });
   const found = make("span", { class: "se-mute", role: "status" });
   const options = (pairs) => pairs.map(([value, label]) => make("option", { value }, label));
-  const order = make("select", { "aria-label": "Order of the layers", title: "Order of the layers" }, ...options(ORDERS));
+  const order = make("select", { "aria-label": "Order of the layers", title: "Order of the layers, the highest first; sensitivity is that at 90 %" }, ...options(ORDERS));
   const widths = make("select", { "aria-label": "Width of the bars", title: "What the width of a bar shows" }, ...options(WIDTHS.map(([value, label]) => [value, `Width: ${label}`])));
   const wider = button("+", () => zoomTo(zoom * 1.5), signal, { class: "se-square", "aria-label": "Wider bars", title: "Wider bars (Ctrl and the wheel)" });
   const narrower = button("−", () => zoomTo(zoom / 1.5), signal, { class: "se-square", "aria-label": "Narrower bars", title: "Narrower bars (Ctrl and the wheel)" });
@@ -355,17 +355,15 @@ function render({ model, el, signal }) {
     gesture("commit", { values: [...values], edit: edits });
   }
 
-  /** Choose some layers, one of which is the active one. */
-  function pick(some, i, focus) {
+  /** Choose some layers, one of which is the active one. Under a hand nothing may scroll: `scroll` is for keys and names. */
+  function pick(some, i, scroll) {
     if (i === undefined || !layers[i]) return;
     picked = new Set([...some, i]);
     if (i !== active) gesture("select", { layer: layers[i].name });
     active = i;
     repaint();
-    if (focus) {
-      bars[i].focus({ preventScroll: true });
-      bars[i].scrollIntoView({ block: "nearest", inline: "nearest" });
-    }
+    bars[i].focus({ preventScroll: true });
+    if (scroll) bars[i].scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   /** Layers from `a` to `b` as they stand. */
@@ -435,13 +433,13 @@ function render({ model, el, signal }) {
     event.preventDefault();
     if (event.ctrlKey || event.metaKey) {
       const others = [...picked].filter((j) => j !== i);
-      if (picked.has(i) && others.length) pick(others, others.at(-1), true);
-      else pick([...picked, i], i, true);
+      if (picked.has(i) && others.length) pick(others, others.at(-1), false);
+      else pick([...picked, i], i, false);
       return;
     }
-    if (event.shiftKey) { pick(stretch(active, i), i, true); return; }
+    if (event.shiftKey) { pick(stretch(active, i), i, false); return; }
     const isStroke = drawing() || event.altKey;
-    pick(!isStroke && picked.has(i) ? [...picked] : [i], i, true);
+    pick(!isStroke && picked.has(i) ? [...picked] : [i], i, false);
     if (!isStroke && layers[i].locked) return;
     drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null };
     field.setPointerCapture(event.pointerId);
@@ -467,7 +465,7 @@ function render({ model, el, signal }) {
     const stayed = !at && from.every((value, j) => value === values[j]);
     drag = null;
     setOne(field, "data-dragging", null);
-    if (stayed && event.type === "pointerup" && picked.size > 1) pick([i], i, true);
+    if (stayed && event.type === "pointerup" && picked.size > 1) pick([i], i, false);
     commit();
   };
   field.addEventListener("pointerup", release, { signal });

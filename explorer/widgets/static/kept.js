@@ -2,7 +2,7 @@
 
 /** Make the row. Returns its element and `update(view)`. */
 function keptRow(gesture, signal) {
-  const name = make("input", { type: "text", size: 14, maxlength: 40, placeholder: "name, or leave empty", "aria-label": "Name to keep this distribution by" });
+  const name = make("input", { type: "text", size: 14, maxlength: 40, placeholder: "name (optional)", "aria-label": "Name to keep this distribution by" });
   const keep = button("Keep", () => { gesture("keep", { name: name.value }); name.value = ""; }, signal, { title: "Keep this distribution by name, to come back to it or to compare with it" });
   name.addEventListener("keydown", (event) => { if (event.key === "Enter") keep.click(); }, { signal });
   const chips = make("div", { class: "se-chips", role: "group", "aria-label": "Kept distributions" });
