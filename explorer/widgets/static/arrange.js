@@ -1,7 +1,7 @@
 // In which order layers stand, which of them belong together, and which are meant by a few letters.
 
 const ORDERS = [["network", "as in the network"], ["time", "by time"], ["weights", "by weights"], ["harm", "by sensitivity"], ["sparsity", "by sparsity"]];
-const WIDTHS = [["time", "share of dense time"], ["weights", "share of weights"], ["equal", "all equal"]];
+const WIDTHS = [["time", "time", "share of dense time"], ["weights", "weights", "share of weights"], ["equal", "equal", "the same for all"]];
 const MOST_BLOCKS = 24;
 const USUAL = 0.9; // sparsity at which sensitivities are compared
 

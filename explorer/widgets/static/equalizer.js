@@ -4,7 +4,8 @@
 const SEND_MS = 50;
 const MAX = 0.99;
 const TURNS = 1000; // positions of the target's dial
-const MOST_ZOOM = 16;
+const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
+const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
   const root = section(el, "Distribution", "se-card se-eq", 3);
@@ -187,6 +188,7 @@ function render({ model, el, signal }) {
     find.value = "";
     arrange();
     lookUp();
+    zoomTo(zoom);
   }
 
   /** Put the bars in the order that was asked for, as wide as was asked for. The focus stays where it is. */
@@ -201,7 +203,7 @@ function render({ model, el, signal }) {
       const share = { time: layer.share ?? 1 / layers.length, weights: layer.n_params / total, equal: 1 / layers.length }[widths.value];
       bars[i].style.flexGrow = names[i].style.flexGrow = Math.max(share, 0.004);
     });
-    say(widthName, `Width: ${Object.fromEntries(WIDTHS)[widths.value]}`);
+    say(widthName, `Width: ${WIDTHS.find(([value]) => value === widths.value)[2]}`);
     const of = blocksOf(layers.map((layer) => layer.label));
     const found = order.value === "network" ? [...new Set(of)].filter((block) => block && of.filter((one) => one === block).length > 1) : [];
     blocks.replaceChildren(...found.map((block) => {
@@ -226,16 +228,18 @@ function render({ model, el, signal }) {
   /** Widen the bars; what is under `x` (pixels from the left of the window) stays there. */
   function zoomTo(next, x = null) {
     const before = zoom;
-    zoom = Math.min(MOST_ZOOM, Math.max(1, next));
-    if (zoom < 1.01) zoom = 1;
+    // Below 1 the bars are narrower than is comfortable, until all of them are in view.
+    const least = Math.min(1, Math.max(LEAST_ZOOM, wide.clientWidth / (BAR * layers.length || 1)));
+    zoom = Math.min(MOST_ZOOM, Math.max(least, next));
+    if (Math.abs(zoom - 1) < 0.02) zoom = 1;
     const box = wide.getBoundingClientRect();
     const at = (x === null ? box.width / 2 : x - box.left) + wide.scrollLeft;
     root.style.setProperty("--se-zoom", zoom);
     wide.scrollLeft += at * (zoom / before - 1);
-    narrower.disabled = zoom === 1;
+    narrower.disabled = zoom <= least;
+    setOne(root, "data-narrow", zoom < 0.8 ? "yes" : null);
     wider.disabled = zoom === MOST_ZOOM;
   }
-  zoomTo(1);
   wide.addEventListener("wheel", (event) => {
     if (!event.ctrlKey) return;
     event.preventDefault();
