@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +44,6 @@ _FAILED = 2
 # Enough to rank layers (the divergence needs few images), quick enough to leave the time to training.
 _SOLVE_IMAGES = 128
 
-# One upload in the app is one message.
-_WEBSOCKET_BYTES = 200 * 2**20
 _APP_MODULES = ("voila", "ipywidgets", "anywidget", "plotly", "ipykernel")
 
 
@@ -189,8 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     caches.set_defaults(command=_cache)
 
     app = commands.add_parser("app", parents=[common], help="open the app in a browser, on this machine only")
-    app.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
-    app.add_argument("--no-browser", action="store_true", help="only print the address")
+    _add_app(app)
     app.set_defaults(command=_app)
     return parser
 
@@ -222,6 +221,40 @@ def _add_target(parser: argparse.ArgumentParser, *, every: bool) -> None:
         target.add_argument(
             "--max-loss", type=float, metavar="NATS", help="predicted divergence; the fastest within it"
         )
+
+
+def _add_app(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    others = parser.add_argument_group("other people")
+    others.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on, such as 0.0.0.0 for all of this machine (default 127.0.0.1, for this machine only); needs --token",
+    )
+    others.add_argument(
+        "--token",
+        nargs="?",
+        const="",
+        metavar="TOKEN",
+        help="let in only those who bring it; without a value, a random one that the printed address contains",
+    )
+    others.add_argument(
+        "--max-users",
+        type=bench_command.count,
+        metavar="N",
+        help="pages at once, each with a process of its own (default: as many as memory and CPUs are good for, at most 8)",
+    )
+    others.add_argument(
+        "--threads-per-user", type=bench_command.count, metavar="N", help="CPUs for each (default all)"
+    )
+    others.add_argument(
+        "--memory-per-user",
+        type=float,
+        metavar="GB",
+        help="memory for each, enforced on Linux (default: an equal share of four fifths of the machine's)",
+    )
 
 
 def _add_lock(group: argparse._ArgumentGroup) -> None:
@@ -786,17 +819,31 @@ def _app(options: argparse.Namespace) -> int:
             f"The app needs {', '.join(missing)}, which is not installed. "
             "Install the extra: pip install 'sparsity-explorer[app]'."
         )
-    _refuse_taken(options.port)
+    from explorer.widgets import serving
     from explorer.widgets.notebook_path import app_notebook
-    from explorer.widgets.page_template import with_template
 
-    command = app_command(app_notebook(), options.port, browser=not options.no_browser)
-    print(f"The app is at http://127.0.0.1:{options.port}/ ; Ctrl-C ends it.", flush=True)
-    environment = with_template(os.environ)
+    token = serving.checked_token(options.host, options.token)
+    limits = serving.limits_for(
+        options.max_users,
+        options.threads_per_user,
+        options.memory_per_user,
+        machine_gb=serving.machine_memory_gb(),
+        cores=serving.usable_cores(),
+        limits_memory=serving.can_limit_memory(),
+    )
+    _refuse_taken(options.host, options.port)
+    command = serving.server_command(
+        app_notebook(), options.port, host=options.host, limits=limits, token=bool(token)
+    )
+    address = serving.address(options.host, options.port, token)
+    print(f"The app is at {address} ; Ctrl-C ends it.\n{serving.describe(limits)}", flush=True)
+    environment = serving.server_environment(os.environ, token)
     with subprocess.Popen(command, env=environment) as server:  # noqa: S603 - our own Python with arguments of ours
         # A service manager ends this process, not the server: pass it on, or the server and its kernels stay behind.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+        if not options.no_browser:
+            threading.Thread(target=_open_browser, args=(server, options, address), daemon=True).start()
         try:
             return server.wait()
         except KeyboardInterrupt:
@@ -807,36 +854,30 @@ def _app(options: argparse.Namespace) -> int:
             return 0
 
 
-def _refuse_taken(port: int) -> None:
+def _open_browser(server: subprocess.Popen[bytes], options: argparse.Namespace, address: str) -> None:
+    """Show the app once it is served; not left to Voila, which would leave out the token."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)  # noqa: S104 - looked up, not bound
+    while server.poll() is None:
+        try:
+            socket.create_connection((host, options.port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            webbrowser.open(address)
+            return
+
+
+def _refuse_taken(host: str, port: int) -> None:
     try:
         # As Voila itself binds: a port that an ended server still lingers on is free.
-        socket.create_server(("127.0.0.1", port), reuse_port=False).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family, reuse_port=False).close()
     except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EADDRINUSE:
+            raise ExplorerError(
+                f"The app cannot listen on {host}, port {port} ({error}). Give an address of this machine with --host, or another --port."
+            ) from error
         raise ExplorerError(f"Port {port} is in use; choose another one with --port ({error}).") from error
-
-
-def app_command(notebook: Path, port: int, *, browser: bool) -> list[str]:
-    """Return the command that serves `notebook` with Voila, to this machine only.
-
-    Pages that are left keep their kernel, 130 MB and more, so idle kernels are ended; those with an open page are spared.
-    """
-    from explorer.widgets.page_template import TEMPLATE
-
-    settings = {"websocket_max_message_size": _WEBSOCKET_BYTES}
-    return [
-        sys.executable,
-        "-m",
-        "voila",
-        str(notebook),
-        "--Voila.ip=127.0.0.1",
-        f"--port={port}",
-        f"--Voila.open_browser={browser}",
-        f"--Voila.tornado_settings={settings}",
-        f"--VoilaConfiguration.template={TEMPLATE}",
-        "--VoilaConfiguration.show_tracebacks=False",
-        "--MappingKernelManager.cull_interval=60",
-        "--MappingKernelManager.cull_idle_timeout=300",
-    ]
 
 
 class _Clock:

@@ -363,36 +363,6 @@ def test_arguments_that_make_no_sense_are_refused(
     assert "error:" in capsys.readouterr().err
 
 
-def test_the_app_is_served_to_this_machine_only_and_idle_kernels_end() -> None:
-    command = cli.app_command(Path("app.ipynb"), 9000, browser=False)
-    assert command[:4] == [sys.executable, "-m", "voila", "app.ipynb"]
-    for flag in (
-        "--Voila.ip=127.0.0.1",
-        "--port=9000",
-        "--Voila.open_browser=False",
-        "--VoilaConfiguration.show_tracebacks=False",
-        "--MappingKernelManager.cull_idle_timeout=300",
-        "--MappingKernelManager.cull_interval=60",
-    ):
-        assert flag in command
-    assert any("websocket_max_message_size" in flag for flag in command)
-
-
-@pytest.mark.filterwarnings("ignore:.*dict-traits is deprecated:DeprecationWarning")
-def test_voila_understands_every_flag_of_the_app() -> None:
-    voila = pytest.importorskip("voila.app", reason="the extra 'app' is not installed")
-    kernels = pytest.importorskip("jupyter_server.services.kernels.kernelmanager")
-    app = voila.Voila()
-    app.parse_command_line(cli.app_command(Path("app.ipynb"), 9000, browser=True)[4:])
-    assert app.ip == "127.0.0.1"
-    assert app.port == 9000
-    assert app.open_browser is True
-    assert app.tornado_settings == {"websocket_max_message_size": 200 * 2**20}
-    manager = kernels.AsyncMappingKernelManager(config=app.config)
-    assert (manager.cull_interval, manager.cull_idle_timeout) == (60, 300)
-    assert manager.cull_connected is False
-
-
 def test_ending_the_command_ends_the_server_too() -> None:
     pytest.importorskip("voila", reason="the extra 'app' is not installed")
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from explorer.widgets import assets
@@ -11,13 +12,19 @@ from explorer.widgets.base import StateView
 class Header(StateView):
     """Title, steps, model choice and theme."""
 
-    _esm = assets.module("header")
+    _esm = assets.module("header", "lifeline")
     _css = assets.style("header")
     watches = ("choice", "study", "measured", "run", "job", "curves")
     gestures = {
         "load": lambda state, said: state.load(int(said["index"])),
         "beat": lambda state, said: state.beat(leaving=bool(said.get("leaving"))),
     }
+
+    def _on_message(self, widget: object, content: Mapping[str, Any], buffers: object) -> None:
+        super()._on_message(widget, content, buffers)
+        # The page counts what is not answered. A message and no trait: it is of no use to a page that comes later.
+        if content.get("do") == "beat" and not content.get("leaving"):
+            self.send({"do": "beat"})
 
     def make_view(self) -> dict[str, Any]:
         """Return the choices and the state of the five steps."""

@@ -811,8 +811,13 @@ class ExplorerState(t.HasTraits):
             self.error = str(error)
             self._say(str(error))
             return
+        # torch says the same in an error of its own.
+        short_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         self.error = (
-            f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
+            "There was not enough memory for this. Measure on fewer images or take a smaller model; whoever started the app can give each "
+            "user more with --memory-per-user."
+            if short_of_memory
+            else f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
         )
         for line in "".join(traceback.format_exception(error)).splitlines():
             self._say(line)

@@ -66,10 +66,7 @@ class Watch:
         page.on("websocket", self._on_websocket)
 
     def _on_console(self, message: ConsoleMessage) -> None:
-        url = message.location.get("url", "")
-        # A page that is left asks Voila to end its kernel, which Voila refuses (voila#1458); idle kernels are ended by culling.
-        allowed = "/voila/api/shutdown/" in url
-        if message.type == "error" and not allowed:
+        if message.type == "error":
             self.problems.append(f"console: {message.text} ({message.location})")
 
     def _on_request(self, request: Request) -> None:

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
-from explorer.widgets.page_template import with_template
+from explorer.widgets.serving import UserLimits, server_command, server_environment
 
 NOTEBOOK: dict[str, Any] = {
     "cells": [],
@@ -49,11 +49,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def voila_command(notebook: Path, port: int) -> list[str]:
+def voila_command(notebook: Path, port: int, limits: UserLimits | None = None) -> list[str]:
     """Return the command that serves `notebook` as the app is served."""
-    from explorer.cli import app_command
-
-    return app_command(notebook, port, browser=False)
+    return server_command(notebook, port, limits=limits)
 
 
 class VoilaServer:
@@ -78,7 +76,7 @@ class VoilaServer:
         self._command = command
         # Caches of its own: a scan that an earlier run has left on disk would be over before anyone could stop it.
         caches = {"EXPLORER_CACHE": str(log.parent / "caches")}
-        self._environment = with_template({**os.environ, **caches, **(environment or {})})
+        self._environment = server_environment({**os.environ, **caches, **(environment or {})})
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

@@ -61,14 +61,16 @@ function render({ model, el, signal }) {
     });
   }, signal);
 
-  // Signs of life: the kernel stops a job that nobody watches any more.
-  let beat = 0;
-  const live = () => model.send({ do: "beat", count: ++beat });
+  // Signs of life, both ways: the kernel stops a job that nobody watches any more, the page tells when nobody answers.
+  const line = lifeline(signal);
+  const live = () => { line.sent(); model.send({ do: "beat" }); };
+  const answered = (said) => { if (said.do === "beat") line.answered(); };
+  model.on("msg:custom", answered);
   const timer = setInterval(live, BEAT_MS);
   live();
   addEventListener("pagehide", () => model.send({ do: "beat", leaving: true }), { signal });
   addEventListener("pageshow", live, { signal });
-  signal.addEventListener("abort", () => clearInterval(timer));
+  signal.addEventListener("abort", () => { clearInterval(timer); model.off("msg:custom", answered); });
 }
 
 function logo() {
