@@ -113,22 +113,22 @@ def test_users_and_memory_are_counted_by_what_the_machine_has() -> None:
         return limits.max_users, limits.memory_gb
 
     assert found() == (3, 2.1)
-    assert found(machine_gb=2.0) == (1, 1.6)
+    assert found(machine_gb=3.0) == (1, 2.4)
     assert found(machine_gb=0.5) == (1, serving.LEAST_GB)
     assert found(cores=1, machine_gb=64.0) == (2, 25.6)
     assert found(machine_gb=500.0, cores=64) == (serving.MOST_USERS, 50.0)
-    assert found(memory_gb=1.0) == (6, 1.0)
+    assert found(memory_gb=3.0) == (2, 3.0)
     assert found(limits_memory=False) == (3, None)
     assert found(machine_gb=None) == (serving.MOST_USERS, None)
-    asked = limits_for(40, 2, 1.5, machine_gb=8.0, cores=2, limits_memory=True)
-    assert asked == UserLimits(40, 2, 1.5)
+    asked = limits_for(40, 2, 2.5, machine_gb=8.0, cores=2, limits_memory=True)
+    assert asked == UserLimits(40, 2, 2.5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--memory-per-user", "0.2"], "needs 1 GB"),
-        (["--memory-per-user", "nan"], "needs 1 GB"),
+        (["--memory-per-user", "0.2"], "needs 2 GB"),
+        (["--memory-per-user", "nan"], "needs 2 GB"),
         (["--threads-per-user", "5000"], "CPUs; give at most that"),
         (["--host", "192.0.2.7", "--token"], "cannot listen on 192.0.2.7"),
     ],

@@ -51,6 +51,8 @@ class Notice(StateView):
     def _text(self) -> str:
         state, job = self.state, self.state.job
         if self._training() and state.run is not None:
+            if job.stopping:
+                return f"Run {state.run.number} trains no more; what it has reached is being evaluated."
             phase = f": {PHASES.get(state.run.phase, state.run.phase)}" if state.run.phase else ""
             return f"{job.text}{phase}{', paused' if job.paused else ''}"
         if job.busy:

@@ -33,10 +33,8 @@ CONFIG = Path(__file__).parent / "jupyter" / "config"
 """Folder of the configuration."""
 
 GB = 10**9
-LEAST_GB = 1.0
-"""Least memory that a page can work with: its kernel with torch, the demo and a run."""
-COMFORTABLE_GB = 2.0
-"""Memory of a user that the default number of users is counted by."""
+LEAST_GB = 2.0
+"""Memory that a page needs to work in: its kernel with torch and the demo takes 0.5 GB, in a run 1.5 (docs/results/app.txt)."""
 MOST_USERS = 8
 """Most users by default: more than that is for somebody to decide who knows the machine."""
 _SHARE = 0.8  # of the memory; the rest is for the system and the server
@@ -137,7 +135,7 @@ def limits_for(
             f"--threads-per-user is {threads}, and there are {cores} CPUs; give at most that."
         )
     if max_users is None:
-        each = COMFORTABLE_GB if memory_gb is None else memory_gb
+        each = LEAST_GB if memory_gb is None else memory_gb
         by_memory = MOST_USERS if machine_gb is None else int(_SHARE * machine_gb / each)
         # A user who thinks leaves the CPU to another: two share one well.
         max_users = max(1, min(by_memory, 2 * cores, MOST_USERS))

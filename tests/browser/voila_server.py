@@ -49,9 +49,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def voila_command(notebook: Path, port: int, limits: UserLimits | None = None) -> list[str]:
+def voila_command(
+    notebook: Path, port: int, limits: UserLimits | None = None, *, token: bool = False
+) -> list[str]:
     """Return the command that serves `notebook` as the app is served."""
-    return server_command(notebook, port, limits=limits)
+    return server_command(notebook, port, limits=limits, token=token)
 
 
 class VoilaServer:
@@ -76,7 +78,7 @@ class VoilaServer:
         self._command = command
         # Caches of its own: a scan that an earlier run has left on disk would be over before anyone could stop it.
         caches = {"EXPLORER_CACHE": str(log.parent / "caches")}
-        self._environment = server_environment({**os.environ, **caches, **(environment or {})})
+        self._environment = {**server_environment({**os.environ, **caches}), **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

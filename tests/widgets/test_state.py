@@ -403,6 +403,22 @@ def test_a_result_that_is_too_large_for_the_page_stays_in_a_folder(
     assert "in the folder" in state.error
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 12 bytes"
+        ),
+    ],
+)
+def test_a_lack_of_memory_is_said_in_plain_words(state: ExplorerState, error: Exception) -> None:
+    state.report(error)
+    assert state.error.startswith("There was not enough memory for this. Measure on fewer images")
+    assert "enforce" not in state.error
+    assert any(type(error).__name__ in line for line in state.log)
+
+
 def test_a_choice_that_cannot_be_loaded_leaves_the_page_alive() -> None:
     def refuse(_choice: Choice) -> Any:
         raise DataError("Fashion-MNIST was not found; install it or name its folder.")

@@ -68,7 +68,13 @@ function render({ model, el, signal }) {
   model.on("msg:custom", answered);
   const timer = setInterval(live, BEAT_MS);
   live();
-  addEventListener("pagehide", () => model.send({ do: "beat", leaving: true }), { signal });
+  addEventListener("pagehide", () => {
+    try {
+      model.send({ do: "beat", leaving: true });
+    } catch {
+      // Voila has closed the connection already, and asked for the end of the kernel.
+    }
+  }, { signal });
   addEventListener("pageshow", live, { signal });
   signal.addEventListener("abort", () => { clearInterval(timer); model.off("msg:custom", answered); });
 }
