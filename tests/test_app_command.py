@@ -42,7 +42,7 @@ def test_the_server_reads_the_file_of_the_package_and_the_limits_of_the_command(
     app = configured()
     assert (app.ip, app.port, app.port_retries, app.open_browser) == ("127.0.0.2", 9000, 0, False)
     assert app.auto_token is True
-    assert app.tornado_settings == {"websocket_max_message_size": 200 * 2**20}
+    assert app.tornado_settings["websocket_max_message_size"] == 200 * 2**20
     page = app.voila_configuration
     assert (page.template, page.allow_template_override, page.show_tracebacks) == ("explorer", "NO", False)
     assert page.multi_kernel_manager_class is UserKernels
@@ -51,17 +51,24 @@ def test_the_server_reads_the_file_of_the_package_and_the_limits_of_the_command(
     assert kernels.cull_idle_timeout == 60
     assert kernels.cull_connected is False
     # Seen absent, waited for, and looked at again: within a minute.
-    assert kernels.cull_interval + max(kernels.absent_seconds, kernels.arrival_seconds) < 60
+    silent = (app.tornado_settings["ws_ping_timeout"] + app.tornado_settings["ws_ping_interval"]) / 1000
+    assert kernels.cull_interval + max(silent + kernels.absent_seconds, kernels.arrival_seconds) < 60
+    assert app.identity_provider_class(config=app.config, token="").get_handlers() == []
+    assert app.identity_provider_class(config=app.config).allow_password_change is False
 
 
 def test_every_setting_of_the_file_is_one_that_the_server_knows() -> None:
     from jupyter_client.restarter import KernelRestarter
+    from jupyter_server.auth.identity import PasswordIdentityProvider
     from voila.app import Voila
     from voila.configuration import VoilaConfiguration
 
     from explorer.widgets.user_kernels import UserKernels
 
-    known = {each.__name__: each for each in (Voila, VoilaConfiguration, UserKernels, KernelRestarter)}
+    known = {
+        each.__name__: each
+        for each in (Voila, VoilaConfiguration, UserKernels, KernelRestarter, PasswordIdentityProvider)
+    }
     settings = json.loads((serving.CONFIG / "voila.json").read_text())
     assert settings
     for name, values in settings.items():

@@ -3,8 +3,10 @@
 The settings that never change are in `jupyter/config/voila.json`, which is the only configuration that the server reads. Its reasons:
 
 - `Voila.ip`: this machine alone, unless the command is told otherwise. `port_retries` is 0 because a server on another port than was
-  asked for is not found. `open_browser` is off because the command opens the browser, at the address with the token.
-- `Voila.tornado_settings`: one upload is one message; the 10 MB of the default close the connection without a word.
+  asked for is not found. `open_browser` is off because the command opens the browser, at the address with the token. The page that asks
+  for a token is ours, see `token_page.py`; nobody may set a password on it for those who come later.
+- `Voila.tornado_settings`: one upload is one message; the 10 MB of the default close the connection without a word. A connection is asked
+  every 5 s whether it still stands, and given up after three times: a machine that was switched off says no good-bye.
 - `VoilaConfiguration`: our page, which no address may change, and no traceback on it.
 - `UserKernels`: see `user_kernels.py`. Every 5 s it looks for kernels whose page has gone; 30 s are enough for a connection that was lost
   to be found again, 50 s for a page to be drawn on a slow machine, and both together with the 5 s are less than a minute. Jupyter's own

@@ -166,14 +166,18 @@ def test_a_stopped_kernel_and_a_server_that_is_gone_are_told(context: BrowserCon
     command = voila_command(notebook, port, token=True)
     with VoilaServer(command, port, tmp_path / "voila.log", token) as server:
         # Nobody without the token, neither to the page nor to a kernel.
-        with urllib.request.urlopen(server.url) as answer:
-            assert "/login" in answer.url
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{server.url}api/kernels/00000000-0000-0000-0000-000000000000")
         assert kernels(server) == []
         page = context.new_page()
         page.clock.install()
-        page.goto(f"{server.url}?token=a-token-of-the-test")
+        page.goto(server.url)
+        page.get_by_label("Token").fill("not-the-token")
+        page.get_by_role("button", name="Open the app").click()
+        expect(page.get_by_role("alert")).to_contain_text("That is not the token of this app")
+        assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+        page.get_by_label("Token").fill("a-token-of-the-test")
+        page.get_by_role("button", name="Open the app").click()
         page.get_by_role("slider", name="fc").wait_for(timeout=60_000)
         assert "JUPYTER_TOKEN" not in kernels(server)[0].environ()
 
