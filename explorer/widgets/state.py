@@ -639,9 +639,13 @@ class ExplorerState(t.HasTraits):
         self.options = _checked_options(given)
 
     @_guarded
-    def start_run(self) -> None:
-        """Prune the model to the distribution on the page while it trains."""
+    def start_run(self, given: Any = None) -> None:
+        """Prune the model to the distribution on the page while it trains; or begin a `PruningRun` that was `given`, whose distribution comes onto the page."""
         study = self._need_study()
+        if given is not None and given.state != "ready":
+            raise RunError(f"This run is {given.state}; show one that has not begun.")
+        if given is not None and not self.job.busy:
+            self._take(self._need_distribution().replace(given.asked), "mine")
         distribution = self._need_distribution()
         if getattr(study, "data", None) is None:
             raise RunError("This study has no data to train on; make it with Study(model, data).")
@@ -652,12 +656,12 @@ class ExplorerState(t.HasTraits):
             number,
             distribution,
             asked,
-            options.epochs,
+            options.epochs if given is None else given.settings.epochs,
             predicted_ms=self.prediction.latency_ms if self.prediction is not None else None,
         )
 
         def work(stop: threading.Event) -> RunRecord:
-            return self._prune(study, record, options, stop)
+            return self._prune(study, record, options, stop, given)
 
         def finished(last: RunRecord) -> None:
             self.run = last
@@ -670,11 +674,15 @@ class ExplorerState(t.HasTraits):
         if self.job.kind == "prune":
             self.run = record
 
-    def _prune(self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event) -> RunRecord:
-        given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    def _prune(
+        self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event, given: Any
+    ) -> RunRecord:
         recorder = RunRecorder(record)
-        given["evaluate_every"] = _evaluate_every(study, options.epochs)
-        run = study.prune(record.distribution, **given)
+        run = given
+        if run is None:
+            chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+            chosen["evaluate_every"] = _evaluate_every(study, options.epochs)
+            run = study.prune(record.distribution, **chosen)
         self._pruning = run
         if self.job.paused:
             run.pause()
