@@ -1,5 +1,6 @@
-"""Each step of the page as a widget of its own, for a notebook cell. Those of one study show, and change, the same state: a bar that is moved in one cell
-moves in all of them, and what a run does is seen wherever it is shown.
+"""Each step of the page as a widget of its own, for a notebook cell.
+
+Those of one study show, and change, the same state: a bar that is moved in one cell moves in all of them, and what a run does is seen wherever it is shown.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_a_state_goes_with_the_last_widget_that_shows_it(study: explorer.Study) 
 
 
 def test_what_is_no_study_is_refused_in_words() -> None:
-    with pytest.raises(ExplorerError, match="is no study; give explorer.Study"):
+    with pytest.raises(ExplorerError, match=r"is no study; give explorer\.Study"):
         explorer.LayerTable(torch.nn.Linear(2, 2))
 
 
@@ -66,5 +66,5 @@ def test_a_run_that_was_made_elsewhere_is_watched(study: explorer.Study) -> None
     explorer.RunMonitor(run)
     assert "This run is finished; show one that has not begun." in state.error
     alone = explorer.PruningRun(study.model, study.data, asked, epochs=1)
-    with pytest.raises(ExplorerError, match="not made by Study.prune"):
+    with pytest.raises(ExplorerError, match=r"not made by Study\.prune"):
         explorer.RunMonitor(alone)
