@@ -1035,7 +1035,7 @@ class Study:
             If the run cannot start.
         """
         data = self._need_data()
-        return PruningRun(
+        run = PruningRun(
             self.model,
             data,
             distribution,
@@ -1044,6 +1044,8 @@ class Study:
             epochs=epochs,
             **options,
         )
+        run.study = self
+        return run
 
     def adopt(self, recipe: Recipe) -> SparsityDistribution:
         """Return the distribution of a recipe for this study's model, and remember the target that it was solved for.
@@ -1087,10 +1089,11 @@ class Study:
         *,
         overwrite: bool = False,
         seconds: Mapping[str, float] | None = None,
+        latency: FinalLatency | None = None,
     ) -> dict[str, Any]:
         """Write `model.safetensors`, `recipe.yaml` and `result.json` to `folder` and return the content of the last.
 
-        The latency is measured for this, beside the dense contestants, unless `final_latency` has done so already.
+        The latency is measured for this, beside the dense contestants, unless it is given or `final_latency` has measured it just before.
 
         Parameters
         ----------
@@ -1101,6 +1104,8 @@ class Study:
             Write even if there is something in the folder.
         seconds : mapping of str to float, optional
             What other parts of the work took, for the record.
+        latency : FinalLatency, optional
+            What `final_latency` told of this result earlier, before it was asked about another one.
 
         Raises
         ------
@@ -1109,7 +1114,7 @@ class Study:
         """
         target = prepared_folder(folder, overwrite=overwrite)
         recipe = self.recipe(result)
-        latency = self.final_latency(result)
+        latency = latency or self.final_latency(result)
         predicted = None
         if self._table is not None and set(result.asked) == {layer.name for layer in self.model.layers}:
             predicted = dataclasses.asdict(self.predict(SparsityDistribution(result.asked)))
