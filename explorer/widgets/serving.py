@@ -36,7 +36,7 @@ CONFIG = Path(__file__).parent / "jupyter" / "config"
 
 GB = 10**9
 LEAST_GB = 2.0
-"""Memory that a page needs to work in: its kernel with torch and the demo takes 0.5 GB, in a run 1.5 (docs/results/app.txt)."""
+"""Memory that a page needs to work in: its kernel with torch and the demo takes 0.5 GB, in a run up to 1.5 (docs/results/app.txt)."""
 MOST_USERS = 8
 """Most users by default: more than that is for somebody to decide who knows the machine."""
 _SHARE = 0.8  # of the memory; the rest is for the system and the server
