@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 from explorer.widgets import ExplorerState, SensitivityExplorer
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
+from explorer.widgets.jobs import JobStatus
 from explorer.widgets.metrics import tiles
+from explorer.widgets.notice import Notice
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
@@ -229,3 +232,25 @@ def test_scripts_take_text_as_text_and_nothing_from_elsewhere(name: str) -> None
     assert "#" not in "".join(
         line for line in own.splitlines() if "{" in line and not line.startswith(("#", "body"))
     )
+
+
+def test_a_sign_of_life_is_answered_and_a_good_bye_is_not(
+    state: ExplorerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = Header(state)
+    answers: list[object] = []
+    monkeypatch.setattr(header, "send", answers.append)
+    press(header, "beat")
+    press(header, "beat", leaving=True)
+    press(header, "something else")
+    assert answers == [{"do": "beat"}]
+
+
+def test_a_run_that_was_told_to_stop_says_that_it_trains_no_more(state: ExplorerState) -> None:
+    state.start_run()
+    assert state.run is not None
+    state.job = JobStatus("prune", "Pruning, run 1")
+    state.run = dataclasses.replace(state.run, status="running", result=None)
+    assert Notice(state).view["text"].startswith("Pruning, run 1")
+    state.stop()
+    assert Notice(state).view["text"] == "Run 1 trains no more; what it has reached is being evaluated."
