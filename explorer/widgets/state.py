@@ -267,6 +267,7 @@ class ExplorerState(t.HasTraits):
         self._publisher = Publisher(scheduler or DirectScheduler(), interval)
         self._jobs = JobRunner(self._executor, self._publisher)
         self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
+        self._quick = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer-quick")
         self._n_images = DEFAULT_IMAGES
         self._is_refined = False
         self._refined_layers: frozenset[str] = frozenset()
@@ -554,9 +555,11 @@ class ExplorerState(t.HasTraits):
         self.options = _checked_options(given)
 
     @_guarded
-    def start_run(self) -> None:
-        """Prune the model to the distribution on the page while it trains."""
+    def start_run(self, given: Mapping[str, Any] | None = None) -> None:
+        """Prune the model to the distribution on the page while it trains, with the settings `given`; wrong ones start nothing."""
         study = self._need_study()
+        if given is not None:
+            self.options = _checked_options(given)
         distribution = self._need_distribution()
         if getattr(study, "data", None) is None:
             raise RunError("This study has no data to train on; make it with Study(model, data).")
@@ -569,6 +572,7 @@ class ExplorerState(t.HasTraits):
             asked,
             options.epochs,
             predicted_ms=self.prediction.latency_ms if self.prediction is not None else None,
+            options=options,
         )
 
         def work(stop: threading.Event) -> RunRecord:
@@ -587,7 +591,8 @@ class ExplorerState(t.HasTraits):
 
     def _prune(self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event) -> RunRecord:
         given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
-        recorder = RunRecorder(record)
+        groups = {name: study.n_groups(name) for name in record.distribution}
+        recorder = RunRecorder(record, stored_bytes=study.stored_bytes, groups=groups, clock=self._clock)
         given["evaluate_every"] = _evaluate_every(study, options.epochs)
         run = study.prune(record.distribution, **given)
         self._pruning = run
@@ -717,6 +722,10 @@ class ExplorerState(t.HasTraits):
         """Stop the job when no page has been heard of for long; without any page ever, as in a script, nothing is stopped."""
         if self._deadline is not None and self._clock() > self._deadline:
             self._stop_job()
+
+    def quick_runner(self, slot: str) -> JobRunner:
+        """Return a runner for work of well under a second, which does not wait for the job that goes on; `slot` is its own name."""
+        return JobRunner(self._quick, self._publisher, slot)
 
     # Errors and log
 

@@ -126,12 +126,13 @@ def test_the_asked_sparsity_is_weighted_by_the_weights_of_a_layer(state: Explore
     assert tile(state, "sparsity")["value"] == f"{90 * pruned / total:.1f}"
 
 
-def test_steps_of_a_run_travel_as_float32_triples(state: ExplorerState) -> None:
+def test_steps_of_a_run_travel_as_float32_in_fours(state: ExplorerState) -> None:
     monitor = RunMonitor(state)
     state.start_run()
     numbers = struct.unpack(f"<{len(monitor.trace) // 4}f", monitor.trace)
-    assert len(numbers) == 3 * len(state.run.steps)
-    assert numbers[-3] == state.run.total_steps
+    assert len(numbers) == 4 * len(state.run.steps)
+    assert numbers[-4] == state.run.total_steps
+    assert numbers[-4:] == pytest.approx(state.run.steps[-1])
     assert monitor.view["run"]["evaluations"][0] == [0, 0.931]
 
 
@@ -204,6 +205,7 @@ def test_a_closed_widget_stops_watching(state: ExplorerState) -> None:
         "sensitivity_view",
         "equalizer",
         "run_monitor",
+        "mask_view",
         "result_panel",
     ],
 )
