@@ -28,7 +28,7 @@ class MaskView(StateView):
 
     _esm = assets.module("mask_view")
     _css = assets.style("mask_view")
-    watches = ("study", "layers", "selected", "distribution", "run")
+    watches = ("study", "provenance", "layers", "selected", "distribution", "run")
     gestures = {"select": lambda state, said: state.select(str(said["layer"]))}
 
     picture = t.Bytes().tag(sync=True)
@@ -41,6 +41,7 @@ class MaskView(StateView):
     """Steps of the run after which to look, or -1 for the latest masks, whichever they are; the nearest moment that was kept is shown."""
 
     def __init__(self, state: ExplorerState) -> None:
+        self._is_closed = False
         self._shown_run = 0
         self._preview: tuple[Any, MaskPicture] | None = None
         self._previewing: Any = None
@@ -49,8 +50,15 @@ class MaskView(StateView):
         super().__init__(state)
         self.observe(lambda _change: self.refresh(), names=["source", "moment"])
 
+    def close(self) -> None:
+        """Close the widget; a picture that is still being worked out comes to nothing."""
+        self._is_closed = True
+        super().close()
+
     def refresh(self) -> None:
         """Make view and picture anew from the state."""
+        if self._is_closed:
+            return
         run = self.state.run
         number = run.number if run is not None else 0
         if number != self._shown_run:
@@ -97,12 +105,16 @@ class MaskView(StateView):
         if self.source == "run":
             moments = self._moments()
             return moments[self._at(moments)].pictures.get(self.state.selected) if moments else None
-        return self._preview[1] if self._preview is not None else None
+        if self._preview is None or self._preview[0][0] is not self.state.study or self.state.provenance:
+            return None
+        return self._preview[1]
 
     def _text(self, found: MaskPicture | None) -> str:
         state = self.state
         if state.study is None:
             return "Choose a model first: its masks are shown here."
+        if state.provenance:
+            return "There is no mask to show: the weights of this network are not bundled, only what others measured of it."
         name = state.selected or ROOT_LABEL
         if self.source == "bars":
             if self._failure:
@@ -120,8 +132,11 @@ class MaskView(StateView):
         )
 
     def _caption(self, run: RunRecord | None, moments: tuple[MaskMoment, ...], at: int) -> str:
+        state = self.state
+        if self.source == "bars" and state.provenance:
+            return ""
         if self.source == "bars":
-            share = self.state.distribution[self.state.selected] if self.state.distribution else 0.0
+            share = state.distribution[state.selected] if state.distribution else 0.0
             return f"What magnitude pruning at the bar's {100 * share:.1f} % would keep, before any training: the largest weights."
         if run is None or not moments:
             return ""
@@ -131,7 +146,9 @@ class MaskView(StateView):
 
     def _wanted(self) -> tuple[Any, str, float] | None:
         state = self.state
-        if state.study is None or state.distribution is None or state.selected not in state.distribution:
+        # A network of which only measurements are here has weights, but they are not the ones that were measured.
+        known = state.study is not None and not state.provenance and state.distribution is not None
+        if not known or state.selected not in state.distribution:
             return None
         return state.study, state.selected, state.distribution[state.selected]
 
@@ -139,8 +156,6 @@ class MaskView(StateView):
         wanted = self._wanted()
         if self.source != "bars" or wanted is None or self._runner.running or wanted == self._previewing:
             return
-        if self._preview is not None and self._preview[0][0] is not wanted[0]:
-            self._preview = None
         self._previewing = wanted
         self._runner.start(
             functools.partial(_preview, *wanted),

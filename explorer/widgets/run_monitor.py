@@ -70,6 +70,7 @@ class RunMonitor(StateView):
             "title": self._title(),
             "hint": self._hint(),
             "startable": state.study is not None and not state.job.busy and not state.provenance,
+            "shapeable": state.study is not None and not state.provenance,
             "why": self._why(),
             "paused": state.job.paused,
             "options": dataclasses.asdict(state.options),
@@ -110,7 +111,7 @@ class RunMonitor(StateView):
         run = self.state.run
         if run is None:
             return None
-        options: RunOptions = run.options
+        options: RunOptions = run.options or self.state.options
         return {
             "active": run.active,
             "status": run.status,

@@ -128,7 +128,7 @@ function render({ model, el, signal }) {
   const limited = (value, low, high) => Math.min(high, Math.max(low, Math.round(value / SHARE_STEP) * SHARE_STEP));
   const rounded = (value) => String(Number(value.toFixed(3)));
   function isFixed() {
-    return Boolean(model.get("view").run?.active) || !model.get("view").startable;
+    return Boolean(model.get("view").run?.active) || !model.get("view").shapeable;
   }
 
   let heard = {};
