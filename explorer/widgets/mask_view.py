@@ -136,7 +136,7 @@ class MaskView(StateView):
         if self.source == "bars" and state.provenance:
             return ""
         if self.source == "bars":
-            share = state.distribution[state.selected] if state.distribution else 0.0
+            share = state.distribution.get(state.selected, 0.0) if state.distribution else 0.0
             return f"What magnitude pruning at the bar's {100 * share:.1f} % would keep, before any training: the largest weights."
         if run is None or not moments:
             return ""

@@ -80,7 +80,7 @@ class RunMonitor(StateView):
             "selected": state.selected,
             "plan": {
                 "final": asked,
-                "finals": [state.distribution[name] for name in names]
+                "finals": [state.distribution.get(name, 0.0) for name in names]
                 if state.distribution is not None
                 else [],
             },

@@ -51,8 +51,9 @@ function render({ model, el, signal }) {
   follow(model, ["view", "picture"], update, signal);
 
   function tell(epoch) {
-    say(told, epoch === undefined ? "" : `${epoch} epochs`);
-    setOne(time, "aria-valuetext", epoch === undefined ? null : `after ${epoch} epochs`);
+    const words = epoch === undefined ? "" : `${epoch} epoch${epoch === 1 ? "" : "s"}`;
+    say(told, words);
+    setOne(time, "aria-valuetext", words ? `after ${words}` : null);
   }
 
   function update() {

@@ -352,7 +352,7 @@ function render({ model, el, signal }) {
     for (const { knob, at, verb } of handles) {
       const epoch = (active ? (verb === "begins" ? scene.begin : scene.end) : at()) * planned;
       knob.style.left = `${pixel(1, epoch)}px`;
-      const what = `pruning ${verb} after ${Number(epoch.toFixed(2))} epochs`;
+      const what = `pruning ${verb} after ${epochWords(epoch)}`;
       setAll(knob, {
         "aria-valuemax": Number(planned.toFixed(3)), "aria-valuenow": Number(epoch.toFixed(3)), "aria-valuetext": what, "aria-disabled": fixed ? "true" : null,
         title: `${what[0].toUpperCase()}${what.slice(1)}. ${fixed ? (run?.active ? "The schedule can be moved before the start." : view.why ?? "") : "Drag it, or use the arrow keys."}`,
@@ -402,7 +402,7 @@ function render({ model, el, signal }) {
       say(one.read, text);
       heardWords.push(`${FACES[i][one.face][1]} ${text || "not known"}`);
     });
-    if (!crossed || crossed.i === undefined) setOne(reader, "aria-valuetext", `after ${Number(((crossed?.at) ?? (reader.value / 100) * scene.epochs).toFixed(2))} epochs${heardWords.length ? `: ${heardWords.join("; ")}` : ""}`);
+    if (!crossed || crossed.i === undefined) setOne(reader, "aria-valuetext", `after ${epochWords(crossed?.at ?? (reader.value / 100) * scene.epochs)}${heardWords.length ? `: ${heardWords.join("; ")}` : ""}`);
   }
 
   function nearestLayer(lines, at, y) {
@@ -429,6 +429,11 @@ function render({ model, el, signal }) {
 
   for (const one of charts) onResize(one.host, update, signal);
   follow(model, ["view", "trace", "layer_trace"], update, signal);
+}
+
+function epochWords(epoch) {
+  const rounded = Number(epoch.toFixed(2));
+  return `${rounded} epoch${rounded === 1 ? "" : "s"}`;
 }
 
 /** The line through `points` at `at`; null outside of it. */
