@@ -53,7 +53,15 @@ class RunMonitor(StateView):
         super().refresh()
         run = self.state.run
         self.trace = _floats(run.steps if run is not None else ())
-        self.layer_trace = _floats((step, *values) for step, values in run.layers) if run is not None else b""
+        self.layer_trace = _floats(self._layer_rows(run)) if run is not None else b""
+
+    def _layer_rows(self, run: RunRecord) -> list[tuple[float, ...]]:
+        """Return step and sparsities of each mask update, in the order of the layers on the page."""
+        rows = []
+        for step, values in run.layers:
+            known = dict(zip(run.distribution, values, strict=True))
+            rows.append((float(step), *(known.get(layer.name, 0.0) for layer in self.state.layers)))
+        return rows
 
     def make_view(self) -> dict[str, Any]:
         """Return everything but the traces."""
@@ -119,7 +127,7 @@ class RunMonitor(StateView):
             "step": run.step,
             "total_steps": run.total_steps,
             "asked": run.asked,
-            "finals": list(run.distribution.values()),
+            "finals": [run.distribution.get(layer.name, 0.0) for layer in self.state.layers],
             "stabilise": options.stabilise,
             "ramp": options.ramp,
             "peak": options.learning_rate or defaults.get("learning_rate"),

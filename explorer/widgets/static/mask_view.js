@@ -102,7 +102,8 @@ function render({ model, el, signal }) {
     Object.assign(canvas.style, { width: `${wide}px`, height: `${rows * scale[1]}px` });
     const [red, green, blue] = ink();
     const image = new ImageData(columns, rows);
-    for (let i = 0; i < cells.length; i++) image.data.set([red, green, blue, cells[i]], 4 * i);
+    // The root lifts the few weights of a sparse layer out of the ground; the key has the same ramp.
+    for (let i = 0; i < cells.length; i++) image.data.set([red, green, blue, Math.sqrt(255 * cells[i])], 4 * i);
     canvas.getContext("2d").putImageData(image, 0, 0);
   }
 

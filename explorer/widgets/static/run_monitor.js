@@ -8,13 +8,23 @@ const MORE = [
   ["update_every", "Steps per mask update", "Training steps from one choice of the weights to the next"],
   ["seed", "Seed", "Order of the images and of all other chance; the same seed gives the same run"],
 ];
-// Two faces of each chart: key, name, unit.
+// Two faces of each chart: key, name, unit, what it teaches.
 const FACES = [
-  [["accuracy", "Accuracy", "% of validation images"], ["loss", "Training loss", "smoothed; thin: each batch"]],
-  [["sparsity", "Sparsity", "% of all weights; dashed: schedule"], ["layers", "Each layer", "% of its weights; click to select"]],
-  [["latency", "Latency", "ms, measured on the sparse engine"], ["stored", "Stored size", "kB, zeros left out"]],
+  [
+    ["accuracy", "Accuracy", "% of validation images", "Share of the validation images that the network gets right, each time it is evaluated"],
+    ["loss", "Training loss", "smoothed; thin: each batch", "How far the network is from what it is trained towards; it jumps when weights go and falls when training repairs"],
+  ],
+  [
+    ["sparsity", "Sparsity", "% of all weights; dashed: schedule", "Share of all prunable weights that are zero, beside the schedule"],
+    ["layers", "Each layer", "% of its weights; click to select", "Share of each layer's weights that are zero; the selected layer is the strong line"],
+  ],
+  [
+    ["latency", "Latency", "ms, measured on the sparse engine", "Median time of one batch with the weights of that moment, measured while training waits"],
+    ["stored", "Stored size", "kB, zeros left out", "The network as a file that holds only the weights that are not zero, and a bit for each weight that says whether it is there"],
+  ],
 ];
 const SHARE_STEP = 0.01;
+const RATE_LABEL_Y = 118; // pixels from the top: at the right end the learning rate is far below, and the sparsity above
 const LIMITS = { epochs: [0.1, 1000], stabilise: [0, 0.9], ramp: [0, 1] };
 
 function render({ model, el, signal }) {
@@ -29,10 +39,10 @@ function render({ model, el, signal }) {
   const expand = button("Settings", () => {
     more.hidden = !more.hidden;
     setOne(expand, "aria-expanded", String(!more.hidden));
-  }, signal, { "aria-expanded": "false", "aria-controls": more.id });
+  }, signal, { "aria-expanded": "false", "aria-controls": more.id, title: "Learning rate, schedule and seed of the next run" });
   const start = button("Start pruning", () => model.send({ do: "start", options: typed() }), signal, { class: "se-primary" });
-  const pause = button("Pause", () => model.send({ do: pause.dataset.act }), signal);
-  const stop = button("Stop", () => model.send({ do: "stop" }), signal);
+  const pause = button("Pause", () => model.send({ do: pause.dataset.act }), signal, { title: "Hold the training after its present step, and go on later" });
+  const stop = button("Stop", () => model.send({ do: "stop" }), signal, { title: "End the run after its present step; what it has reached is kept" });
   const charts = FACES.map(figureOf);
   const hint = make("p", { class: "se-hint" });
   const reader = make("input", { type: "range", min: 0, max: 100, step: 1, class: "se-reader", "aria-label": "Read all charts at one epoch", title: "Arrow keys read all charts at one epoch" });
@@ -53,11 +63,11 @@ function render({ model, el, signal }) {
   }
 
   function figureOf(faces, i) {
-    const one = { face: 0, host: make("div", { class: "se-plot" }), cross: make("div", { class: "se-cross", hidden: true }), read: make("div", { class: "se-read", hidden: true }), unit: make("span", {}), draw: null };
+    const one = { face: 0, host: make("div", { class: "se-plot" }), cross: make("div", { class: "se-cross", hidden: true }), read: make("div", { class: "se-read", hidden: true }), spot: make("div", { class: "se-spot", hidden: true }), unit: make("span", {}), draw: null };
     const group = make("div", { class: "se-seg se-seg-small", role: "group", "aria-label": `Chart ${i + 1} shows` });
-    faces.forEach(([, name], face) => group.append(button(name, () => { one.face = face; update(); }, signal)));
+    faces.forEach(([, name, , help], face) => group.append(button(name, () => { one.face = face; update(); }, signal, { title: help })));
     one.buttons = [...group.children];
-    one.stage = make("div", { class: "se-stage" }, one.host, one.cross, one.read);
+    one.stage = make("div", { class: "se-stage" }, one.host, one.cross, one.spot, one.read);
     one.figure = make("figure", { "data-chart": faces[0][0] }, make("figcaption", {}, group, one.unit), one.stage);
     one.stage.addEventListener("pointermove", (event) => pointAt(i, event), { signal });
     one.stage.addEventListener("pointerleave", () => { crossed = null; cross(); }, { signal });
@@ -135,9 +145,10 @@ function render({ model, el, signal }) {
   /** Write what the kernel has changed into the fields; what is being typed stays. */
   function takeOptions(options) {
     for (const [name, value] of Object.entries(options ?? {})) {
-      if (heard[name] === value && name in heard) continue;
-      const text = value === null ? "" : String(value);
-      if (Number(fields[name].value.replace(",", ".")) !== value || fields[name].value === "") if (document.activeElement !== fields[name] || !(name in heard)) fields[name].value = text;
+      const isNew = !(name in heard);
+      if (!isNew && (heard[name] === value || document.activeElement === fields[name])) continue;
+      const typedValue = fields[name].value === "" ? null : Number(fields[name].value.replace(",", "."));
+      if (typedValue !== value) fields[name].value = value === null ? "" : String(value);
     }
     heard = { ...options };
   }
@@ -263,8 +274,8 @@ function render({ model, el, signal }) {
       reads: (at) => {
         const rate = rateAt(scene, at);
         const value = valueAt(grown, at);
-        const what = value === null ? told(final === null ? null : 100 * final * due(at), (v) => `planned ${v.toFixed(1)} %`) : `${value.toFixed(1)} %`;
-        return rate === null ? what : `${what}, learning rate ${rate.toPrecision(2)}`;
+        const found = value === null ? told(final === null ? null : 100 * final * due(at), (v) => `planned ${v.toFixed(1)} %`) : told(value, (v) => `${v.toFixed(1)} %`);
+        return rate === null ? found : { ...found, text: `${found.text}${found.text ? ", " : ""}learning rate ${rate.toPrecision(2)}` };
       },
       isSchedule: true,
     };
@@ -292,7 +303,7 @@ function render({ model, el, signal }) {
       layers: lines,
       reads: (at, y) => {
         const line = (y === undefined ? strong : nearestLayer(lines, at, y)) ?? strong;
-        return line ? told(valueAt(line.points, at), (v) => `${line.name} ${line.measured ? "" : "planned "}${v.toFixed(1)} %`) : "";
+        return line ? told(valueAt(line.points, at), (v) => `${line.name} ${line.measured ? "" : "planned "}${v.toFixed(1)} %`) : told(null);
       },
       isSchedule: true,
     };
@@ -340,7 +351,7 @@ function render({ model, el, signal }) {
     });
     if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, waiting));
     if (spec.isSchedule && scene.peak && width > 300)
-      svg.append(draw("text", { x: width - PAD.right - 2, y: HEIGHT - PAD.bottom - 36, "text-anchor": "end", class: "se-halo se-quiet" }, `dotted: learning rate, from ${Number(scene.peak.toPrecision(3))}`));
+      svg.append(draw("text", { x: width - PAD.right - 2, y: RATE_LABEL_Y, "text-anchor": "end", class: "se-halo se-quiet" }, `learning rate ${Number(scene.peak.toPrecision(3))}`));
     one.host.replaceChildren(svg);
     Object.assign(one, { toPixels, width, spec });
   }
@@ -391,12 +402,14 @@ function render({ model, el, signal }) {
   function cross() {
     const heardWords = [];
     charts.forEach((one, i) => {
-      const text = crossed && one.spec ? one.spec.reads(crossed.at, crossed.i === i ? crossed.y : undefined) : "";
+      const { text, value } = crossed && one.spec ? one.spec.reads(crossed.at, crossed.i === i ? crossed.y : undefined) : told(null);
       one.cross.hidden = !crossed;
+      one.spot.hidden = value === null;
       one.read.hidden = !text;
       if (!crossed) return;
       const left = pixel(i, crossed.at);
       one.cross.style.left = `${left}px`;
+      if (value !== null) Object.assign(one.spot.style, { left: `${left}px`, top: `${one.toPixels(crossed.at, value)[1]}px` });
       const right = left > one.host.clientWidth / 2;
       Object.assign(one.read.style, { left: `${left}px`, transform: right ? "translateX(calc(-100% - 6px))" : "translateX(6px)" });
       say(one.read, text);
@@ -419,7 +432,7 @@ function render({ model, el, signal }) {
   }
 
   function told(value, wording) {
-    return value === null || value === undefined ? "" : wording(value);
+    return value === null || value === undefined ? { text: "", value: null } : { text: wording(value), value };
   }
 
   function last(points, colour, label) {
