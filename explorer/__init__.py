@@ -26,6 +26,10 @@ _HOME = {
     "Recipe": "explorer.formats",
     "Study": "explorer.study",
     "SensitivityExplorer": "explorer.widgets",
+    "LayerTable": "explorer.widgets",
+    "SensitivityView": "explorer.widgets",
+    "DistributionEditor": "explorer.widgets",
+    "RunMonitor": "explorer.widgets",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -40,7 +44,13 @@ if TYPE_CHECKING:
     from explorer.pruning import PruningRun
     from explorer.sensitivity import SensitivityTable
     from explorer.study import Study
-    from explorer.widgets import SensitivityExplorer
+    from explorer.widgets import (
+        DistributionEditor,
+        LayerTable,
+        RunMonitor,
+        SensitivityExplorer,
+        SensitivityView,
+    )
 
 
 def __getattr__(name: str) -> Any:

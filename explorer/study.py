@@ -1081,7 +1081,7 @@ class Study:
             If the run cannot start.
         """
         data = self._need_data()
-        return PruningRun(
+        run = PruningRun(
             self.model,
             data,
             distribution,
@@ -1090,6 +1090,8 @@ class Study:
             epochs=epochs,
             **options,
         )
+        run.study = self
+        return run
 
     def adopt(self, recipe: Recipe) -> SparsityDistribution:
         """Return the distribution of a recipe for this study's model, and remember the target that it was solved for.

@@ -170,6 +170,8 @@ class PruningRun:
         # Dropout draws from torch's global generator: the run has a state of it of its own.
         self._random_state = torch.Generator().manual_seed(self.settings.seed).get_state()
 
+        self.study: Any = None
+        """The `Study` that made this run, for those who show it."""
         self._measure_latency = measure_latency
         self._lock = threading.Lock()
         self._stop = threading.Event()

@@ -15,5 +15,14 @@ if importlib.util.find_spec("anywidget") is None or importlib.util.find_spec("ip
 
 from explorer.widgets.sensitivity_explorer import SensitivityExplorer, open_app
 from explorer.widgets.state import ExplorerState
+from explorer.widgets.steps import DistributionEditor, LayerTable, RunMonitor, SensitivityView
 
-__all__ = ["ExplorerState", "SensitivityExplorer", "open_app"]
+__all__ = [
+    "DistributionEditor",
+    "ExplorerState",
+    "LayerTable",
+    "RunMonitor",
+    "SensitivityExplorer",
+    "SensitivityView",
+    "open_app",
+]

@@ -32,16 +32,25 @@ def _by_layer(state: ExplorerState, values: Any) -> Mapping[str, float]:
     return {layer.name: float(value) for layer, value in zip(state.layers, values, strict=True)}
 
 
-class Equalizer(StateView):
-    """Draggable bars, undo, lock, uniform and solve."""
+def _names(said: Mapping[str, Any]) -> list[str]:
+    """Return the layers that the page names."""
+    if not isinstance(said["layers"], list):
+        raise DistributionError(f"The page sent {said['layers']!r}; it is to send a list of layers.")
+    return [str(name) for name in said["layers"]]
 
-    _esm = assets.module("equalizer")
+
+class Equalizer(StateView):
+    """Draggable bars, undo, lock, uniform and solve; distributions that are kept by name."""
+
+    _esm = assets.module("equalizer", "link", "predict", "arrange", "kept")
     _css = assets.style("equalizer")
     watches = (
         "study",
         "layers",
         "distribution",
         "ghost",
+        "snapshots",
+        "compared",
         "origin",
         "curves",
         "selected",
@@ -59,8 +68,13 @@ class Equalizer(StateView):
     gestures = {
         "select": lambda state, said: state.select(str(said["layer"])),
         "commit": lambda state, said: state.edit(_by_layer(state, said["values"]), final=True),
-        "type": lambda state, said: state.type_sparsity(str(said["layer"]), str(said["text"])),
-        "lock": lambda state, said: state.toggle_lock(str(said["layer"])),
+        "type": lambda state, said: state.type_sparsity(_names(said), str(said["text"])),
+        "lock": lambda state, said: state.toggle_lock(_names(said)),
+        "tie": lambda state, said: state.toggle_tie(_names(said)),
+        "keep": lambda state, said: state.keep(str(said["name"])),
+        "take": lambda state, said: state.take_snapshot(str(said["name"])),
+        "forget": lambda state, said: state.forget_snapshot(str(said["name"])),
+        "compare": lambda state, said: state.compare_with(str(said["name"])),
         "solve": lambda state, said: state.solve(said["target"]),
         "turn": lambda state, said: state.turn(said["target"]),
         "target": lambda state, said: state.choose_target(str(said["kind"])),
@@ -83,6 +97,11 @@ class Equalizer(StateView):
     curves = t.Dict().tag(sync=True)
     """Harm (see `Curves.harm_kind`) and latency per layer, for colours and words that follow the pointer without asking the kernel."""
 
+    tables = t.Dict().tag(sync=True)
+    """`PredictionTables` as the page needs them, to predict in the frame in which a bar moves; empty before a measurement."""
+
+    _tables_of: Any = None
+
     def __init__(self, state: ExplorerState) -> None:
         super().__init__(state)
         self.observe(self._on_drag, names=["drag"])
@@ -94,6 +113,11 @@ class Equalizer(StateView):
         names = [layer.name for layer in state.layers]
         pages = state.curves.to_page(names)
         self.curves = {"harm": state.curves.harm_to_page(names), "latency_ms": pages.get("latency_ms", [])}
+        # They change with the curves alone, not while a bar is dragged.
+        if (state.measured, state.curves) != self._tables_of:
+            self._tables_of = state.measured, state.curves
+            told = getattr(state.study, "prediction_tables", None) if state.measured else None
+            self.tables = told().to_page() if told is not None else {}
         if state.distribution is not None:
             self.values = [state.distribution[layer.name] for layer in state.layers]
 
@@ -101,7 +125,9 @@ class Equalizer(StateView):
         """Return everything but values and curves."""
         state = self.state
         locked = state.distribution.locked if state.distribution is not None else frozenset()
-        ghost = state.ghost if state.origin != "uniform" else None
+        groups = state.distribution.groups if state.distribution is not None else ()
+        kept = {snapshot.name: snapshot.distribution for snapshot in state.snapshots}
+        ghost = kept.get(state.compared, state.ghost if state.origin != "uniform" else None)
         return {
             "layers": [
                 {
@@ -110,6 +136,7 @@ class Equalizer(StateView):
                     "share": layer.share,
                     "n_params": layer.n_params,
                     "locked": layer.name in locked,
+                    "group": next((i for i, group in enumerate(groups) if layer.name in group), None),
                     "ghost": ghost[layer.name] if ghost is not None else None,
                     "even": state.curves.break_even(layer.name),
                 }
@@ -123,6 +150,11 @@ class Equalizer(StateView):
             "target_kind": state.target_kind,
             "solvable": state.measured and not state.job.busy,
             "why": self._why(),
+            "snapshots": [
+                {"name": name, "here": dict(distribution) == dict(state.distribution)}
+                for name, distribution in kept.items()
+            ],
+            "compared": state.compared,
             "can_undo": state.can_undo,
             "can_redo": state.can_redo,
             "search": self._search(),

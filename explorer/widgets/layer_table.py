@@ -12,7 +12,7 @@ from explorer.widgets.metrics import count
 class LayerTable(StateView):
     """One row a layer."""
 
-    _esm = assets.module("layer_table")
+    _esm = assets.module("layer_table", "link")
     _css = assets.style("layer_table")
     watches = ("layers", "selected", "study", "dense")
     gestures = {"select": lambda state, said: state.select(str(said["layer"]))}

@@ -23,7 +23,7 @@ WEIGHT_BYTES = 4
 class Metrics(StateView):
     """The key figures."""
 
-    _esm = assets.module("metrics")
+    _esm = assets.module("metrics", "link")
     _css = assets.style("metrics")
     watches = (
         "study",

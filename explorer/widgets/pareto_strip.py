@@ -14,7 +14,7 @@ from explorer.widgets.state import harm_of
 class ParetoStrip(StateView):
     """A curve to look at and to click, and a slider that walks along it."""
 
-    _esm = assets.module("pareto_strip", "chart")
+    _esm = assets.module("pareto_strip", "chart", "link")
     _css = assets.style("pareto_strip")
     watches = ("frontier", "prediction", "curves", "measured", "job")
     gestures = {"adopt": lambda state, said: state.adopt_worthwhile(int(said["index"]))}

@@ -7,12 +7,12 @@ Invariant: the last thing posted to a slot is always delivered, and slots are de
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
 
@@ -42,6 +42,14 @@ class DirectScheduler:
 
     def __call__(self, delay: float, call: Callable[[], None]) -> None:  # noqa: ARG002 - there is nothing to wait for
         call()
+
+
+def kernel_scheduler() -> Scheduler:
+    """Return a scheduler on the running loop, which in a kernel is the one that serves the page; without a loop, a direct one."""
+    try:
+        return LoopScheduler(asyncio.get_running_loop())
+    except RuntimeError:
+        return DirectScheduler()
 
 
 class Publisher:

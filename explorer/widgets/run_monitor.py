@@ -35,7 +35,7 @@ class RunMonitor(StateView):
     )
     gestures = {
         "options": lambda state, said: state.set_options(said["options"]),
-        "start": lambda state, said: state.start_run(said.get("options")),
+        "start": lambda state, said: state.start_run(settings=said.get("options")),
         "pause": lambda state, _: state.pause(),
         "resume": lambda state, _: state.resume(),
         "stop": lambda state, _: state.stop(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -14,23 +13,15 @@ from explorer.widgets.mask_view import MaskView
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
 from explorer.widgets.pareto_strip import ParetoStrip
-from explorer.widgets.publisher import DirectScheduler, LoopScheduler
+from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
 from explorer.widgets.state import DEMO_CHOICES, ExplorerState
+from explorer.widgets.steps import state_of
 
 if TYPE_CHECKING:
     from explorer.widgets.base import StateView
-    from explorer.widgets.publisher import Scheduler
-
-
-def kernel_scheduler() -> Scheduler:
-    """Return a scheduler on the running loop, which in a kernel is the one that serves the page; without a loop, a direct one."""
-    try:
-        return LoopScheduler(asyncio.get_running_loop())
-    except RuntimeError:
-        return DirectScheduler()
 
 
 class SensitivityExplorer(ipywidgets.VBox):
@@ -53,12 +44,7 @@ class SensitivityExplorer(ipywidgets.VBox):
     """
 
     def __init__(self, model: Any, data: Any = None) -> None:
-        self.state = (
-            model
-            if isinstance(model, ExplorerState)
-            else ExplorerState(_as_study(model, data), scheduler=kernel_scheduler())
-        )
-        state = self.state
+        state = self.state = state_of(model if isinstance(model, ExplorerState) else _as_study(model, data))
         self.header = Header(state)
         self.notice = Notice(state)
         self.metrics = Metrics(state)

@@ -18,7 +18,7 @@ from explorer.widgets.state import DEFAULT_IMAGES
 class SensitivityView(StateView):
     """Loss and latency of each layer over its sparsity."""
 
-    _esm = assets.module("sensitivity_view", "chart")
+    _esm = assets.module("sensitivity_view", "chart", "link")
     _css = assets.style("sensitivity_view")
     watches = (
         "study",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import tempfile
 import time
@@ -33,7 +34,7 @@ from explorer.widgets.targets import KINDS, TargetKind
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from concurrent.futures import Executor
 
 MAX_SPARSITY = 0.99
@@ -62,6 +63,9 @@ LEVELS_IN_VIEW = 4
 
 SEARCHING = "looking for a better distribution"
 """Says `ExplorerState.background` while the search goes on."""
+
+MAX_SNAPSHOTS, MAX_NAME = 24, 40
+"""Most distributions that are kept by name, and most characters of a name."""
 
 LOG_LINES = 200
 PATIENCE = 180.0
@@ -120,6 +124,14 @@ class Worthwhile:
     distribution: Any
     speedup: float
     harm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A distribution that is kept by name."""
+
+    name: str
+    distribution: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +230,10 @@ class ExplorerState(t.HasTraits):
     """What is solved for: a name of `KINDS`."""
     target = t.Float(FIRST_SPEEDUP)
     """Speed-up that was asked for last."""
+    snapshots = t.Tuple()
+    """Tuple of `Snapshot`, the oldest first."""
+    compared = t.Unicode("")
+    """Name of the snapshot that is drawn behind the bars; empty for the uniform one of about the same latency."""
     can_undo = t.Bool(False)
     can_redo = t.Bool(False)
     selected = t.Unicode("")
@@ -304,6 +320,7 @@ class ExplorerState(t.HasTraits):
         self.selected = self.layers[0].name
         self._refresh_facts()
         self._history.clear()
+        self._refresh_snapshots()
         self.ghost = None
         self._take(study.uniform(0.9), "uniform")
         self._refresh_limits()
@@ -410,21 +427,89 @@ class ExplorerState(t.HasTraits):
             self._settle(final=True)
 
     @_guarded
-    def type_sparsity(self, name: str, text: str) -> None:
-        """Take a sparsity that was typed, in per cent."""
+    def type_sparsity(self, names: Sequence[str], text: str) -> None:
+        """Take a sparsity for some layers that was typed, in per cent."""
+        self._check_layers(names)
         number = _number(text.replace("%", ""), "a sparsity in per cent between 0 and 99")
-        self.edit({name: _checked_sparsity(number / 100)}, final=True)
+        self.edit(dict.fromkeys(names, _checked_sparsity(number / 100)), final=True)
 
     @_guarded
-    def toggle_lock(self, name: str) -> None:
-        """Lock a layer at its sparsity, or unlock it."""
+    def toggle_lock(self, names: Sequence[str]) -> None:
+        """Lock some layers at their sparsity, or unlock them when all of them are."""
+        distribution = self._check_layers(names)
+        locked = set(names) <= distribution.locked
+        self._change(distribution.unlock(*names) if locked else distribution.lock(*names))
+
+    @_guarded
+    def toggle_tie(self, names: Sequence[str]) -> None:
+        """Have some layers share one sparsity from now on, in the hand and in the solver; free them when all of them are tied to each other."""
+        distribution = self._check_layers(names)
+        is_tied = any(set(names) <= set(group) for group in distribution.groups)
+        self._change(distribution.unlink(*names) if is_tied else distribution.link(*names))
+
+    def _check_layers(self, names: Sequence[str]) -> Any:
+        """Return the distribution, which has these layers."""
         distribution = self._need_distribution()
-        if name not in distribution:
-            raise DistributionError(f"There is no layer {name!r}; layers are {', '.join(distribution)}.")
-        locked = name in distribution.locked
-        self.distribution = distribution.unlock(name) if locked else distribution.lock(name)
+        unknown = [name for name in names if name not in distribution]
+        if unknown or not names:
+            told = ", ".join(map(repr, unknown)) or "no name"
+            raise DistributionError(f"There is no layer {told}; layers are {', '.join(distribution)}.")
+        return distribution
+
+    def _change(self, distribution: Any) -> None:
+        """Take what differs in more than sparsities; where these differ too, it was made by hand."""
+        if dict(distribution) != dict(self.distribution):
+            self.origin = "mine"
+        self.distribution = distribution
+        self._refresh_prediction()
         self._remember()
         self._settle(final=True)
+
+    # Snapshots
+
+    @_guarded
+    def keep(self, name: str = "") -> None:
+        """Keep the distribution by name; without one it is called after its speed-up, or its sparsity."""
+        self._need_distribution()
+        known = {snapshot.name for snapshot in self.snapshots}
+        name = " ".join(str(name).split())
+        if len(name) > MAX_NAME:
+            raise DistributionError(f"The name has {len(name)} characters; give at most {MAX_NAME}.")
+        if len(known) >= MAX_SNAPSHOTS and name not in known:
+            raise DistributionError(f"{MAX_SNAPSHOTS} distributions are kept already; forget one first.")
+        self._remember()
+        self._history.snapshot(name or _unused(self._described(), known))
+        self._refresh_snapshots()
+
+    def _described(self) -> str:
+        word = {"solved": "solved", "uniform": "uniform"}.get(self.origin, "by hand")
+        if self.prediction is not None and self.prediction.speedup is not None:
+            return f"{word}, {self.prediction.speedup:.2f} ×"
+        return f"{word}, {_mean_sparsity(self.layers, self.distribution):.1%}"
+
+    @_guarded
+    def take_snapshot(self, name: str) -> None:
+        """Put a kept distribution on the page; a step of undo like any other."""
+        self._take(self._history.restore(name), "mine")
+
+    @_guarded
+    def forget_snapshot(self, name: str) -> None:
+        """Drop a kept distribution."""
+        self._history.forget(name)
+        self._refresh_snapshots()
+
+    @_guarded
+    def compare_with(self, name: str) -> None:
+        """Draw a kept distribution behind the bars; with an empty name the uniform one."""
+        if name and name not in self._history.snapshots:
+            raise DistributionError(f"No distribution is kept as {name!r}.")
+        self.compared = name
+
+    def _refresh_snapshots(self) -> None:
+        kept = self._history.snapshots
+        self.snapshots = tuple(Snapshot(name, distribution) for name, distribution in kept.items())
+        if self.compared not in kept:
+            self.compared = ""
 
     @_guarded
     def choose_target(self, kind: str) -> None:
@@ -555,17 +640,21 @@ class ExplorerState(t.HasTraits):
         self.options = _checked_options(given)
 
     @_guarded
-    def start_run(self, given: Mapping[str, Any] | None = None) -> None:
-        """Prune the model to the distribution on the page while it trains, with the settings `given`; wrong ones start nothing."""
+    def start_run(self, given: Any = None, *, settings: Mapping[str, Any] | None = None) -> None:
+        """Prune the model to the distribution on the page while it trains, with `settings` as they were typed, of which wrong ones start nothing; or begin a `PruningRun` that was `given`, whose distribution comes onto the page."""
         study = self._need_study()
-        if given is not None:
-            self.options = _checked_options(given)
+        if given is not None and given.state != "ready":
+            raise RunError(f"This run is {given.state}; show one that has not begun.")
+        if settings is not None:
+            self.options = _checked_options(settings)
+        if given is not None and not self.job.busy:
+            self._take(self._need_distribution().replace(given.asked), "mine")
         distribution = self._need_distribution()
         if getattr(study, "data", None) is None:
             raise RunError("This study has no data to train on; make it with Study(model, data).")
         number = self.run.number + 1 if self.run else 1
         asked = _mean_sparsity(self.layers, distribution)
-        options = self.options
+        options = self.options if given is None else _options_of(given.settings)
         record = RunRecord(
             number,
             distribution,
@@ -576,7 +665,7 @@ class ExplorerState(t.HasTraits):
         )
 
         def work(stop: threading.Event) -> RunRecord:
-            return self._prune(study, record, options, stop)
+            return self._prune(study, record, options, stop, given)
 
         def finished(last: RunRecord) -> None:
             self.run = last
@@ -589,12 +678,16 @@ class ExplorerState(t.HasTraits):
         if self.job.kind == "prune":
             self.run = record
 
-    def _prune(self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event) -> RunRecord:
-        given = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    def _prune(
+        self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event, given: Any
+    ) -> RunRecord:
         groups = {name: study.n_groups(name) for name in record.distribution}
         recorder = RunRecorder(record, stored_bytes=study.stored_bytes, groups=groups, clock=self._clock)
-        given["evaluate_every"] = _evaluate_every(study, options.epochs)
-        run = study.prune(record.distribution, **given)
+        run = given
+        if run is None:
+            chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+            chosen["evaluate_every"] = _evaluate_every(study, options.epochs)
+            run = study.prune(record.distribution, **chosen)
         self._pruning = run
         if self.job.paused:
             run.pause()
@@ -1073,6 +1166,15 @@ def _uniform_like(study: Any, latency_ms: float) -> Any:
     return study.uniform(round(high, 3))
 
 
+def _unused(name: str, known: Collection[str]) -> str:
+    """Return `name`, with a number behind it when it is taken."""
+    numbers = itertools.count(2)
+    tried = name
+    while tried in known:
+        tried = f"{name} ({next(numbers)})"
+    return tried
+
+
 def _number(value: Any, accepted: str) -> float:
     """Return `value` as a finite number, or raise an error that says what is accepted."""
     try:
@@ -1124,6 +1226,13 @@ def _checked_options(given: Mapping[str, Any]) -> RunOptions:
             f"stabilise {options.stabilise:g} and ramp {options.ramp:g} are shares of one run and add up to more than 1; lower one."
         )
     return options
+
+
+def _options_of(settings: Any) -> RunOptions:
+    """Return what the page shows of the `RunSettings` of a run that was made elsewhere."""
+    return RunOptions(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RunOptions)}
+    )
 
 
 def _evaluate_every(study: Any, epochs: float) -> int:

@@ -37,7 +37,7 @@ BROWSER_FLAGS = [
 FAKE_PAGE = """
 from tests.widgets.fake_study import FakeStudy
 from explorer.widgets import ExplorerState, SensitivityExplorer
-from explorer.widgets.sensitivity_explorer import kernel_scheduler
+from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.state import Choice
 from explorer.errors import DataError
 

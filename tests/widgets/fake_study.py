@@ -47,8 +47,13 @@ class Point:
 
 
 class Distribution(Mapping[str, float]):
-    def __init__(self, values: Mapping[str, float], locked: frozenset[str] = frozenset()) -> None:
-        self._values, self.locked = dict(values), locked
+    def __init__(
+        self,
+        values: Mapping[str, float],
+        locked: frozenset[str] = frozenset(),
+        groups: tuple[tuple[str, ...], ...] = (),
+    ) -> None:
+        self._values, self.locked, self.groups = dict(values), locked, groups
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]
@@ -60,26 +65,32 @@ class Distribution(Mapping[str, float]):
         return len(self._values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Distribution) and (self._values, self.locked) == (
+        return isinstance(other, Distribution) and (self._values, self.locked, self.groups) == (
             other._values,
             other.locked,
+            other.groups,
         )
 
     def __hash__(self) -> int:
         return hash((tuple(self._values.items()), self.locked))
 
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        return ()
-
     def set(self, name: str, value: float) -> Distribution:
-        return Distribution({**self._values, name: value}, self.locked)
+        tied = next((group for group in self.groups if name in group), (name,))
+        return Distribution({**self._values, **dict.fromkeys(tied, value)}, self.locked, self.groups)
 
     def lock(self, *names: str) -> Distribution:
-        return Distribution(self._values, self.locked | set(names))
+        return Distribution(self._values, self.locked | set(names), self.groups)
 
     def unlock(self, *names: str) -> Distribution:
-        return Distribution(self._values, self.locked - set(names))
+        return Distribution(self._values, self.locked - set(names), self.groups)
+
+    def link(self, *names: str) -> Distribution:
+        equal = dict.fromkeys(names, self._values[names[0]])
+        return Distribution({**self._values, **equal}, self.locked, (*self.groups, names))
+
+    def unlink(self, *names: str) -> Distribution:
+        left = tuple(group for group in self.groups if not set(group) & set(names))
+        return Distribution(self._values, self.locked, left)
 
 
 @dataclass(frozen=True)
@@ -268,12 +279,39 @@ class FakeStudy:
         latency = FIXED_MS + sum(self.ms(layer, distribution[layer.name]) for layer in self.layers)
         loss = sum(self.kl(layer, distribution[layer.name]) for layer in self.layers)
         n_params = sum(layer.n_params for layer in self.layers)
-        zeros = sum(round(layer.n_params * distribution[layer.name]) for layer in self.layers)
+        nonzeros = [
+            layer.n_params
+            - min(layer.n_params - 1, math.ceil(layer.n_params * distribution[layer.name] - 1e-9))
+            for layer in self.layers
+        ]
+        nnz = sum(nonzeros)
+        stored = (
+            min(math.ceil(layer.n_params / 8) + 4 * n, 4 * layer.n_params)
+            for layer, n in zip(self.layers, nonzeros, strict=True)
+        )
         return SimpleNamespace(
-            kl=loss, loss=loss, accuracy=0.93 * math.exp(-0.2 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
-            speedup=self.dense_ms / latency, nnz=n_params - zeros, n_params=n_params, sparsity=zeros / n_params,
-            size_bytes=4 * (n_params - zeros) + n_params // 8,
+            kl=loss, loss=loss, accuracy=max(0.0, 0.93 - 0.03 * loss), latency_ms=latency, latency_error_ms=0.05 * latency,
+            speedup=self.dense_ms / latency, nnz=nnz, n_params=n_params, sparsity=1 - nnz / n_params,
+            size_bytes=sum(stored),
         )  # fmt: skip
+
+    def prediction_tables(self) -> Any:
+        levels = [i / 100 for i in range(100)]
+
+        def curves(of: Any) -> list[Any]:
+            return [[levels, [of(layer, level) for level in levels]] for layer in self.layers]
+
+        page = {
+            "n_params": [layer.n_params for layer in self.layers],
+            "curves": {
+                "kl": curves(self.kl),
+                "accuracy": curves(lambda layer, level: -0.03 * self.kl(layer, level)),
+                "latency_ms": curves(self.ms),
+            },
+            "dense": {"kl": 0.0, "accuracy": 0.93},
+            "fixed_ms": FIXED_MS, "scale": 1.0, "baseline_ms": self.dense_ms, "other_bytes": 0,
+        }  # fmt: skip
+        return SimpleNamespace(to_page=lambda: page)
 
     def pareto(self, *, locked: Mapping[str, float], groups: Any) -> Any:
         self.calls.append(("pareto", locked, groups))

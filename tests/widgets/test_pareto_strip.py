@@ -53,7 +53,7 @@ def test_locks_make_another_frontier(state: ExplorerState, study: FakeStudy) -> 
     state.measure()
     state.edit({"block1.conv1": 0.25}, final=True)
     n = sum(call[0] == "pareto" for call in study.calls)
-    state.toggle_lock("block1.conv1")
+    state.toggle_lock(["block1.conv1"])
     drawn = [call for call in study.calls if call[0] == "pareto"]
     assert len(drawn) == n + 1
     assert drawn[-1][1] == {"block1.conv1": 0.25}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from explorer.errors import DataError
+from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.jobs import IDLE, InlineExecutor
 from explorer.widgets.publisher import DirectScheduler
 from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState, RunOptions
@@ -73,8 +74,8 @@ def test_a_stopped_measurement_keeps_its_points_and_solves_nothing(
 
 def test_a_solved_speedup_respects_locked_layers(state: ExplorerState, study: FakeStudy) -> None:
     state.measure()
-    state.type_sparsity("fc", "12.5")
-    state.toggle_lock("fc")
+    state.type_sparsity(["fc"], "12.5")
+    state.toggle_lock(["fc"])
     state.solve("2.5")
     assert state.error == ""
     assert [call for call in study.calls if call[0] == "solve"][-1] == ("solve", 2.5, {"fc": 0.125})
@@ -208,20 +209,20 @@ def test_solving_before_measuring_says_what_to_do(state: ExplorerState) -> None:
     ("typed", "value"), [("50", 0.5), ("87,5", 0.875), (" 12 % ", 0.12), ("0", 0.0), ("99", 0.99)]
 )
 def test_a_typed_sparsity_is_in_per_cent(state: ExplorerState, typed: str, value: float) -> None:
-    state.type_sparsity("fc", typed)
+    state.type_sparsity(["fc"], typed)
     assert state.error == ""
     assert state.distribution["fc"] == pytest.approx(value)
 
 
 @pytest.mark.parametrize("typed", ["99.9", "-1", "many", "", "inf", "120"])
 def test_a_wrong_sparsity_is_refused(state: ExplorerState, typed: str) -> None:
-    state.type_sparsity("fc", typed)
+    state.type_sparsity(["fc"], typed)
     assert "between 0 and 99" in state.error
     assert state.distribution["fc"] == 0.0
 
 
 def test_a_locked_layer_cannot_be_dragged(state: ExplorerState) -> None:
-    state.toggle_lock("fc")
+    state.toggle_lock(["fc"])
     state.edit({"fc": 0.5}, final=True)
     assert "unlock" in state.error
     assert state.distribution["fc"] == 0.0
@@ -240,7 +241,7 @@ def test_a_drag_is_one_step_of_undo(state: ExplorerState) -> None:
 
 def test_uniform_keeps_locked_layers(state: ExplorerState) -> None:
     state.edit({"block1.conv1": 0.2}, final=True)
-    state.toggle_lock("block1.conv1")
+    state.toggle_lock(["block1.conv1"])
     state.make_uniform()
     assert state.distribution["block1.conv1"] == 0.2
     assert state.distribution["block3.conv2"] == 0.9
@@ -432,3 +433,65 @@ def test_the_log_is_bounded(state: ExplorerState) -> None:
         state.report(DataError(f"error {i}"))
     assert len(state.log) == 200
     assert "error 999" in state.log[-1]
+
+
+def test_a_distribution_is_kept_by_name_taken_back_and_compared_with(state: ExplorerState) -> None:
+    state.measure()
+    first = state.distribution
+    state.keep("  for   the phone ")
+    assert [snapshot.name for snapshot in state.snapshots] == ["for the phone"]
+    state.edit({"fc": 0.5}, final=True)
+    state.keep()
+    state.keep()
+    told = f"by hand, {state.prediction.speedup:.2f} ×"
+    assert [snapshot.name for snapshot in state.snapshots] == ["for the phone", told, f"{told} (2)"]
+    state.compare_with("for the phone")
+    view = Equalizer(state).view
+    assert [layer["ghost"] for layer in view["layers"]] == [first[layer.name] for layer in state.layers]
+    assert [one["here"] for one in view["snapshots"]] == [False, True, True]
+    state.take_snapshot("for the phone")
+    assert state.distribution == first
+    state.undo()
+    assert state.distribution["fc"] == 0.5
+    state.forget_snapshot("for the phone")
+    assert state.compared == ""
+    assert len(state.snapshots) == 2
+    for gesture in (state.take_snapshot, state.forget_snapshot, state.compare_with):
+        gesture("for the phone")
+        assert "for the phone" in state.error
+        state.error = ""
+    state.keep("x" * 41)
+    assert "at most 40" in state.error
+    for i in range(30):
+        state.keep(f"number {i}")
+    assert len(state.snapshots) == 24
+    assert "forget one first" in state.error
+    state.adopt(state.study)
+    assert state.snapshots == ()
+
+
+def test_several_layers_are_typed_locked_and_tied_together(state: ExplorerState) -> None:
+    some = ["block3.conv1", "block3.conv2"]
+    state.type_sparsity(some, "80 %")
+    assert [state.distribution[name] for name in some] == [0.8, 0.8]
+    assert state.distribution["block2.conv2"] == 0.9
+    state.toggle_lock(some[:1])
+    state.toggle_lock(some)
+    assert state.distribution.locked == {*some}
+    state.toggle_lock(some)
+    assert state.distribution.locked == frozenset()
+    state.edit({some[1]: 0.4}, final=True)
+    state.toggle_tie(some)
+    assert state.distribution.groups == (tuple(some),)
+    assert [state.distribution[name] for name in some] == [0.8, 0.8]
+    assert {layer["name"]: layer["group"] for layer in Equalizer(state).view["layers"]}[some[0]] == 0
+    state.edit({some[0]: 0.7, some[1]: 0.7}, final=True)
+    assert [state.distribution[name] for name in some] == [0.7, 0.7]
+    state.undo()
+    assert state.distribution.groups == (tuple(some),)
+    state.toggle_tie(some)
+    assert state.distribution.groups == ()
+    for names in (["no such layer"], []):
+        state.error = ""
+        state.type_sparsity(names, "50")
+        assert "There is no layer" in state.error

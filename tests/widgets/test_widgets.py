@@ -78,9 +78,9 @@ def test_the_buttons_of_the_equalizer_act(state: ExplorerState) -> None:
     press(equalizer, "undo")
     assert state.distribution == solved
     press(equalizer, "redo")
-    press(equalizer, "type", layer="fc", text="40")
+    press(equalizer, "type", layers=["fc"], text="40")
     assert equalizer.values[-1] == 0.4
-    press(equalizer, "lock", layer="fc")
+    press(equalizer, "lock", layers=["fc"])
     assert equalizer.view["layers"][-1]["locked"]
 
 
@@ -90,7 +90,7 @@ def test_messages_that_make_no_sense_do_no_harm(state: ExplorerState) -> None:
     press(equalizer, "explode")
     press(equalizer, "commit", values="abc")
     press(equalizer, "commit", values=[None] * 10)
-    press(equalizer, "lock", layer="no such layer")
+    press(equalizer, "lock", layers=["no such layer"])
     press(equalizer, "solve")
     assert state.distribution == before
     assert state.error

@@ -9,7 +9,7 @@ const PAD = { left: 46, right: 14, top: 24, bottom: 38 };
  * spec.x, spec.y            { domain: [a, b], ticks: [[value, text]], label, map: value => number }
  * spec.bands                [{ from, to, label, shade }] stretches of the x axis
  * spec.rules                [{ y, label, dash, colour }] horizontal lines
- * spec.lines                [{ points: [[x, y]], colour, width, dash, opacity, dots }]
+ * spec.lines                [{ points: [[x, y]], colour, width, dash, opacity, dots, name }]
  * spec.areas                [{ points: [[x, low, high]], colour }] filled between two lines
  * spec.marks                [{ x, y, colour, r, label, diamond, title }]
  * spec.name                 what a screen reader says
@@ -61,7 +61,7 @@ function chart(spec) {
     if (!line.points.length) continue;
     const path = line.points.map(([px, py], i) => `${i ? "L" : "M"}${place(px, py).map((v) => v.toFixed(1)).join(" ")}`).join("");
     if (line.points.length > 1)
-      svg.append(draw("path", { d: path, fill: "none", "stroke-width": line.width ?? 2, "stroke-dasharray": line.dash, "stroke-opacity": line.opacity, "stroke-linejoin": "round", "stroke-linecap": "round", style: `stroke:${line.colour}` }));
+      svg.append(draw("path", { d: path, "data-name": line.name, fill: "none", "stroke-width": line.width ?? 2, "stroke-dasharray": line.dash, "stroke-opacity": line.opacity, "stroke-linejoin": "round", "stroke-linecap": "round", style: `stroke:${line.colour}` }));
     if (line.dots)
       for (const [px, py] of line.points) {
         const [cx, cy] = place(px, py);

@@ -1,15 +1,17 @@
 // The equalizer: one bar a layer. Height is its sparsity, width its share of the dense time, colour what pruning it costs.
-// While a bar is dragged the page draws from its own copy and tells the kernel at most every SEND_MS; letting go commits.
+// While bars are dragged the page draws and predicts from its own copy, and tells the kernel at most every SEND_MS; letting go commits.
 
 const SEND_MS = 50;
 const MAX = 0.99;
 const TURNS = 1000; // positions of the target's dial
+const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
+const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
   const root = section(el, "Distribution", "se-card se-eq", 3);
   const gesture = (name, extra = {}) => model.send({ do: name, ...extra });
 
-  // Tools
+  // Target
   const kinds = make("select", { "aria-label": "What to solve for", title: "Speed-up over the fastest dense run; latency of one call; zeros among the weights that can be pruned; size on disc; or how far outputs may be from the dense network's before training, as fast as that allows" });
   const range = make("input", { type: "range", min: 0, max: TURNS, step: TURNS / 200, "aria-label": "Target speed-up" });
   const target = make("input", { type: "text", inputmode: "decimal", size: 6, "aria-label": "Target speed-up, typed" });
@@ -44,76 +46,108 @@ function render({ model, el, signal }) {
       make("span", { class: "se-target" }, make("span", { class: "se-mute", "aria-hidden": "true" }, "Target"), kinds, range, target, unit, limits),
       solve, uniform, undo, redo));
 
+  // Which layers, in which order, how wide
+  const find = make("input", { type: "search", size: 15, placeholder: "Find layers", "aria-label": "Find layers by name", title: "Parts of a name; * stands for anything. Enter chooses what is found" });
+  const found = make("span", { class: "se-mute", role: "status" });
+  const options = (pairs) => pairs.map(([value, label]) => make("option", { value }, label));
+  const order = make("select", { "aria-label": "Order of the layers", title: "Order of the layers, the highest first; sensitivity is that at 90 %" }, ...options(ORDERS));
+  const widths = make("select", { "aria-label": "Width of the bars", title: "What the width of a bar shows" }, ...options(WIDTHS.map(([value, label]) => [value, `Width: ${label}`])));
+  const wider = button("+", () => zoomTo(zoom * 1.5), signal, { class: "se-square", "aria-label": "Wider bars", title: "Wider bars (Ctrl and the wheel)" });
+  const narrower = button("−", () => zoomTo(zoom / 1.5), signal, { class: "se-square", "aria-label": "Narrower bars", title: "Narrower bars (Ctrl and the wheel)" });
+  const draw = button("Draw", () => { setOne(draw, "aria-pressed", String(!drawing())); setOne(field, "data-draw", drawing() ? "yes" : null); }, signal, { "aria-pressed": "false", title: "Draw across the bars with one stroke (or hold Alt)" });
+  const drawing = () => draw.getAttribute("aria-pressed") === "true";
+  const layout = make("div", { class: "se-layout" }, find, found, make("span", { class: "se-push" }, order, widths, narrower, wider, draw));
+
   // Bars
-  const field = make("div", { class: "se-field", role: "group", "aria-label": "Sparsity of each layer. Left and right choose a layer, up and down change it." });
+  const field = make("div", { class: "se-field", role: "group", "aria-label": "Sparsity of each layer. Left and right choose a layer, up and down change it; with Shift, more layers are chosen." });
   const grid = make("div", { class: "se-gridlines", "aria-hidden": "true" }, ...[100, 75, 50, 25, 0].map((v) => make("span", { style: `bottom:${v}%` }, make("i", {}, `${v} %`))));
-  const area = make("div", { class: "se-area" }, grid, field);
-  const names = make("div", { class: "se-names", "aria-hidden": "true" });
+  const area = make("div", { class: "se-area" }, field);
+  const blocks = make("div", { class: "se-blocks", role: "group", "aria-label": "Blocks: choose all layers of one" });
+  const labels = make("div", { class: "se-names", "aria-hidden": "true" });
   const tip = make("div", { class: "se-tip", hidden: true });
-  const stage = make("div", { class: "se-stage" }, make("div", { class: "se-wide" }, area, names), tip);
+  const wide = make("div", { class: "se-wide" }, area, blocks, labels);
+  const stage = make("div", { class: "se-stage" }, grid, wide, tip);
   const empty = make("div", { class: "se-empty" }, make("b", {}, "No layers yet"), make("p", {}, "There will be one bar for each layer of the model."));
 
-  // The chosen layer, as words and as a number to type
-  const chosen = make("b", {});
+  // The chosen layers, as words and as a number to type
+  const chosen = make("b", { role: "status" });
   const typed = make("input", { type: "text", inputmode: "decimal", size: 6, id: `se-typed-${Math.random().toString(36).slice(2)}` });
-  const lock = button("Lock", () => gesture("lock", { layer: current() }), signal, { title: "A locked layer keeps its sparsity when a target is solved (L)" });
+  const lock = button("Lock", () => gesture("lock", { layers: pickedNames() }), signal, { title: "A locked layer keeps its sparsity when a target is solved (L)" });
+  const tie = button("Tie", () => gesture("tie", { layers: pickedNames() }), signal, { title: "Tied layers share one sparsity, in your hand and when a target is solved. Choose several: Ctrl or Shift and click, or a block's name" });
   const effect = make("span", { class: "se-mute" });
-  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, "Sparsity"), typed, make("span", { class: "se-mute" }, "%"), lock, effect);
-  const commitTyped = () => gesture("type", { layer: current(), text: typed.value });
-  typed.addEventListener("change", commitTyped, { signal });
+  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, "Sparsity"), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
+  typed.addEventListener("change", () => gesture("type", { layers: pickedNames(), text: typed.value }), { signal });
 
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
   const rampName = make("span", {}, "Colour: KL at this sparsity");
+  const widthName = make("span", {});
+  const ghostName = make("span", {});
   const legend = make("div", { class: "se-foot" },
-    make("span", {}, "Width: share of dense time"),
+    widthName,
     make("span", { class: "se-rampline" }, rampName, make("em", {}, "0.003"), ramp, make("em", {}, "3")),
     make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
-    make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), "uniform at about the same latency"),
+    make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), ghostName),
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
+  const kept = keptRow(gesture, signal);
   // For one-shot pruning: what harms least before training is not what trains best.
   const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
   const oneShotLabel = make("label", { for: oneShot.id, title: "For a network that stays as it is pruned: whole pruned networks of the same predicted latency are measured in the background, by how far their outputs are from the dense network's (batch norm refreshed), and the best is offered. Leave it off if you will train: on three networks what such a search found trained to 0.0 to 1.0 points less than what is solved" }, oneShot, "Will not be trained: search for less harm");
   oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
-  const found = make("span", { class: "se-mute", role: "status" });
+  const searched = make("span", { class: "se-mute", role: "status" });
   const better = button("Take the better one", () => gesture("better"), signal, { title: "Adopt the distribution that the search has found; Undo brings this one back" });
-  const offer = make("div", { class: "se-offer" }, oneShotLabel, found, better);
-  root.append(tools, stage, empty, readout, legend, offer);
+  const offer = make("div", { class: "se-offer" }, oneShotLabel, searched, better);
+  root.append(tools, layout, stage, empty, readout, legend, kept.element, offer);
 
   let values = [];
   let layers = [];
+  let bars = []; // by layer, as `names`; `line` has them in the order in which they stand
+  let names = [];
+  let line = [];
   let harmName = "KL"; // what bars are coloured by
   let active = -1;
-  let dragging = -1;
+  let picked = new Set(); // layers that are chosen together, the active one among them
+  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke }
+  let zoom = 1;
   let sentAt = 0;
   let timer = null;
   let edits = model.get("edit");
 
-  const current = () => layers[active]?.name ?? "";
+  const pickedNames = () => [...picked].sort((a, b) => a - b).map((i) => layers[i].name);
 
   follow(model, ["view", "curves"], update, signal);
   // What the kernel says counts once it has seen the last thing said here: an answer to an older edit would pull the bar back.
   const listen = () => {
-    if (dragging >= 0 || model.get("edit") < edits) return;
+    if (drag || model.get("edit") < edits) return;
     values = [...model.get("values")];
     repaint();
+    tellPage(model, "preview", null);
   };
   follow(model, ["values", "edit"], listen, signal);
+  hearPage(model, "point", (name) => bars.forEach((bar, i) => setOne(bar, "data-pointed", layers[i].name === name ? "yes" : null)), signal);
+  const observer = new ResizeObserver(placeBlocks);
+  observer.observe(field);
+  signal.addEventListener("abort", () => observer.disconnect());
 
   function update() {
     const view = model.get("view");
     const fresh = view.layers ?? [];
     const changed = fresh.length !== layers.length || fresh.some((layer, i) => layer.name !== layers[i].name);
+    const timed = !changed && fresh.some((layer, i) => layer.share !== layers[i].share);
     layers = fresh;
-    stage.hidden = readout.hidden = legend.hidden = !layers.length;
+    stage.hidden = layout.hidden = readout.hidden = legend.hidden = kept.element.hidden = !layers.length;
     offer.hidden = !layers.length || !view.search?.able;
     oneShot.checked = Boolean(view.search?.on);
     oneShot.disabled = !view.search?.ready;
-    say(found, view.search?.text ?? "");
+    say(searched, view.search?.text ?? "");
     better.style.visibility = view.search?.better ? "visible" : "hidden";
     empty.hidden = Boolean(layers.length);
     if (changed) build();
+    else if (timed && !drag) arrange();
     const at = layers.findIndex((layer) => layer.name === view.selected);
-    if (at >= 0 && dragging < 0) active = at;
+    if (at >= 0 && at !== active && !drag) {
+      active = at;
+      if (!picked.has(at)) picked = new Set([at]);
+    }
     const [low, high] = view.limits ?? [1, null];
     const { name, label, unit: sign, task } = kind();
     const kindChanged = unit.textContent !== sign;
@@ -134,22 +168,102 @@ function render({ model, el, signal }) {
     uniform.disabled = !layers.length;
     undo.disabled = !view.can_undo;
     redo.disabled = !view.can_redo;
+    say(ghostName, view.compared || "uniform at about the same latency");
+    kept.update(view);
     legend.querySelector("[data-key=ghost]").hidden = !layers.some((layer) => layer.ghost !== null);
     legend.querySelector("[data-key=even]").hidden = !layers.some((layer) => layer.even !== null);
     repaint();
   }
 
+  // ---- how the bars stand
+
   function build() {
     active = Math.min(Math.max(active, 0), layers.length - 1);
-    field.replaceChildren(...layers.map((layer, i) => {
-      const bar = make("div", { class: "se-bar", role: "slider", "aria-orientation": "vertical", "aria-valuemin": 0, "aria-valuemax": 99, "data-index": i },
-        make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" }));
-      return bar;
-    }));
-    names.replaceChildren(...layers.map((layer) => make("span", {}, make("em", {}, layer.label))));
+    picked = new Set(active >= 0 ? [active] : []);
+    bars = layers.map((layer, i) => make("div", { class: "se-bar", role: "slider", "aria-orientation": "vertical", "aria-valuemin": 0, "aria-valuemax": 99, "data-index": i },
+      make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" })));
+    names = layers.map((layer) => make("span", {}, make("em", {}, layer.label)));
     root.style.setProperty("--se-count", layers.length);
     setOne(root, "data-many", layers.length > 36 ? "yes" : null);
+    find.value = "";
+    arrange();
+    lookUp();
+    zoomTo(zoom);
   }
+
+  /** Put the bars in the order that was asked for, as wide as was asked for. The focus stays where it is. */
+  function arrange() {
+    const focused = document.activeElement;
+    line = arranged(layers, order.value, { harm: model.get("curves").harm, values });
+    field.replaceChildren(...line.map((i) => bars[i]));
+    labels.replaceChildren(...line.map((i) => names[i]));
+    if (bars.includes(focused)) focused.focus({ preventScroll: true });
+    const total = layers.reduce((sum, layer) => sum + layer.n_params, 0);
+    layers.forEach((layer, i) => {
+      const share = { time: layer.share ?? 1 / layers.length, weights: layer.n_params / total, equal: 1 / layers.length }[widths.value];
+      bars[i].style.flexGrow = names[i].style.flexGrow = Math.max(share, 0.004);
+    });
+    say(widthName, `Width: ${WIDTHS.find(([value]) => value === widths.value)[2]}`);
+    const of = blocksOf(layers.map((layer) => layer.label));
+    const found = order.value === "network" ? [...new Set(of)].filter((block) => block && of.filter((one) => one === block).length > 1) : [];
+    blocks.replaceChildren(...found.map((block) => {
+      const mine = of.flatMap((one, i) => (one === block ? [i] : []));
+      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", title: `Choose the ${mine.length} layers of ${block}` });
+      choose.dataset.first = mine[0];
+      choose.dataset.last = mine.at(-1);
+      return choose;
+    }));
+    placeBlocks();
+  }
+
+  function placeBlocks() {
+    for (const block of blocks.children) {
+      const [first, last] = [bars[block.dataset.first], bars[block.dataset.last]];
+      block.style.left = `${first.offsetLeft}px`;
+      block.style.width = `${Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft)}px`;
+    }
+  }
+  for (const choice of [order, widths]) choice.addEventListener("change", () => { arrange(); repaint(); }, { signal });
+
+  /** Widen the bars; what is under `x` (pixels from the left of the window) stays there. */
+  function zoomTo(next, x = null) {
+    const before = zoom;
+    // Below 1 the bars are narrower than is comfortable, until all of them are in view.
+    const least = Math.min(1, Math.max(LEAST_ZOOM, wide.clientWidth / (BAR * layers.length || 1)));
+    zoom = Math.min(MOST_ZOOM, Math.max(least, next));
+    if (Math.abs(zoom - 1) < 0.02) zoom = 1;
+    const box = wide.getBoundingClientRect();
+    const at = (x === null ? box.width / 2 : x - box.left) + wide.scrollLeft;
+    root.style.setProperty("--se-zoom", zoom);
+    wide.scrollLeft += at * (zoom / before - 1);
+    narrower.disabled = zoom <= least;
+    setOne(root, "data-narrow", zoom < 0.8 ? "yes" : null);
+    wider.disabled = zoom === MOST_ZOOM;
+  }
+  wide.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey) return;
+    event.preventDefault();
+    zoomTo(zoom * 1.2 ** (event.deltaY < 0 ? 1 : -1), event.clientX);
+  }, { signal, passive: false });
+
+  /** Show what is found by the name that was typed. */
+  function lookUp() {
+    const text = find.value.trim();
+    const hits = new Set(meant(layers.map((layer) => layer.label), text));
+    bars.forEach((bar, i) => { setOne(bar, "data-dim", text && !hits.has(i) ? "yes" : null); setOne(names[i], "data-dim", text && !hits.has(i) ? "yes" : null); });
+    say(found, text ? `${hits.size} of ${layers.length}` : "");
+    return [...hits];
+  }
+  find.addEventListener("input", () => {
+    const hits = lookUp();
+    if (find.value.trim() && hits.length) bars[hits[0]].scrollIntoView({ block: "nearest", inline: "center" });
+  }, { signal });
+  find.addEventListener("keydown", (event) => {
+    const hits = event.key === "Enter" && find.value.trim() ? lookUp() : [];
+    if (hits.length) pick(hits, hits[0], true);
+  }, { signal });
+
+  // ---- drawing
 
   function repaint() {
     const curves = model.get("curves");
@@ -159,65 +273,73 @@ function render({ model, el, signal }) {
     tell();
   }
 
-  /** Draw one bar from the page's own copy of the values; while a bar is dragged nothing else is touched. */
+  /** Draw one bar from the page's own copy of the values. */
   function paint(i, curves) {
-    const layer = layers[i];
-    const bar = field.children[i];
-    const name = names.children[i];
-    if (!bar || values[i] === undefined) return;
-    const value = values[i];
+    const [layer, bar, value] = [layers[i], bars[i], values[i]];
+    if (!bar || value === undefined) return;
     const harm = between(curves.harm?.[i], value);
     const ms = between(curves.latency_ms?.[i], value);
-    const grow = Math.max(layer.share ?? 1 / layers.length, 0.004);
-    bar.style.flexGrow = name.style.flexGrow = grow;
     bar.style.setProperty("--se-at", value);
     bar.style.setProperty("--se-colour", rampColour(tone(harm)));
     setOne(bar, "data-locked", layer.locked ? "yes" : null);
-    setOne(bar, "data-active", i === active ? "yes" : null);
-    setOne(name, "data-active", i === active ? "yes" : null);
+    setOne(bar, "data-tied", layer.group !== null ? "yes" : null);
+    for (const element of [bar, names[i]]) {
+      setOne(element, "data-active", i === active ? "yes" : null);
+      setOne(element, "data-picked", picked.size > 1 && picked.has(i) ? "yes" : null);
+    }
     const [, even, ghost, text] = bar.children;
     even.hidden = layer.even === null;
     if (layer.even !== null) even.style.bottom = `${100 * layer.even}%`;
     ghost.hidden = layer.ghost === null;
     if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
-    say(text, shortPercent(value, grow > 0.04));
+    say(text, shortPercent(value, Number(bar.style.flexGrow) > 0.04));
+    const state = [layer.locked && "locked", layer.group !== null && "tied", picked.size > 1 && picked.has(i) && "chosen"];
     setAll(bar, {
       tabindex: i === active ? 0 : -1,
       "aria-label": layer.label,
       "aria-valuenow": Number((100 * value).toFixed(1)),
-      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, harm === null ? "" : `${harmName} ${words.small(harm)}`, layer.locked ? "locked" : ""].filter(Boolean).join(", "),
+      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, harm === null ? "" : `${harmName} ${words.small(harm)}`, ...state].filter(Boolean).join(", "),
       "aria-disabled": layer.locked ? "true" : null,
     });
   }
 
-  /** Describe the chosen layer below the bars. */
+  /** Describe the chosen layers below the bars. */
   function tell() {
     const layer = layers[active];
     if (!layer) return;
-    say(chosen, layer.label);
+    const all = [...picked].map((i) => layers[i]);
+    say(chosen, picked.size > 1 ? `${picked.size} layers` : layer.label);
     if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
-    typed.disabled = Boolean(layer.locked);
-    say(lock, layer.locked ? "Unlock" : "Lock");
-    setOne(lock, "aria-pressed", String(Boolean(layer.locked)));
-    say(effect, story(active));
+    const isLocked = all.every((one) => one.locked);
+    typed.disabled = all.some((one) => one.locked);
+    say(lock, isLocked ? "Unlock" : "Lock");
+    setOne(lock, "aria-pressed", String(isLocked));
+    const isTied = layer.group !== null && all.every((one) => one.group === layer.group);
+    say(tie, isTied ? "Untie" : "Tie");
+    tie.disabled = !isTied && picked.size < 2;
+    say(effect, story([...picked]));
   }
 
-  /** One line on what the sparsity of a layer does to it. */
-  function story(i) {
+  /** One line on what the sparsities of some layers do to them. */
+  function story(some) {
     const curves = model.get("curves");
-    const [dense, ms] = [between(curves.latency_ms?.[i], 0), between(curves.latency_ms?.[i], values[i])];
-    const harm = between(curves.harm?.[i], values[i]);
+    const sum = (of) => some.reduce((total, i) => { const one = of(i); return total === null || one === null ? null : total + one; }, 0);
+    const [dense, ms] = [sum((i) => between(curves.latency_ms?.[i], 0)), sum((i) => between(curves.latency_ms?.[i], values[i]))];
+    const harm = sum((i) => between(curves.harm?.[i], values[i]));
     const parts = [];
     if (dense !== null && ms !== null) parts.push(`${words.ms(dense)} → ${words.ms(ms)} ms`);
-    if (harm !== null) parts.push(`${harmName} ${words.small(harm)}`);
-    parts.push(`${words.count(Math.round(layers[i].n_params * (1 - values[i])))} of ${words.count(layers[i].n_params)} weights stay`);
+    if (harm !== null) parts.push(`${harmName} ${words.small(harm)}${some.length > 1 ? ", one by one" : ""}`);
+    const n = some.reduce((total, i) => total + layers[i].n_params, 0);
+    parts.push(`${words.count(Math.round(some.reduce((total, i) => total + layers[i].n_params * (1 - values[i]), 0)))} of ${words.count(n)} weights stay`);
     return parts.join(" · ");
   }
 
   /** A wide bar has room for a decimal, which matters near 100 %. */
-  function shortPercent(value, wide) {
-    return value === 0 ? "0" : (100 * value).toFixed(wide && value > 0.9 ? 1 : 0);
+  function shortPercent(value, isWide) {
+    return value === 0 ? "0" : (100 * value).toFixed(isWide && value > 0.9 ? 1 : 0);
   }
+
+  // ---- what the kernel hears
 
   function send(now) {
     clearTimeout(timer);
@@ -237,31 +359,44 @@ function render({ model, el, signal }) {
     gesture("commit", { values: [...values], edit: edits });
   }
 
-  function choose(i, focus) {
-    if (i < 0 || i >= layers.length) return;
+  /** Choose some layers, one of which is the active one. Under a hand nothing may scroll: `scroll` is for keys and names. */
+  function pick(some, i, scroll) {
+    if (i === undefined || !layers[i]) return;
+    picked = new Set([...some, i]);
+    if (i !== active) gesture("select", { layer: layers[i].name });
     active = i;
-    gesture("select", { layer: layers[i].name });
     repaint();
-    if (focus) {
-      field.children[i].focus({ preventScroll: true });
-      field.children[i].scrollIntoView({ block: "nearest", inline: "nearest" });
-    }
+    bars[i].focus({ preventScroll: true });
+    if (scroll) bars[i].scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  function change(i, value) {
-    if (layers[i].locked) return false;
-    values[i] = Math.min(MAX, Math.max(0, Math.round(value * 1000) / 1000));
-    paint(i, model.get("curves"));
+  /** Layers from `a` to `b` as they stand. */
+  function stretch(a, b) {
+    const [from, to] = [line.indexOf(a), line.indexOf(b)].sort((x, y) => x - y);
+    return line.slice(from, to + 1);
+  }
+
+  /** Give some layers new sparsities, `[[layer, sparsity]]`, and those that are tied to them; says whether any could move. */
+  function change(some) {
+    const curves = model.get("curves");
+    const moved = new Map();
+    for (const [i, value] of some) {
+      const tied = layers[i].group === null ? [i] : layers.flatMap((layer, j) => (layer.group === layers[i].group ? [j] : []));
+      if (tied.some((j) => layers[j].locked)) continue;
+      for (const j of tied) moved.set(j, Math.min(MAX, Math.max(0, Math.round(value * 1000) / 1000)));
+    }
+    for (const [i, value] of moved) { values[i] = value; paint(i, curves); }
     tell();
-    return true;
+    const tables = model.get("tables");
+    if (moved.size && tables?.n_params) tellPage(model, "preview", predict(tables, values));
+    return moved.size > 0;
   }
 
   function showTip(i) {
     if (i < 0 || !layers[i] || values[i] === undefined) { tip.hidden = true; return; }
-    const bar = field.children[i];
-    tip.replaceChildren(make("b", {}, `${layers[i].label}  ${words.percent(values[i])}${layers[i].locked ? ", locked" : ""}`), story(i));
+    tip.replaceChildren(make("b", {}, `${layers[i].label}  ${words.percent(values[i])}${layers[i].locked ? ", locked" : ""}`), story([i]));
     tip.hidden = false;
-    const [box, frame] = [bar.getBoundingClientRect(), stage.getBoundingClientRect()];
+    const [box, frame] = [bars[i].getBoundingClientRect(), stage.getBoundingClientRect()];
     const middle = box.left + box.width / 2 - frame.left;
     const left = Math.min(Math.max(4, middle - tip.offsetWidth / 2), frame.width - tip.offsetWidth - 4);
     const top = (1 - values[i]) * box.height + (box.top - frame.top);
@@ -269,54 +404,97 @@ function render({ model, el, signal }) {
     tip.style.top = `${top > tip.offsetHeight + 20 ? top - tip.offsetHeight - 22 : top + 16}px`;
   }
 
+  // ---- the hand
+
   const indexOf = (event) => Number(event.target.closest?.(".se-bar")?.dataset.index ?? -1);
   const valueAt = (event) => {
     const box = field.getBoundingClientRect();
     return 1 - (event.clientY - box.top) / box.height;
   };
+
+  /** Move the bars to where the pointer is: the one that was taken, with those that are chosen with it as far, or those that a stroke passes. */
+  function pull(event) {
+    const to = valueAt(event);
+    if (!drag.at) {
+      // One bar comes to the pointer; several move as far as it does.
+      const by = to - (picked.size > 1 ? drag.y : drag.from[drag.i]);
+      change([...picked].map((j) => [j, drag.from[j] + by]));
+      showTip(drag.i);
+    } else {
+      const here = { x: event.clientX, y: to };
+      const [left, right] = drag.at.x < here.x ? [drag.at, here] : [here, drag.at];
+      const height = (x) => (right.x - left.x < 1 ? to : left.y + ((right.y - left.y) * (x - left.x)) / (right.x - left.x));
+      const passed = line.filter((i) => { const box = bars[i].getBoundingClientRect(); return box.right >= left.x && box.left <= right.x; });
+      change(passed.map((i) => { const box = bars[i].getBoundingClientRect(); return [i, height(Math.min(right.x, Math.max(left.x, (box.left + box.right) / 2)))]; }));
+      drag.at = here;
+    }
+    send(false);
+  }
+
   field.addEventListener("pointerdown", (event) => {
     const i = indexOf(event);
     if (i < 0 || event.button !== 0) return;
     event.preventDefault();
-    choose(i, true);
-    if (layers[i].locked) return;
-    dragging = i;
+    if (event.ctrlKey || event.metaKey) {
+      const others = [...picked].filter((j) => j !== i);
+      if (picked.has(i) && others.length) pick(others, others.at(-1), false);
+      else pick([...picked, i], i, false);
+      return;
+    }
+    if (event.shiftKey) { pick(stretch(active, i), i, false); return; }
+    const isStroke = drawing() || event.altKey;
+    pick(!isStroke && picked.has(i) ? [...picked] : [i], i, false);
+    if (!isStroke && layers[i].locked) return;
+    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null };
     field.setPointerCapture(event.pointerId);
     setOne(field, "data-dragging", "yes");
-    change(i, valueAt(event));
-    showTip(i);
-    send(false);
+    pull(event);
   }, { signal });
+  let pointed = null;
+  const pointAt = (i) => {
+    const name = layers[i]?.name ?? null;
+    if (name === pointed) return;
+    pointed = name;
+    tellPage(model, "point", name);
+  };
   field.addEventListener("pointermove", (event) => {
-    if (dragging < 0) { showTip(indexOf(event)); return; }
-    change(dragging, valueAt(event));
-    showTip(dragging);
-    send(false);
+    if (drag) { pull(event); return; }
+    showTip(indexOf(event));
+    pointAt(indexOf(event));
   }, { signal });
-  const release = () => {
-    if (dragging < 0) return;
-    dragging = -1;
+  const release = (event) => {
+    if (!drag) return;
+    // A click that did not move leaves several chosen layers as they are, and chooses the one.
+    const { i, from, at } = drag;
+    const stayed = !at && from.every((value, j) => value === values[j]);
+    drag = null;
     setOne(field, "data-dragging", null);
+    if (stayed && event.type === "pointerup" && picked.size > 1) pick([i], i, false);
     commit();
   };
   field.addEventListener("pointerup", release, { signal });
   field.addEventListener("pointercancel", release, { signal });
-  field.addEventListener("pointerleave", () => { if (dragging < 0) tip.hidden = true; }, { signal });
+  field.addEventListener("pointerleave", () => { if (!drag) { tip.hidden = true; pointAt(-1); } }, { signal });
   field.addEventListener("dblclick", (event) => { if (indexOf(event) >= 0) { typed.focus(); typed.select(); } }, { signal });
-  field.addEventListener("focusout", () => { if (dragging < 0) tip.hidden = true; }, { signal });
+  field.addEventListener("focusout", () => { if (!drag) tip.hidden = true; }, { signal });
 
   const STEPS = { ArrowUp: 0.01, ArrowDown: -0.01, PageUp: 0.1, PageDown: -0.1 };
   field.addEventListener("keydown", (event) => {
     const i = indexOf(event);
     if (i < 0) return;
     const { key } = event;
-    if ((event.ctrlKey || event.metaKey) && (key === "z" || key === "y")) gesture(key === "z" ? "undo" : "redo");
-    else if (event.ctrlKey || event.metaKey || event.altKey) return;
-    else if (key === "ArrowLeft" || key === "ArrowRight") choose(i + (key === "ArrowRight" ? 1 : -1), true);
-    else if (key in STEPS || key === "Home" || key === "End") {
-      const to = key === "Home" ? 0 : key === "End" ? MAX : values[i] + STEPS[key] * (event.shiftKey ? 0.1 : 1);
-      if (change(i, to)) { showTip(i); commit(); }
-    } else if (key === "l" || key === "L") gesture("lock", { layer: layers[i].name });
+    const command = event.ctrlKey || event.metaKey;
+    if (command && (key === "z" || key === "y")) gesture(key === "z" ? "undo" : "redo");
+    else if (command && key === "a") pick(find.value.trim() ? lookUp() : line, i, true);
+    else if (command || event.altKey) return;
+    else if (key === "Escape") pick([i], i, true);
+    else if (key === "ArrowLeft" || key === "ArrowRight") {
+      const next = line[line.indexOf(i) + (key === "ArrowRight" ? 1 : -1)];
+      pick(event.shiftKey ? [...picked, next].filter((j) => j !== undefined) : [next], next, true);
+    } else if (key in STEPS || key === "Home" || key === "End") {
+      const to = (j) => (key === "Home" ? 0 : key === "End" ? MAX : values[j] + STEPS[key] * (event.shiftKey ? 0.1 : 1));
+      if (change([...picked].map((j) => [j, to(j)]))) { showTip(i); commit(); }
+    } else if (key === "l" || key === "L") gesture("lock", { layers: pickedNames() });
     else if (key === "Enter") { typed.focus(); typed.select(); }
     else return;
     event.preventDefault();

@@ -19,6 +19,9 @@ function render({ model, el, signal }) {
   const scroll = make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers that can be pruned"), make("thead", {}, head), body));
   root.append(make("div", { class: "se-head" }, title, note), scroll, empty);
   let drawn = null;
+  hearPage(model, "point", (name) => { for (const line of body.children) setOne(line, "data-pointed", line.dataset.layer === name ? "yes" : null); }, signal);
+  body.addEventListener("pointerover", (event) => tellPage(model, "point", event.target.closest("tr")?.dataset.layer ?? null), { signal });
+  body.addEventListener("pointerleave", () => tellPage(model, "point", null), { signal });
 
   follow(model, ["view"], () => {
     const view = model.get("view");

@@ -4,11 +4,15 @@ function render({ model, el, signal }) {
   const root = section(el, "Key figures", "se-card se-metrics");
   const list = make("dl", { class: "se-metrics-list" });
   root.append(list);
-  follow(model, ["view"], () => {
+  let preview = null; // what the bars that are being dragged will give, until the kernel has said it
+  hearPage(model, "preview", (told) => { preview = told; update(); }, signal);
+  follow(model, ["view"], update, signal);
+
+  function update() {
     const tiles = model.get("view").tiles ?? [];
     while (list.childElementCount < tiles.length)
       list.append(make("div", { class: "se-tile" }, make("dt"), make("dd", { class: "se-big" }, make("span"), make("i")), make("dd", { class: "se-note" }), make("dd", { class: "se-note" }), make("dd", { class: "se-badge" })));
-    tiles.forEach((tile, i) => {
+    tiles.map(previewed).forEach((tile, i) => {
       const [label, big, note, more, badge] = list.children[i].children;
       say(label, tile.label);
       say(big.firstElementChild, tile.value);
@@ -27,7 +31,23 @@ function render({ model, el, signal }) {
       setOne(list.children[i], "title", tile.help);
       setOne(list.children[i], "data-key", tile.key);
     });
-  }, signal);
+  }
+
+  function previewed(tile) {
+    const figure = preview && PREVIEWS[tile.key]?.(preview);
+    return figure ? { ...tile, tone: "", ...figure } : tile;
+  }
 }
+
+// As the kernel writes them, see metrics.py.
+const known = (value, write) => (value === undefined ? null : write(value));
+const milliseconds = (ms) => (ms < 0.1 ? ms.toFixed(4) : ms >= 100 ? ms.toFixed(0) : ms.toPrecision(3));
+const PREVIEWS = {
+  sparsity: (told) => ({ value: (100 * told.sparsity).toFixed(1) }),
+  latency: (told) => known(told.latency_ms, (ms) => ({ label: "Latency, predicted", value: milliseconds(ms) })),
+  speedup: (told) => known(told.speedup, (times) => ({ label: "Speed-up, predicted", value: times.toFixed(2) })),
+  accuracy: (told) => known(told.accuracy, (share) => ({ label: "Accuracy, untrained", value: (100 * share).toFixed(1), tone: "quiet" })),
+  size: (told) => ({ value: String(Number((told.size_bytes / 1e6).toPrecision(3))) }),
+};
 
 export default { render };

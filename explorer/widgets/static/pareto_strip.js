@@ -34,6 +34,8 @@ function render({ model, el, signal }) {
     Object.assign(tip.style, { left: `${x * scale}px`, top: `${y}px`, transform: x > width / 2 ? "translate(calc(-100% - 12px), -50%)" : "translate(12px, -50%)" });
   }, { signal });
 
+  let preview = null; // where the bars that are being dragged would be
+  hearPage(model, "preview", (told) => { preview = told && told.speedup && told.harm !== undefined ? [told.speedup, told.harm] : null; update(); }, signal);
   onResize(host, update, signal);
   follow(model, ["view", "points"], update, signal);
 
@@ -63,7 +65,7 @@ function render({ model, el, signal }) {
     if (!any) return;
     range.disabled = Boolean(view.busy);
     setOne(range, "max", all.length - 1);
-    const here = view.here;
+    const here = view.here && (preview ?? view.here);
     if (here && document.activeElement !== range) {
       const at = all.reduce((best, point, i) => (Math.abs(Math.log(point[0] / here[0])) < Math.abs(Math.log(all[best][0] / here[0])) ? i : best), 0);
       range.value = String(at);

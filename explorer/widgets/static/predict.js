@@ -26,6 +26,8 @@ function predict(tables, values) {
   };
   for (const [kind, base] of Object.entries(dense))
     told[kind] = base + sum((_, i) => (values[i] === 0 ? 0 : onCurve(curves[kind][i], values[i]) - onCurve(curves[kind][i], 0)));
+  const harm = dense.kl !== undefined ? told.kl : told.loss - dense.loss;
+  if (Number.isFinite(harm)) told.harm = Math.max(0, harm);
   if (told.accuracy !== undefined) told.accuracy = Math.max(0, told.accuracy);
   if (tables.fixed_ms !== null && curves.latency_ms) {
     told.latency_ms = tables.fixed_ms + tables.scale * sum((_, i) => onCurve(curves.latency_ms[i], values[i]));

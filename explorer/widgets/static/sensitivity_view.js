@@ -31,10 +31,13 @@ function render({ model, el, signal }) {
     const tip = make("div", { class: "se-tip", hidden: true });
     figure.append(tip);
     host.addEventListener("pointermove", (event) => hover(figure, tip, event), { signal });
-    host.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
+    host.addEventListener("pointerleave", () => { tip.hidden = true; tellPage(model, "point", null); }, { signal });
     host.addEventListener("click", () => figure.near !== null && figure.near !== undefined && model.send({ do: "select", layer: figure.near }), { signal });
   }
 
+  let pointed = null; // the layer that is pointed at here or in another widget
+  const point = () => { for (const path of plots.querySelectorAll("path[data-name]")) setOne(path, "data-pointed", path.dataset.name === pointed ? "yes" : null); };
+  hearPage(model, "point", (name) => { pointed = name; point(); }, signal);
   follow(model, ["view", "curves", "bands"], update, signal);
 
   function update() {
@@ -62,6 +65,7 @@ function render({ model, el, signal }) {
     say(legend, at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution${(model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? ", and a band where other images would put it, 95 times in 100" : ""}. A diamond marks the sparsity from which a layer gets faster. Point at a line to see its layer; click to choose it.` : "");
     paint(left, kind, curves, view);
     paint(right, "latency_ms", curves, view);
+    point();
   }
 
   function paint(figure, what, curves, view) {
@@ -129,6 +133,7 @@ function render({ model, el, signal }) {
       }
     tip.hidden = !best;
     figure.near = best?.name ?? null;
+    if (figure.near !== pointed) tellPage(model, "point", figure.near);
     if (!best) return;
     const value = figure.what === "latency_ms" ? `${words.ms(best.v)} ms` : figure.what === "accuracy" ? `${best.v.toFixed(1)} % accurate` : `${figure.what === "kl" ? "KL" : "loss"} ${words.small(best.v)}`;
     tip.replaceChildren(make("b", {}, best.label), `${words.percent(best.s, 0)} sparse: ${value}`);

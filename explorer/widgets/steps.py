@@ -1,0 +1,128 @@
+"""Each step of the page as a widget of its own, for a notebook cell.
+
+Those of one study show, and change, the same state: a bar that is moved in one cell moves in all of them, and what a run does is seen wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ipywidgets
+
+from explorer.errors import ExplorerError
+from explorer.widgets import layer_table, mask_view, run_monitor, sensitivity_view
+from explorer.widgets.equalizer import Equalizer
+from explorer.widgets.metrics import Metrics
+from explorer.widgets.notice import Notice
+from explorer.widgets.pareto_strip import ParetoStrip
+from explorer.widgets.publisher import kernel_scheduler
+from explorer.widgets.state import ExplorerState
+
+if TYPE_CHECKING:
+    from explorer.widgets.base import StateView
+
+_STATES: weakref.WeakValueDictionary[int, ExplorerState] = weakref.WeakValueDictionary()
+"""By the identity of the study. A state holds its study, so an identity is not given to another one while it stands here."""
+
+
+def state_of(source: Any) -> ExplorerState:
+    """Return the state of a study: the same for all widgets of it, as long as there is one.
+
+    Parameters
+    ----------
+    source : Study or ExplorerState
+
+    Raises
+    ------
+    ExplorerError
+        If it is neither.
+    """
+    if isinstance(source, ExplorerState):
+        return source
+    if not hasattr(source, "sensitivity_points"):
+        raise ExplorerError(
+            f"{source!r} is no study; give explorer.Study(model, data), or explorer.Study.replay(name)."
+        )
+    state = _STATES.get(id(source))
+    if state is None or state.study is not source:
+        state = _STATES[id(source)] = ExplorerState(source, scheduler=kernel_scheduler())
+    return state
+
+
+class Step(ipywidgets.VBox):
+    """One step of the page, with the line that says what is going on and what went wrong.
+
+    Parameters
+    ----------
+    study : Study or ExplorerState
+    """
+
+    parts: ClassVar[tuple[type[StateView], ...]] = ()
+
+    def __init__(self, study: Any) -> None:
+        self.state = state_of(study)
+        grid = ipywidgets.Box([Notice(self.state), *(part(self.state) for part in self.parts)])
+        super().__init__([grid.add_class("se-grid")])
+        self.add_class("se-app")
+
+    @property
+    def study(self) -> Any:
+        """The study that is shown."""
+        return self.state.study
+
+    @property
+    def distribution(self) -> Any:
+        """The distribution as it stands on the page."""
+        return self.state.distribution
+
+
+class LayerTable(Step):
+    """The layers that can be pruned: shapes, weights, multiply-adds, dense milliseconds and share of the time.
+
+    Examples
+    --------
+    >>> explorer.LayerTable(study)  # doctest: +SKIP
+    """
+
+    parts = (layer_table.LayerTable,)
+
+
+class SensitivityView(Step):
+    """What pruning costs each layer, and gains it, as curves that grow while they are measured."""
+
+    parts = (sensitivity_view.SensitivityView,)
+
+
+class DistributionEditor(Step):
+    """The equalizer with its key figures and the balance of harm and speed; `distribution` is what it shows.
+
+    Examples
+    --------
+    >>> editor = explorer.DistributionEditor(study)  # doctest: +SKIP
+    >>> run = study.prune(editor.distribution)  # doctest: +SKIP
+    """
+
+    parts = (Metrics, Equalizer, ParetoStrip)
+
+
+class RunMonitor(Step):
+    """Draw the schedule of gradual magnitude pruning, start, watch, pause and stop it, and see which weights it keeps.
+
+    Parameters
+    ----------
+    source : Study or ExplorerState or PruningRun
+        A run that `Study.prune` has made, and that has not begun, begins at once, in the background.
+    """
+
+    parts = (run_monitor.RunMonitor, mask_view.MaskView)
+
+    def __init__(self, source: Any) -> None:
+        run = source if hasattr(source, "total_steps") else None
+        if run is not None and getattr(run, "study", None) is None:
+            raise ExplorerError(
+                "This run was not made by Study.prune, so there is nothing to time it beside; show RunMonitor(study), and start it there."
+            )
+        super().__init__(source if run is None else run.study)
+        if run is not None:
+            self.state.start_run(run)
