@@ -1,6 +1,7 @@
 // Which weights of a layer are alive: a picture of its mask, and a slider over the moments of a run.
 
 const BOX = 290; // pixels, the height that a picture may take
+const LONGEST = 6; // times as long as it is thin: more than that, and a cell is a bar
 const AHEAD = 4; // bytes in front of the cells: rows and columns
 
 function render({ model, el, signal }) {
@@ -41,7 +42,6 @@ function render({ model, el, signal }) {
   }, { signal });
 
   let picture = null;
-  let scale = [1, 1];
   plot.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
   canvas.addEventListener("pointermove", point, { signal });
   const themes = new MutationObserver(paint);
@@ -91,15 +91,17 @@ function render({ model, el, signal }) {
   }
 
   function paint() {
-    if (!picture) return;
+    // Out of the document there are no colours; coming into it has a width and so a call of its own.
+    if (!picture || !root.isConnected) return;
     const { rows, columns, cells } = picture;
     // Cells of whole pixels: with others some would be wider, and draw stripes that are not in the mask.
     const room = Math.max(120, plot.clientWidth - 12);
-    scale = [Math.max(1, Math.floor(room / columns)), Math.max(1, Math.floor(BOX / rows))];
-    const wide = Math.min(room, columns * scale[0]);
+    const [across, down] = [Math.max(1, Math.floor(room / columns)), Math.max(1, Math.floor(BOX / rows))];
+    const [cellWidth, cellHeight] = [Math.min(across, LONGEST * down), Math.min(down, LONGEST * across)];
+    const wide = Math.min(room, columns * cellWidth);
     setOne(canvas, "width", columns);
     setOne(canvas, "height", rows);
-    Object.assign(canvas.style, { width: `${wide}px`, height: `${rows * scale[1]}px` });
+    Object.assign(canvas.style, { width: `${wide}px`, height: `${rows * cellHeight}px` });
     const [red, green, blue] = ink();
     const image = new ImageData(columns, rows);
     // The root lifts the few weights of a sparse layer out of the ground; the key has the same ramp.
