@@ -65,6 +65,13 @@ class Thinned(Generic[T]):
         return tuple(value for _, value in kept)
 
 
+MAX_RUNS = 8
+"""Most runs of a session that are kept: each holds its pruned network, and more shapes and colours are not told apart in one chart."""
+
+ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "by hand"}
+"""What a reader is told of where a distribution came from."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run, as far as it has come.
@@ -101,6 +108,8 @@ class RunRecord:
         Since the start, pauses included.
     memory : (int, bool) or None
         Bytes of the whole process, see `explorer.memory.resident_bytes`.
+    origin : str
+        Where the distribution came from: "uniform", "solved" or "mine"; empty when nobody knows.
     """
 
     number: int
@@ -130,6 +139,13 @@ class RunRecord:
     moments: tuple[MaskMoment, ...] = ()
     seconds: float = 0.0
     memory: tuple[int, bool] | None = None
+    origin: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a reader calls the run, as in "run 2, solved"."""
+        origin = ORIGINS.get(self.origin)
+        return f"run {self.number}, {origin}" if origin else f"run {self.number}"
 
     @property
     def active(self) -> bool:
@@ -276,3 +292,10 @@ def _extend(
     if phases and phases[-1][0] == phase:
         return (*phases[:-1], (phase, phases[-1][1], step))
     return (*phases, (phase, step, step))
+
+
+def renewed(runs: tuple[RunRecord, ...], run: RunRecord) -> tuple[RunRecord, ...]:
+    """Return `runs` with `run` in its place, or behind them when it is new; not bounded. Pictures of masks are those of the latest run only."""
+    if any(kept.number == run.number for kept in runs):
+        return tuple(run if kept.number == run.number else kept for kept in runs)
+    return (*(dataclasses.replace(kept, moments=()) for kept in runs), run)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from explorer.memory import resident_bytes
-from explorer.widgets.runs import MAX_MOMENTS, MAX_STEPS, MAX_UPDATES, RunRecord, RunRecorder, Thinned
+from explorer.widgets.runs import (
+    MAX_MOMENTS,
+    MAX_STEPS,
+    MAX_UPDATES,
+    RunRecord,
+    RunRecorder,
+    Thinned,
+    renewed,
+)
 from tests.widgets.fake_study import EvalEvent, FakeStudy, LatencyEvent, MaskEvent, StepEvent
 
 
@@ -136,3 +144,18 @@ def test_memory_that_is_held_is_counted() -> None:
     assert after is not None
     assert 50e6 < after[0] - before[0] < 150e6
     assert held.sum() == len(held)
+
+
+def test_earlier_runs_lose_their_pictures_and_nothing_else() -> None:
+    study = FakeStudy()
+    runs: tuple[RunRecord, ...] = ()
+    for number in (1, 2):
+        recorded = RunRecorder(RunRecord(number, study.uniform(0.9), 0.9, 1))
+        for event in study.prune(study.uniform(0.9), epochs=1):
+            runs = renewed(runs, recorded.add(event))
+    first, second = runs
+    assert (first.number, second.number) == (1, 2)
+    assert first.moments == ()
+    assert len(second.moments) > 2
+    assert first.layers == second.layers
+    assert first.result is not None
