@@ -9,6 +9,7 @@ import ipywidgets
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
 from explorer.widgets.layer_table import LayerTable
+from explorer.widgets.mask_view import MaskView
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
 from explorer.widgets.pareto_strip import ParetoStrip
@@ -52,6 +53,7 @@ class SensitivityExplorer(ipywidgets.VBox):
         self.equalizer = Equalizer(state)
         self.balance = ParetoStrip(state)
         self.monitor = RunMonitor(state)
+        self.masks = MaskView(state)
         self.result = ResultPanel(state)
         self.metrics.add_class("se-sticky")
         self.layers.add_class("se-span-5")
@@ -65,6 +67,7 @@ class SensitivityExplorer(ipywidgets.VBox):
             self.equalizer,
             self.balance,
             self.monitor,
+            self.masks,
             self.result,
         ]
         grid = ipywidgets.Box(parts).add_class("se-grid")

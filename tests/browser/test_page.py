@@ -251,6 +251,8 @@ def test_axe_finds_nothing_serious_before_and_after_a_run(fake_page: Page) -> No
 def test_the_balance_is_set_by_keyboard_and_by_mouse(fake_page: Page) -> None:
     page = measured(fake_page)
     slider = page.get_by_label("Balance between little harm and much speed")
+    # Hidden until the frontier has been worked out, in the background.
+    expect(slider).to_be_visible()
     expect(slider).to_be_enabled()
     speedup = page.locator("[data-key=speedup] .se-big")
     slider.focus()
