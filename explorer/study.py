@@ -1089,10 +1089,11 @@ class Study:
         *,
         overwrite: bool = False,
         seconds: Mapping[str, float] | None = None,
+        latency: FinalLatency | None = None,
     ) -> dict[str, Any]:
         """Write `model.safetensors`, `recipe.yaml` and `result.json` to `folder` and return the content of the last.
 
-        The latency is measured for this, beside the dense contestants, unless `final_latency` has done so already.
+        The latency is measured for this, beside the dense contestants, unless it is given or `final_latency` has measured it just before.
 
         Parameters
         ----------
@@ -1103,6 +1104,8 @@ class Study:
             Write even if there is something in the folder.
         seconds : mapping of str to float, optional
             What other parts of the work took, for the record.
+        latency : FinalLatency, optional
+            What `final_latency` told of this result earlier, before it was asked about another one.
 
         Raises
         ------
@@ -1111,7 +1114,7 @@ class Study:
         """
         target = prepared_folder(folder, overwrite=overwrite)
         recipe = self.recipe(result)
-        latency = self.final_latency(result)
+        latency = latency or self.final_latency(result)
         predicted = None
         if self._table is not None and set(result.asked) == {layer.name for layer in self.model.layers}:
             predicted = dataclasses.asdict(self.predict(SparsityDistribution(result.asked)))

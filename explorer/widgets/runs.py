@@ -15,6 +15,12 @@ RunStatus = Literal["running", "paused", "stopping", "done", "stopped", "failed"
 MAX_STEPS = 240
 """Most training steps that are kept for drawing; a chart is not much wider in pixels."""
 
+MAX_RUNS = 8
+"""Most runs of a session that are kept: each holds its pruned network, and more shapes and colours are not told apart in one chart."""
+
+ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "by hand"}
+"""What a reader is told of where a distribution came from."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
@@ -40,6 +46,8 @@ class RunRecord:
         The `FinalLatency` at the end: the result and all dense contestants, timed in turn.
     sizes : (int, int) or None
         Bytes of the weights before, and after with zeros left out.
+    origin : str
+        Where the distribution came from: "uniform", "solved" or "mine"; empty when nobody knows.
     """
 
     number: int
@@ -63,6 +71,13 @@ class RunRecord:
     result: Any = None
     final: Any = None
     sizes: tuple[int, int] | None = None
+    origin: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a reader calls the run, as in "run 2, solved"."""
+        origin = ORIGINS.get(self.origin)
+        return f"run {self.number}, {origin}" if origin else f"run {self.number}"
 
     @property
     def active(self) -> bool:
@@ -154,3 +169,10 @@ def _extend(
     if phases and phases[-1][0] == phase:
         return (*phases[:-1], (phase, phases[-1][1], step))
     return (*phases, (phase, step, step))
+
+
+def renewed(runs: tuple[RunRecord, ...], run: RunRecord) -> tuple[RunRecord, ...]:
+    """Return `runs` with `run` in its place, or behind them when it is new; not bounded."""
+    if any(kept.number == run.number for kept in runs):
+        return tuple(run if kept.number == run.number else kept for kept in runs)
+    return (*runs, run)

@@ -29,7 +29,7 @@ from explorer.history import History
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
-from explorer.widgets.runs import RunRecord, RunRecorder
+from explorer.widgets.runs import MAX_RUNS, RunRecord, RunRecorder, renewed
 from explorer.widgets.targets import KINDS, TargetKind
 
 if TYPE_CHECKING:
@@ -244,6 +244,8 @@ class ExplorerState(t.HasTraits):
     """Settings for the next run."""
     run = t.Instance(RunRecord, allow_none=True, default_value=None)
     """The latest run."""
+    runs = t.Tuple()
+    """Every `RunRecord` of the session by rising number, the one that is going on included; bounded by `MAX_RUNS`, the oldest dropped."""
     trust = t.Any(None)
     """The `Trust` in the prediction for `distribution`: single-layer curves added up, beside all layers pruned at once. None before it was measured."""
     frontier = t.Tuple()
@@ -658,6 +660,7 @@ class ExplorerState(t.HasTraits):
             asked,
             options.epochs if given is None else given.settings.epochs,
             predicted_ms=self.prediction.latency_ms if self.prediction is not None else None,
+            origin=self.origin,
         )
 
         def work(stop: threading.Event) -> RunRecord:
@@ -719,6 +722,38 @@ class ExplorerState(t.HasTraits):
         if self.job.busy:
             self.job = dataclasses.replace(self.job, text=text, done=0, total=0, seconds_left=None)
 
+    @t.observe("run")
+    def _keep_run(self, change: Any) -> None:
+        """Keep every run of the session beside the latest one."""
+        run = change["new"]
+        if run is None:
+            self.runs = ()
+            return
+        runs = renewed(self.runs, run)
+        if len(runs) > MAX_RUNS:
+            self._say(
+                f"Run {runs[0].number} is not kept any longer: the page keeps the latest {MAX_RUNS} runs. Download a result to keep it."
+            )
+        self.runs = runs[-MAX_RUNS:]
+
+    def _kept_run(self, number: int) -> RunRecord:
+        """Return the run of that number."""
+        for run in self.runs:
+            if run.number == number:
+                return run
+        told = ", ".join(str(run.number) for run in self.runs) or "none yet"
+        raise RunError(f"There is no run {number} on the page; the runs are {told}.")
+
+    @_guarded
+    def use_run(self, number: int) -> None:
+        """Put the distribution of a run back into the equalizer; a step of undo like any other."""
+        run = self._kept_run(number)
+        if run.origin == "solved":
+            # The uniform one of its latency is worked out when there is time.
+            self.ghost = None
+        self._take(run.distribution, run.origin or "mine")
+        self._say(f"The distribution of run {number} is in the equalizer.")
+
     @_guarded
     def pause(self) -> None:
         """Hold the run after its current step."""
@@ -759,18 +794,20 @@ class ExplorerState(t.HasTraits):
     # Results
 
     @_guarded
-    def pack(self) -> None:
-        """Pack the result of the latest run into a zip file and offer it to the page."""
+    def pack(self, number: int | None = None) -> None:
+        """Pack the result of a run, by default of the latest one, into a zip file and offer it to the page."""
         study = self._need_study()
-        run = self.run
-        if run is None or run.result is None:
+        run = self.run if number is None else self._kept_run(number)
+        if run is None:
             raise RunError("There is no result yet; start a run and let it finish, or stop it.")
-        result, number = run.result, run.number
+        if run.result is None:
+            raise RunError(f"Run {run.number} has no result yet; let it finish, or stop it.")
+        result, number, times = run.result, run.number, run.final
         filename = f"{_file_name(study.model.name)}-run{number}.zip"
 
         def work(_stop: threading.Event) -> tuple[str, bytes | None]:
             folder = Path(tempfile.mkdtemp(prefix="sparsity-explorer-"))
-            study.save(result, folder)
+            study.save(result, folder, latency=times)
             buffer = io.BytesIO()
             with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(folder.iterdir()):

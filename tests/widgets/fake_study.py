@@ -369,7 +369,8 @@ class FakeStudy:
             baseline="engine, dense",
         )
 
-    def save(self, result: Any, folder: Path) -> None:
+    def save(self, result: Any, folder: Path, *, latency: Any = None) -> None:
+        self.calls.append(("save", result, latency))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").write_bytes(b"\0" * 64)
         (folder / "recipe.yaml").write_text("model: fashion-resnet\n")
