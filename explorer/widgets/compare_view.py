@@ -73,7 +73,8 @@ class CompareView(StateView, Comparison):
         if state.distribution is not None:
             origin = ORIGINS.get(state.origin, "")
             here = _on_page(state, "here", f"on the page, {origin}", state.distribution, state.prediction)
-        if state.ghost is not None:
+        # One that is the same as the distribution on the page would only be said twice.
+        if state.ghost is not None and (here is None or dict(state.ghost) != here["sparsities"]):
             told = state.study.predict(state.ghost) if state.measured else None
             uniform = _on_page(state, "uniform", "uniform", state.ghost, told)
         return {

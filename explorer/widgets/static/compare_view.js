@@ -1,6 +1,6 @@
 // Runs side by side: accuracy against measured latency, a table of figures, and any two of them layer by layer.
 
-const HEIGHT = 330;
+const HEIGHT = 388;
 const NEAR = 26; // pixels within which a point is meant
 // A run's place in the session chooses its shape and its colour: either tells it apart.
 const SHAPES = [
@@ -17,26 +17,27 @@ const COLUMNS = [
   ["number", "Run", "Number of the run, and where its distribution came from"],
   ["status", "Status", "Whether the run is going on, is done, was stopped, or failed"],
   ["epochs", "Epochs", "Epochs of training that were asked for"],
-  ["accuracy", "Accuracy", "Share of images that are classified correctly, in per cent: the latest that was measured"],
-  ["change", "Change", "Accuracy less that of the dense network on the same images, in percentage points"],
-  ["latency_ms", "Latency", "Measured median of one batch, in milliseconds, with the interquartile half-range"],
-  ["speedup", "Speed-up", "Time of the dense network over that of the pruned one, measured in turn"],
-  ["asked", "Asked", "Sparsity that was asked for, over all prunable weights, in per cent"],
-  ["sparsity", "Achieved", "Share of the prunable weights that are zero in the result, in per cent"],
-  ["size_bytes", "Size", "Weights with zeros left out, in megabytes"],
+  ["accuracy", "Accuracy, %", "Share of images that are classified correctly, in per cent: the latest that was measured"],
+  ["change", "Change, points", "Accuracy less that of the dense network on the same images, in percentage points"],
+  ["latency_ms", "Latency, ms", "Measured median of one batch, in milliseconds, with the interquartile half-range"],
+  ["speedup", "Speed-up, ×", "Time of the dense network over that of the pruned one, measured in turn"],
+  ["asked", "Asked, %", "Sparsity that was asked for, over all prunable weights, in per cent"],
+  ["sparsity", "Achieved, %", "Share of the prunable weights that are zero in the result, in per cent"],
+  ["size_bytes", "Size", "Weights with zeros left out"],
 ];
 const FIGURES = [
   ["Accuracy", (one) => one.accuracy, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
-  ["Latency", (one) => one.latency_ms, (v) => `${words.ms(v)} ms`, (a, b) => (b <= a ? `${(a / b).toFixed(2)} × faster` : `${(b / a).toFixed(2)} × slower`)],
-  ["Speed-up", (one) => one.speedup, (v) => `${v.toFixed(2)} ×`, (a, b) => `${signed(b - a, 2)} ×`],
+  ["Latency", (one) => one.latency_ms, (v) => `${words.ms(v)} ms`, (a, b) => factor(a, b, "faster", "slower")],
+  ["Speed-up", (one) => one.speedup, (v) => `${v.toFixed(2)} ×`, (a, b) => (signed(b - a, 2) === "0.00" ? "the same" : `${signed(b - a, 2)} ×`)],
   ["Sparsity", (one) => one.sparsity ?? one.asked, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
-  ["Size", (one) => one.size_bytes, (v) => `${megabytes(v)} MB`, (a, b) => (b <= a ? `${(a / b).toFixed(2)} × smaller` : `${(b / a).toFixed(2)} × larger`)],
+  ["Size", (one) => one.size_bytes, (v) => bytes(v), (a, b) => factor(a, b, "smaller", "larger")],
 ];
 
 const change = (one) => (one.accuracy === null || one.dense_accuracy === null ? null : one.accuracy - one.dense_accuracy);
 const signed = (value, digits) => (Number(value.toFixed(digits)) === 0 ? (0).toFixed(digits) : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`);
 const points = (value, digits = 1) => `${signed(value, digits)} points`;
-const megabytes = (bytes) => (bytes / 1e6).toPrecision(3);
+const factor = (a, b, less, more) => (Math.max(a / b, b / a) < 1.005 ? "the same" : b < a ? `${(a / b).toFixed(2)} × ${less}` : `${(b / a).toFixed(2)} × ${more}`);
+const bytes = (value) => (value >= 1e5 ? `${(value / 1e6).toPrecision(3)} MB` : `${(value / 1e3).toPrecision(3)} kB`);
 const number = (value, digits = 0) => String(Number(value.toFixed(digits)));
 const colour = (one) => (one.number ? `var(--se-run-${(one.number - 1) % SHAPES.length})` : "var(--se-ink)");
 const shape = (one, r) => SHAPES[one.number ? (one.number - 1) % SHAPES.length : 0](r);
@@ -89,8 +90,8 @@ function render({ model, el, signal }) {
     make("div", { class: "se-picks" }, make("b", { "data-side": "a", "aria-hidden": "true" }, "A"), picks[0], swap, make("b", { "data-side": "b", "aria-hidden": "true" }, "B"), picks[1]),
     make("table", { class: "se-figures" }, make("caption", { class: "se-hidden" }, "Figures of A and B"), make("thead", {}, heads(["", "A", "B", "B beside A"])), figures),
     told,
-    make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Sparsity of each layer in A and B, scrollable" },
-      make("table", {}, make("caption", { class: "se-hidden" }, "Sparsity of each layer in A and B, in per cent"), make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Layer"), make("td", { class: "se-pair-head", "aria-hidden": "true" }), ...["A, %", "B, %", "B − A"].map((name) => make("th", { scope: "col", class: "se-num" }, name)))), byLayer)));
+    make("div", { class: "se-by-layer", tabindex: 0, role: "group", "aria-label": "Sparsity of each layer in A and B, scrollable" },
+      make("table", {}, make("caption", { class: "se-hidden" }, "Sparsity of each layer in A and B, in per cent"), make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Layer"), make("td", { class: "se-twin-head", "aria-hidden": "true" }), ...["A, %", "B, %", "B − A"].map((name) => make("th", { scope: "col", class: "se-num" }, name)))), byLayer)));
 
   // The table
   const columns = COLUMNS.map(([key, name, help], i) => {
@@ -101,7 +102,7 @@ function render({ model, el, signal }) {
   });
   const lastHead = make("td", {});
   const body = make("tbody");
-  const table = make("div", { class: "se-scroll se-all", tabindex: 0, role: "group", "aria-label": "All runs, scrollable" },
+  const table = make("div", { class: "se-all", tabindex: 0, role: "group", "aria-label": "All runs, scrollable" },
     make("table", {}, make("caption", { class: "se-hidden" }, "Runs and the dense network"), make("thead", {}, make("tr", {}, ...columns.map((column) => column.head), lastHead)), body));
 
   const content = make("div", { class: "se-compare-body" }, make("div", { class: "se-compare-top" }, figure, sides), table);
@@ -165,7 +166,7 @@ function render({ model, el, signal }) {
     const pad = { left: 46, right: 16, top: 44, bottom: 40 };
     const { svg, place } = chart({
       width, height: HEIGHT, pad,
-      x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 90) : [], label: "measured latency, ms (log scale)", map: Math.log },
+      x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 62) : [], label: "measured latency, ms (log scale)", map: Math.log },
       y: { domain: [bottom, top], ticks: ticks(bottom, top, 5).map((v) => [v, number(v, 1)]) },
       name: `Accuracy in per cent against measured latency in milliseconds: ${runs} ${runs === 1 ? "run" : "runs"}${drawable.length > runs ? " and the dense network" : ""}. The table of runs has the figures.`,
     });
@@ -196,7 +197,7 @@ function render({ model, el, signal }) {
         const isResult = one.is_final && i === path.length - 1;
         const [x, y] = at[i];
         group.append(draw("path", { d: shape(one, isResult ? 7.5 : 3.4), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: isResult ? "se-result-mark" : "se-dot-mark" }));
-        spots.push({ one, x, y, title: one.name, lines: describe(one, ms, accuracy, epoch, isResult) });
+        spots.push({ one, x, y, isResult, title: one.name, lines: describe(one, ms, accuracy, epoch, isResult) });
       });
       svg.append(group);
       labels.push({ one, x: at.at(-1)[0], y: at.at(-1)[1] });
@@ -235,7 +236,7 @@ function render({ model, el, signal }) {
   function nearest(event) {
     const box = host.getBoundingClientRect();
     const [px, py] = [((event.clientX - box.left) * width) / box.width, event.clientY - box.top];
-    const distance = (spot) => (spot.upright ? 3 * Math.abs(spot.x - px) : Math.hypot(spot.x - px, spot.y - py));
+    const distance = (spot) => (spot.upright ? 3 * Math.abs(spot.x - px) : Math.hypot(spot.x - px, spot.y - py) - (spot.isResult ? 5 : 0)); // a large mark reaches farther
     const best = spots.reduce((found, spot) => (!found || distance(spot) < distance(found) ? spot : found), null);
     return best && distance(best) < NEAR ? best : null;
   }
@@ -244,7 +245,9 @@ function render({ model, el, signal }) {
     tip.hidden = !spot;
     setOne(host, "data-over", spot?.one.number ? "yes" : null);
     if (!spot) return;
-    tip.replaceChildren(make("b", {}, spot.title), ...spot.lines.map((line) => make("div", {}, line)));
+    const hidden = new Set(spots.filter((other) => !other.upright && other.one !== spot.one && Math.hypot(other.x - spot.x, other.y - spot.y) < 5).map((other) => other.title));
+    const lines = hidden.size ? [...spot.lines, `Also here: ${[...hidden].join("; ")}`] : spot.lines;
+    tip.replaceChildren(make("b", {}, spot.title), ...lines.map((line) => make("div", {}, line)));
     const scale = host.clientWidth / width;
     Object.assign(tip.style, { left: `${spot.x * scale}px`, top: `${spot.y}px`, transform: spot.x > width / 2 ? "translate(calc(-100% - 12px), -50%)" : "translate(12px, -50%)" });
   }
@@ -267,7 +270,7 @@ function render({ model, el, signal }) {
   }
 
   function legendEntry(key, one) {
-    const entry = button("", () => choose(key), signal, { class: "se-key", title: "Makes this run stand out; arrow keys walk along its evaluations" });
+    const entry = button("", () => choose(key), signal, { class: "se-run-key", title: "Makes this run stand out; arrow keys walk along its evaluations" });
     entry.append(swatch(one), make("span", {}));
     let at = -1;
     const own = () => spots.filter((spot) => spot.one.key === key);
@@ -351,13 +354,13 @@ function render({ model, el, signal }) {
     const texts = [
       one.status === "dense" ? "as it came" : one.status,
       write(one.epochs, (v) => number(v, 1)),
-      write(one.accuracy, (v) => `${(100 * v).toFixed(2)} %`),
-      one.number ? write(change(one), (v) => points(100 * v, 2)) : "–",
-      write(one.latency_ms, (v) => `${words.ms(v)}${one.spread_ms === null ? "" : ` ± ${one.spread_ms.toPrecision(2)}`} ms`),
-      write(one.speedup, (v) => `${v.toFixed(2)} ×`),
-      write(one.asked, (v) => `${(100 * v).toFixed(2)} %`),
-      write(one.sparsity, (v) => `${(100 * v).toFixed(2)} %`),
-      write(one.size_bytes, (v) => `${megabytes(v)} MB`),
+      write(one.accuracy, (v) => (100 * v).toFixed(2)),
+      one.number ? write(change(one), (v) => signed(100 * v, 2)) : "–",
+      write(one.latency_ms, (v) => `${words.ms(v)}${one.spread_ms === null ? "" : ` ± ${one.spread_ms.toPrecision(2)}`}`),
+      write(one.speedup, (v) => v.toFixed(2)),
+      write(one.asked, (v) => (100 * v).toFixed(2)),
+      write(one.sparsity, (v) => (100 * v).toFixed(2)),
+      write(one.size_bytes, bytes),
     ];
     texts.forEach((text, i) => say(line.children[i + 1], text));
     setOne(line.children[3], "title", one.images ? `On ${one.images}` : null);
@@ -408,7 +411,7 @@ function render({ model, el, signal }) {
     rewrite(byLayer, lines, ([label, v, w]) => {
       const bar = (value, side) => make("i", { "data-side": side, style: `width:${100 * (value ?? 0)}%` });
       const write = (value) => (value === null ? "–" : (100 * value).toFixed(1));
-      return [label, make("div", { class: "se-pair", "aria-hidden": "true" }, bar(v, "a"), bar(w, "b")), write(v), write(w), v === null || w === null ? "–" : signed(100 * (w - v), 1)];
+      return [label, make("div", { class: "se-twin", "aria-hidden": "true" }, bar(v, "a"), bar(w, "b")), write(v), write(w), v === null || w === null ? "–" : signed(100 * (w - v), 1)];
     }, 1);
   }
 
@@ -417,7 +420,7 @@ function render({ model, el, signal }) {
     const key = JSON.stringify(lines);
     if (into.dataset.drawn === key) return;
     into.dataset.drawn = key;
-    into.replaceChildren(...lines.map((line) => make("tr", {}, ...cells(line).map((cell, i) => (i === 0 ? make("th", { scope: "row", title: cell }, cell) : make("td", { class: i === bars ? "se-pair-cell" : "se-num" , "aria-hidden": i === bars ? "true" : null }, cell))))));
+    into.replaceChildren(...lines.map((line) => make("tr", {}, ...cells(line).map((cell, i) => (i === 0 ? make("th", { scope: "row", title: cell }, cell) : make("td", { class: i === bars ? "se-twin-cell" : "se-num" , "aria-hidden": i === bars ? "true" : null }, cell))))));
   }
 
   function inWords(a, b, lines) {
