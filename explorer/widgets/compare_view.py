@@ -10,6 +10,7 @@ import traitlets as t
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.contestants import of_results, of_session
+from explorer.widgets.metrics import is_noisy
 from explorer.widgets.runs import ORIGINS
 
 if TYPE_CHECKING:
@@ -147,9 +148,18 @@ def _on_page(
 def _hint(state: ExplorerState) -> str:
     """Say what the comparison waits for, or how its figures are to be read."""
     if state.runs:
+        noisy = [
+            run.name for run in state.runs if run.final is not None and is_noisy(*(run.latency or (1, 0)))
+        ]
+        busy = (
+            f" The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
+            if noisy
+            else ""
+        )
         return (
-            "Lines are evaluations on validation images while a run goes on; a large mark is its result, on the images that the table names. "
-            "Each speed-up is against the dense network as it was timed with that run."
+            "Lines are evaluations on validation images while a run goes on; a large mark is its result, on the images that the table names, "
+            "and the stroke through it the spread of its time. "
+            f"Each speed-up is against the dense network as it was timed with that run.{busy}"
         )
     if state.provenance:
         return "This network cannot be trained here, so there will be no runs; distributions can be compared layer by layer."

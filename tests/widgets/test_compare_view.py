@@ -126,6 +126,16 @@ def test_distributions_that_were_not_trained_have_a_predicted_latency_only(state
     assert [one["key"] for one in view.view["planned"]] == ["here"]
 
 
+def test_times_of_a_busy_machine_are_not_passed_off_as_good_ones(two_runs: ExplorerState) -> None:
+    view = CompareView(two_runs)
+    assert "busy" not in view.view["hint"]
+    run = two_runs.runs[-1]
+    pruned = SimpleNamespace(latency_ms=0.3, spread_ms=0.1)
+    final = SimpleNamespace(pruned=pruned, dense=run.final.dense, baseline=run.final.baseline)
+    two_runs.run = dataclasses.replace(run, final=final)
+    assert view.view["hint"].endswith("so their times mean little: run 2, uniform.")
+
+
 def test_a_dragged_bar_does_not_send_the_runs_again(two_runs: ExplorerState) -> None:
     view = CompareView(two_runs)
     sent: list[str] = []

@@ -70,7 +70,7 @@ function render({ model, el, signal }) {
   const spoken = make("p", { class: "se-hidden", role: "status" });
   const figure = make("figure", { class: "se-trade" },
     make("figcaption", {}, make("b", {}, "Accuracy against latency"), " ", make("span", {}, "% of images; up and to the left is better")),
-    make("div", { class: "se-strip" }, host, tip), legend, spoken);
+    make("div", { class: "se-trade-plot" }, host, tip), legend, spoken);
 
   // A beside B
   const picks = ["a", "b"].map((side) => {
@@ -102,7 +102,7 @@ function render({ model, el, signal }) {
   });
   const lastHead = make("td", {});
   const body = make("tbody");
-  const table = make("div", { class: "se-all", tabindex: 0, role: "group", "aria-label": "All runs, scrollable" },
+  const table = make("div", { class: "se-scroll se-all", tabindex: 0, role: "group", "aria-label": "All runs, scrollable" },
     make("table", {}, make("caption", { class: "se-hidden" }, "Runs and the dense network"), make("thead", {}, make("tr", {}, ...columns.map((column) => column.head), lastHead)), body));
 
   const content = make("div", { class: "se-compare-body" }, make("div", { class: "se-compare-top" }, figure, sides), table);
@@ -192,6 +192,11 @@ function render({ model, el, signal }) {
       // The result is timed and evaluated anew, on other images: it is joined, but not as if it were one more evaluation.
       const n = one.is_final ? path.length - 1 : path.length;
       if (n > 1) group.append(line(0, n, null));
+      if (one.is_final && one.spread_ms) {
+        const [y] = at.at(-1).slice(1);
+        const [from, to] = [Math.max(left, one.latency_ms - one.spread_ms), Math.min(right, one.latency_ms + one.spread_ms)].map((ms) => place(ms, bottom)[0]);
+        group.append(draw("path", { d: `M${from.toFixed(1)} ${y.toFixed(1)}H${to.toFixed(1)}`, class: "se-whisker" }));
+      }
       if (one.is_final && path.length > 1) group.append(line(n - 1, n + 1, "2 4"));
       path.forEach(([ms, accuracy, epoch], i) => {
         const isResult = one.is_final && i === path.length - 1;
