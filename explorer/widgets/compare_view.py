@@ -111,15 +111,10 @@ class ResultsView(Comparison):
     def __init__(self, sources: Any) -> None:
         found = of_results(sources)
         super().__init__()
-        untimed = [one.name for one in found[1:] if one.latency_ms is None]
         self.view = {
             "layers": [[name, name or ROOT_LABEL] for name in found[0].sparsities],
             "planned": [],
-            "hint": (
-                f"Not timed, so not in the chart: {', '.join(untimed)}. Folders of Study.save have latencies."
-                if untimed
-                else "Each speed-up is against the dense network as it was timed with that run."
-            ),
+            "hint": _hint_of_results(found[1:]),
             "actions": False,
             "busy": False,
             "packing": False,
@@ -143,6 +138,27 @@ def _on_page(
         "size_bytes": getattr(told, "size_bytes", None),
         "sparsities": dict(distribution),
     }
+
+
+def _hint_of_results(runs: Sequence[Contestant]) -> str:
+    """Say how the figures of files are to be read, and what keeps them from being compared."""
+    parts = ["Each speed-up is against the dense network as it was timed with that run."]
+    untimed = [run.name for run in runs if run.latency_ms is None]
+    if untimed:
+        parts.append(
+            f"Not timed, so not in the chart: {'; '.join(untimed)}. Folders of Study.save have latencies."
+        )
+    places = {run.timed_on for run in runs if run.timed_on}
+    if len(places) > 1:
+        parts.append(
+            f"Timed in {len(places)} ways, so compare speed-ups rather than milliseconds: {'; '.join(sorted(places))}."
+        )
+    noisy = [run.name for run in runs if run.latency_ms and is_noisy(run.latency_ms, run.spread_ms or 0.0)]
+    if noisy:
+        parts.append(
+            f"The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
+        )
+    return " ".join(parts)
 
 
 def _hint(state: ExplorerState) -> str:

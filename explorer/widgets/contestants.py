@@ -55,6 +55,8 @@ class Contestant:
         Whether `accuracy` and `latency_ms` are those of a result.
     sparsities : mapping of str to float
         By layer: what there is when there is a result, else what was asked for.
+    timed_on : str
+        Processor, threads and batch behind the latency, where a file tells them.
     """
 
     key: str
@@ -75,6 +77,7 @@ class Contestant:
     points: tuple[tuple[float, float, float], ...] = ()
     is_final: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
+    timed_on: str = ""
 
     def to_page(self) -> dict[str, Any]:
         """Return plain values."""
@@ -250,6 +253,7 @@ def _of_folder(folder: Path, number: int) -> tuple[Contestant, Contestant]:
             size_bytes=pruned["size_bytes"],
             is_final=pruned["accuracy"] is not None and pruned["latency_ms"] is not None,
             sparsities=sparsities,
+            timed_on=_timed_on(told.get("machine") or {}),
         )
         return _dense_of(dense["accuracy"], images, sparsities, dense), run
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -302,6 +306,15 @@ def _dense_spread(state: ExplorerState, latency: float | None) -> float | None:
     if state.dense is not None and state.dense.latency_ms == latency:
         return state.dense.spread_ms
     return None
+
+
+def _timed_on(machine: Mapping[str, Any]) -> str:
+    parts = [
+        (machine.get("cpu"), "{}"),
+        (machine.get("threads"), "threads {}"),
+        (machine.get("batch_size"), "batch {}"),
+    ]
+    return ", ".join(form.format(value) for value, form in parts if value is not None)
 
 
 def _ended(stopped: bool, failure: Any) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
+
+from explorer.widgets import assets
+from explorer.widgets.compare_view import ResultsView
+from tests.widgets.test_compare_view import document, saved
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
@@ -101,3 +107,34 @@ def test_two_runs_stand_side_by_side_and_any_two_are_compared_by_keyboard(fake_p
         found = Axe().run(page, context=".se-compare")
         serious = [v for v in found.response["violations"] if v["impact"] in ("serious", "critical")]
         assert serious == [], found.generate_report()
+
+
+STUB = """async ([source, style, traits]) => {
+  const sheet = document.createElement("style");
+  sheet.textContent = style;
+  document.head.append(sheet);
+  const model = { get: (name) => traits[name], set: (name, value) => { traits[name] = value; }, on() {}, off() {}, save_changes() {} };
+  const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+  const el = document.createElement("div");
+  document.body.append(el);
+  module.default.render({ model, el, signal: new AbortController().signal });
+}"""
+
+
+def test_results_of_files_are_drawn_as_soon_as_the_view_stands(page: Page, tmp_path: Path) -> None:
+    folders = [saved(tmp_path / "solved", document(0.92, 0.5)), saved(tmp_path / "other", document(0.9, 0.4))]
+    view = ResultsView(folders)
+    traits = {name: getattr(view, name) for name in ("view", "contestants", "a", "b", "chosen", "order")}
+    plain = json.loads(json.dumps(traits))
+    page.evaluate(STUB, [assets.module("compare_view", "chart"), assets.style("compare_view"), plain])
+    card = page.get_by_role("region", name="Compare")
+    expect(card.locator(".se-track .se-result-mark")).to_have_count(3)
+    expect(card.get_by_role("rowheader", name=re.compile("^(dense|1, solved|2, other)$"))).to_have_count(3)
+    expect(card.get_by_role("button", name=re.compile("Download|Use its"))).to_have_count(0)
+    expect(
+        card.get_by_role("row", name=re.compile("^Latency 0.500 ms 0.400 ms 1.25 × faster"))
+    ).to_be_visible()
+    card.get_by_role("button", name="Accuracy, %").click()
+    expect(
+        card.get_by_role("table", name="Runs and the dense network").get_by_role("rowheader")
+    ).to_have_text(["dense", "2, other", "1, solved"])

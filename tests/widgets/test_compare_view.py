@@ -260,8 +260,23 @@ def test_a_result_that_was_not_timed_is_in_the_table_and_said_to_be_missing_in_t
     assert one["latency_ms"] is None and not one["is_final"] and two["is_final"]
     # The dense network is the one that was timed.
     assert dense["latency_ms"] == 2.0
-    assert view.view["hint"].startswith("Not timed, so not in the chart: result 1.")
+    assert "Not timed, so not in the chart: result 1." in view.view["hint"]
     assert [one.name for one in of_results(result)] == ["dense", "result 1"]
+
+
+def test_times_of_two_machines_are_not_set_against_each_other_unsaid(tmp_path: Path) -> None:
+    told = [document(), document()]
+    for one, cpu in zip(told, ("Fast", "Slow"), strict=True):
+        one["machine"] = {"cpu": cpu, "threads": 2, "batch_size": 1}
+    folders = [saved(tmp_path / str(i), one) for i, one in enumerate(told)]
+    assert (
+        ResultsView(folders)
+        .view["hint"]
+        .endswith(
+            "Timed in 2 ways, so compare speed-ups rather than milliseconds: Fast, threads 2, batch 1; Slow, threads 2, batch 1."
+        )
+    )
+    assert "ways" not in ResultsView(folders[:1]).view["hint"]
 
 
 @pytest.mark.parametrize(

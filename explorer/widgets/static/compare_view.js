@@ -122,8 +122,12 @@ function render({ model, el, signal }) {
   onResize(host, update, signal);
   follow(model, ["view", "contestants", "a", "b", "chosen", "order"], update, signal);
 
-  const all = () => model.get("contestants") ?? [];
-  const planned = () => model.get("view").planned ?? [];
+  function all() {
+    return model.get("contestants") ?? [];
+  }
+  function planned() {
+    return model.get("view").planned ?? [];
+  }
   function keep(name, value) {
     model.set(name, value);
     model.save_changes();
@@ -355,6 +359,7 @@ function render({ model, el, signal }) {
     setOne(line, "class", isOn ? "se-selected" : null);
     const name = line.firstElementChild.firstElementChild;
     say(name.lastElementChild, one.name);
+    setOne(name.lastElementChild, "title", one.name);
     if (one.number) setOne(name, "aria-pressed", String(isOn));
     const texts = [
       one.status === "dense" ? "as it came" : one.status,
