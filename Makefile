@@ -4,10 +4,12 @@
 #   TORCH_INDEX=URL     a package index that has CPU-only builds of torch, as PyTorch's installation page names it;
 #                       without it a Linux machine may download a CUDA build of several GB
 #   EXPLORER_BROWSER=/path  the chromium or chrome that the browser tests drive
+#   WORKERS=N           how many test files run at a time; 2, as much of what they do is waiting
 #   ARGS='...'          passed on: make test ARGS='-k schedule', make app ARGS='--port 8900', make bench ARGS='--threads 2'
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+WORKERS ?= 2
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.set-up
@@ -31,7 +33,7 @@ app: $(STAMP)  ## open the app on the bundled demo
 test: $(STAMP)  ## run every test, in a real browser too
 	@bash .ci/ensure-browser
 	@echo "Running the tests."
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 browser: $(STAMP)  ## run the browser tests alone
 	@bash .ci/ensure-browser

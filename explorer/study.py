@@ -329,6 +329,52 @@ class Study:
         """
         return self.latency(self._pruned_copy(distribution))
 
+    def alive(self, name: str, sparsity: float) -> Tensor:
+        """Return which weights of a layer magnitude pruning keeps, bool, shaped like the weight; nothing is changed.
+
+        Parameters
+        ----------
+        name : str
+            Dotted name of a prunable layer.
+        sparsity : float
+            Fraction in [0, 1).
+
+        Raises
+        ------
+        DistributionError
+            If there is no such layer, or the sparsity is out of range.
+        """
+        self._need_layer(name)
+        weight = self.model.module.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return magnitude_mask(weight, sparsity)
+
+    def n_groups(self, name: str) -> int:
+        """Return into how many groups a layer's inputs are split; 1 unless it is a grouped or depthwise convolution.
+
+        Raises
+        ------
+        DistributionError
+            If there is no such layer.
+        """
+        self._need_layer(name)
+        return int(getattr(self.model.module.get_submodule(name), "groups", 1))
+
+    def stored_bytes(self, zeros: Mapping[str, int]) -> int:
+        """Return the bytes of the network when layers have so many zeros and zeros are left out, see `explorer.formats.packed_bytes`.
+
+        Parameters
+        ----------
+        zeros : mapping of str to int
+            Zeros of a layer's weight, by name; what is not named is counted in the network as it came.
+        """
+        return packed_bytes(self.model.module, zeros)
+
+    def _need_layer(self, name: str) -> None:
+        names = [layer.name for layer in self.layers]
+        if name not in names:
+            raise DistributionError(f"There is no layer {name!r}; layers are {', '.join(names)}.")
+
     def _pruned_copy(self, distribution: Mapping[str, float]) -> nn.Module:
         pruned = copy.deepcopy(self.model.module)
         with torch.no_grad():

@@ -284,6 +284,36 @@ def test_the_predicted_size_is_that_of_the_whole_network_with_batch_norm_and_all
     assert measured.predict(dense).size_bytes == dense_bytes(measured.model.module)
 
 
+def test_the_stored_size_follows_from_the_zeros_of_each_layer(measured: Study) -> None:
+    from explorer.formats import dense_bytes, packed_bytes
+
+    result = measured.prune({"conv2": 0.9, "fc": 0.5}, epochs=0.5, batch_size=32, latency=False).finish()
+    zeros = {name: count for name, (count, _) in result.achieved.items()}
+    assert (
+        measured.stored_bytes({}) == packed_bytes(measured.model.module) <= dense_bytes(measured.model.module)
+    )
+    # Counted in the network itself; its other weights are as full as they were.
+    assert measured.stored_bytes(zeros) == packed_bytes(result.module) < measured.stored_bytes({})
+    assert packed_bytes(result.module, {"fc": 0}) > packed_bytes(result.module)
+
+
+def test_the_weights_that_magnitude_pruning_keeps_can_be_looked_at(measured: Study) -> None:
+    weight = measured.model.module.get_submodule("conv2").weight
+    before = weight.detach().clone()
+    alive = measured.alive("conv2", 0.75)
+    assert alive.shape == weight.shape
+    assert int((~alive).sum()) == n_zeros(weight.numel(), 0.75)
+    assert weight.detach().abs()[alive].min() >= weight.detach().abs()[~alive].max()
+    assert torch.equal(before, weight)
+    assert measured.n_groups("conv2") == measured.n_groups("fc") == 1
+    with pytest.raises(DistributionError, match="There is no layer 'conv9'; layers are conv1, conv2, fc"):
+        measured.alive("conv9", 0.5)
+    with pytest.raises(DistributionError, match="There is no layer 'conv9'"):
+        measured.n_groups("conv9")
+    with pytest.raises(DistributionError, match="fraction of zeros"):
+        measured.alive("fc", 1.5)
+
+
 def test_a_layer_that_stays_as_it_is_needs_no_entry(measured: Study) -> None:
     run = measured.prune({"fc": 0.5}, epochs=0.5, batch_size=32, latency=False)
     recipe = measured.recipe(run.finish())

@@ -6,6 +6,8 @@ without entropy coding. A tensor for which this does not pay counts as dense.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -15,21 +17,33 @@ def dense_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module))
 
 
-def packed_bytes(module: nn.Module) -> int:
+def packed_bytes(module: nn.Module, zeros: Mapping[str, int] | None = None) -> int:
     """Return the bytes of all parameters and buffers when zeros of parameters are left out, tied ones counted once.
+
+    Parameters
+    ----------
+    module : nn.Module
+    zeros : mapping of str to int, optional
+        Zeros of a layer's weight by the layer's dotted name, taken in place of counting them: how large the network will be, or is
+        while somebody else trains it.
 
     Examples
     --------
     >>> layer = nn.Linear(16, 8, bias=False)
+    >>> packed_bytes(layer, {"": 96})
+    144
     >>> with torch.no_grad():
     ...     _ = layer.weight[:6].zero_()
     >>> dense_bytes(layer), packed_bytes(layer)
     (512, 144)
     """
     total = 0
+    known = {id(module.get_submodule(name).weight): count for name, count in (zeros or {}).items()}
     for tensor in _tensors(module):
         dense = tensor.numel() * tensor.element_size()
-        packed = int(torch.count_nonzero(tensor)) * tensor.element_size() + -(-tensor.numel() // 8)
+        n_zeros = known.get(id(tensor))
+        nonzero = int(torch.count_nonzero(tensor)) if n_zeros is None else tensor.numel() - n_zeros
+        packed = nonzero * tensor.element_size() + -(-tensor.numel() // 8)
         total += min(dense, packed) if isinstance(tensor, nn.Parameter) else dense
     return total
 

@@ -5,10 +5,13 @@ Events are plain values: the command line prints them, a notebook plots them, th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from explorer.pruning.result import RunResult
 
 Phase = Literal["stabilise", "prune", "fine-tune"]
@@ -56,6 +59,19 @@ class LatencyEvent:
     speedup: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskEvent:
+    """Masks were selected: these hold after `step` steps and until the next such event; step 0 is the network as it came.
+
+    `zeros` counts the masked weights by layer. `masks` are bool, shaped like the weights, true where a weight is kept; they are the
+    run's own, never written to again, so holding them costs a byte a weight and reading them is safe in any thread.
+    """
+
+    step: int
+    zeros: Mapping[str, int]
+    masks: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class DoneEvent:
     """The run has ended, by itself or because it was stopped."""
@@ -63,4 +79,4 @@ class DoneEvent:
     result: RunResult
 
 
-RunEvent = StepEvent | EvalEvent | LatencyEvent | DoneEvent
+RunEvent = StepEvent | EvalEvent | LatencyEvent | MaskEvent | DoneEvent

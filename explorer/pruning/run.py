@@ -28,10 +28,11 @@ from explorer.memory import pages_kept
 from explorer.models import LoadedModel, load_model
 from explorer.pruning.batches import BatchStream
 from explorer.pruning.evaluation import Evaluation, evaluate
-from explorer.pruning.events import DoneEvent, EvalEvent, LatencyEvent, RunEvent, StepEvent
+from explorer.pruning.events import DoneEvent, EvalEvent, LatencyEvent, MaskEvent, RunEvent, StepEvent
 from explorer.pruning.masks import HeldMasks
 from explorer.pruning.methods import make_method
 from explorer.pruning.result import RunResult
+from explorer.pruning.schedule import learning_rate_at
 from explorer.pruning.settings import RunSettings
 
 State = Literal["ready", "running", "paused", "finished", "stopped", "failed"]
@@ -183,6 +184,7 @@ class PruningRun:
         self._n_measured = 0
         self._dense_validation: Evaluation | None = None
         self._evaluations: list[EvalEvent] = []
+        self._masks_told = False
         self._good = self._snapshot()
         self._result: RunResult | None = None
         self._events = self._generate()
@@ -237,12 +239,15 @@ class PruningRun:
         self._state = "running"
         try:
             with pages_kept():
+                yield self._mask_event()
                 yield from self._measured()
                 while self._step < self.total_steps:
                     self._go_on.wait()
                     if self._stop.is_set():
                         break
                     yield self._train_step()
+                    if not self._masks_told:
+                        yield self._mask_event()
                     if self._step == self.total_steps or self._step % self._evaluate_every == 0:
                         yield from self._measured()
                 result = self._final_result()
@@ -265,12 +270,13 @@ class PruningRun:
         started = time.perf_counter()
         step = self._step
         settings = self.settings
-        learning_rate = settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / self.total_steps))
+        learning_rate = learning_rate_at(settings.learning_rate, step, self.total_steps)
         with self._lock, self._own_threads(), self._own_randomness():
             masks = self._method.select(step, self._weights)
             if masks is not None:
                 self._held.replace(masks)
                 self._held.apply(self._optimizer)
+                self._masks_told = False
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             inputs, labels = self._batches.next()
@@ -301,6 +307,10 @@ class PruningRun:
             sparsity=self._sparsity(),
             seconds_left=self._seconds_left(),
         )
+
+    def _mask_event(self) -> MaskEvent:
+        self._masks_told = True
+        return MaskEvent(self._step, self._held.zeros, self._held.masks)
 
     def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():

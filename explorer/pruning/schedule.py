@@ -1,4 +1,4 @@
-"""How sparsity grows during a run, as a pure function of the step.
+"""How sparsity grows and the learning rate falls during a run, as pure functions of the step.
 
 Removing weights a few at a time lets the rest of the network take over their work. The cubic schedule removes many while there
 are plenty and few when each one counts. Invariant: the first value is exactly `initial`, the last exactly `final`, and nothing in
@@ -81,3 +81,23 @@ class CubicSchedule:
         if not self.begin_step <= step <= self.end_step:
             return False
         return step == self.end_step or (step - self.begin_step) % self.update_every == 0
+
+
+def learning_rate_at(peak: float, step: int, total_steps: int) -> float:
+    """Return the learning rate of the step after `step` finished ones: from `peak` to 0 along a half cosine.
+
+    Parameters
+    ----------
+    peak : float
+        Learning rate of the first step, above 0.
+    step : int
+        Finished steps, in [0, total_steps].
+    total_steps : int
+        Steps of the whole run, at least 1.
+
+    Examples
+    --------
+    >>> [round(learning_rate_at(0.1, step, 4), 4) for step in range(5)]
+    [0.1, 0.0854, 0.05, 0.0146, 0.0]
+    """
+    return peak * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))

@@ -1,62 +1,111 @@
-"""Start, watch, pause and stop a pruning run."""
+"""Draw the schedule of a pruning run, then start, watch, pause and stop it."""
 
 from __future__ import annotations
 
+import dataclasses
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import traitlets as t
 
 from explorer.widgets import assets
-from explorer.widgets.base import StateView
+from explorer.widgets.base import ROOT_LABEL, StateView
+
+if TYPE_CHECKING:
+    from explorer.widgets.runs import RunRecord
+    from explorer.widgets.state import RunOptions
 
 
 class RunMonitor(StateView):
-    """Accuracy, sparsity and latency of the latest run, live."""
+    """Accuracy or loss, sparsity of all or of each layer, latency or size of the latest run, live, and the schedule of the next one."""
 
-    _esm = assets.module("run_monitor", "chart")
+    _esm = assets.module("run_monitor", "chart", "link")
     _css = assets.style("run_monitor")
-    watches = ("study", "layers", "distribution", "prediction", "dense", "run", "job", "options", "measured")
+    watches = (
+        "study",
+        "layers",
+        "distribution",
+        "selected",
+        "prediction",
+        "dense",
+        "run",
+        "job",
+        "options",
+        "measured",
+    )
     gestures = {
         "options": lambda state, said: state.set_options(said["options"]),
-        "start": lambda state, _: state.start_run(),
+        "start": lambda state, said: state.start_run(settings=said.get("options")),
         "pause": lambda state, _: state.pause(),
         "resume": lambda state, _: state.resume(),
         "stop": lambda state, _: state.stop(),
+        "select": lambda state, said: state.select(str(said["layer"])),
     }
 
     trace = t.Bytes().tag(sync=True)
-    """Training steps as little-endian float32 triples: step, sparsity, loss."""
+    """Training steps as little-endian float32, four a step: step, sparsity, loss, learning rate."""
+
+    layer_trace = t.Bytes().tag(sync=True)
+    """Mask updates as little-endian float32: step, then the sparsity of each layer."""
 
     def refresh(self) -> None:
-        """Make view and trace anew from the state."""
+        """Make view and traces anew from the state."""
         super().refresh()
-        steps = self.state.run.steps if self.state.run is not None else ()
-        self.trace = struct.pack(f"<{3 * len(steps)}f", *(number for step in steps for number in step))
+        run = self.state.run
+        self.trace = _floats(run.steps if run is not None else ())
+        self.layer_trace = _floats(self._layer_rows(run)) if run is not None else b""
+
+    def _layer_rows(self, run: RunRecord) -> list[tuple[float, ...]]:
+        """Return step and sparsities of each mask update, in the order of the layers on the page."""
+        rows = []
+        for step, values in run.layers:
+            known = dict(zip(run.distribution, values, strict=True))
+            rows.append((float(step), *(known.get(layer.name, 0.0) for layer in self.state.layers)))
+        return rows
 
     def make_view(self) -> dict[str, Any]:
-        """Return everything but the trace."""
+        """Return everything but the traces."""
         state = self.state
-        options = state.options
+        defaults = self._defaults()
         total = sum(layer.n_params for layer in state.layers)
         asked = (
             sum(layer.n_params * state.distribution[layer.name] for layer in state.layers) / max(1, total)
             if state.distribution is not None
             else None
         )
+        names = [layer.name for layer in state.layers]
         return {
             "title": self._title(),
             "hint": self._hint(),
             "startable": state.study is not None and not state.job.busy and not state.provenance,
+            "shapeable": state.study is not None and not state.provenance,
             "why": self._why(),
             "paused": state.job.paused,
-            "options": {"epochs": options.epochs},
-            "plan": {"stabilise": options.stabilise, "ramp": options.ramp, "final": asked},
+            "options": dataclasses.asdict(state.options),
+            "defaults": defaults,
+            "layers": names,
+            "labels": [name or ROOT_LABEL for name in names],
+            "selected": state.selected,
+            "plan": {
+                "final": asked,
+                "finals": [state.distribution.get(name, 0.0) for name in names]
+                if state.distribution is not None
+                else [],
+            },
             "dense_accuracy": self._dense_accuracy(),
             "dense_ms": state.dense.latency_ms if state.dense is not None else None,
             "predicted_ms": state.prediction.latency_ms if state.prediction is not None else None,
-            "run": self._run(),
+            "run": self._run(defaults),
         }
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return what settings that are left empty will be; nothing before there is a model, because that would load torch."""
+        if self.state.study is None:
+            return {}
+        from explorer.pruning import RunSettings
+
+        settings = RunSettings()
+        return {"learning_rate": settings.learning_rate, "update_every": settings.update_every}
 
     def _why(self) -> str:
         state = self.state
@@ -66,18 +115,25 @@ class RunMonitor(StateView):
             return f"{state.job.text} is going on"
         return "Train the model while its weights are removed step by step"
 
-    def _run(self) -> dict[str, Any] | None:
+    def _run(self, defaults: dict[str, Any]) -> dict[str, Any] | None:
         run = self.state.run
         if run is None:
             return None
+        options: RunOptions = run.options or self.state.options
         return {
             "active": run.active,
             "status": run.status,
             "epochs": run.epochs,
+            "step": run.step,
             "total_steps": run.total_steps,
             "asked": run.asked,
+            "finals": [run.distribution.get(layer.name, 0.0) for layer in self.state.layers],
+            "stabilise": options.stabilise,
+            "ramp": options.ramp,
+            "peak": options.learning_rate or defaults.get("learning_rate"),
             "evaluations": [list(pair) for pair in run.evaluations],
             "latencies": [[step, ms] for step, ms, _ in run.latencies],
+            "stored": [list(pair) for pair in run.stored],
             "dense_accuracy": run.evaluations[0][1]
             if run.evaluations and run.evaluations[0][0] == 0
             else None,
@@ -107,7 +163,34 @@ class RunMonitor(StateView):
         run = self.state.run
         if self.state.provenance:
             return f"{self._why()}."
-        if run is not None and run.active and run.loss is not None:
-            rate = f", learning rate {run.learning_rate:.3g}" if run.learning_rate is not None else ""
-            return f"Training loss {run.loss:.3f}{rate}."
-        return "The smallest weights of each layer are set to zero step by step, along the dashed line, while training repairs the rest."
+        if run is not None and run.loss is not None:
+            return told(run)
+        return "The smallest weights of each layer are set to zero step by step, along the dashed line, while training repairs the rest. Drag the two upright lines to say when."
+
+
+def told(run: RunRecord) -> str:
+    """Return loss, learning rate, times and memory of a run in one line."""
+    if not run.active:
+        parts = [f"Took {_minutes(run.seconds)}"]
+    else:
+        parts = [f"Training loss {run.loss:.3f}"]
+        if run.learning_rate is not None:
+            parts.append(f"learning rate {run.learning_rate:.3g}")
+        parts.append(f"{_minutes(run.seconds)} gone")
+        if run.seconds_left is not None:
+            parts.append(f"about {_minutes(run.seconds_left)} left")
+    if run.memory is not None:
+        size, is_present = run.memory
+        parts.append(f"memory {'' if is_present else 'at most '}{size / 1e6:,.0f} MB")
+    return f"{' · '.join(parts)}."
+
+
+def _minutes(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"
+
+
+def _floats(rows: Any) -> bytes:
+    """Return rows of numbers as little-endian float32, one after the other."""
+    numbers = [number for row in rows for number in row]
+    return struct.pack(f"<{len(numbers)}f", *numbers)

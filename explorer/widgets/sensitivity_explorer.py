@@ -10,6 +10,7 @@ from explorer.widgets.compare_view import CompareView
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
 from explorer.widgets.layer_table import LayerTable
+from explorer.widgets.mask_view import MaskView
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
 from explorer.widgets.pareto_strip import ParetoStrip
@@ -53,6 +54,7 @@ class SensitivityExplorer(ipywidgets.VBox):
         self.equalizer = Equalizer(state)
         self.balance = ParetoStrip(state)
         self.monitor = RunMonitor(state)
+        self.masks = MaskView(state)
         self.result = ResultPanel(state)
         self.compare = CompareView(state)
         self.metrics.add_class("se-sticky")
@@ -67,6 +69,7 @@ class SensitivityExplorer(ipywidgets.VBox):
             self.equalizer,
             self.balance,
             self.monitor,
+            self.masks,
             self.result,
             self.compare,
         ]

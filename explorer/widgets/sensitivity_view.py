@@ -18,7 +18,7 @@ from explorer.widgets.state import DEFAULT_IMAGES
 class SensitivityView(StateView):
     """Loss and latency of each layer over its sparsity."""
 
-    _esm = assets.module("sensitivity_view", "chart", "link")
+    _esm = assets.module("sensitivity_view", "chart", "rows", "link")
     _css = assets.style("sensitivity_view")
     watches = (
         "study",
@@ -61,6 +61,7 @@ class SensitivityView(StateView):
             else [],
             "ready": state.study is not None,
             "busy": state.job.busy,
+            "measured": state.measured,
             "evens": [state.curves.break_even(layer.name) for layer in state.layers],
             "provenance": state.provenance,
         }

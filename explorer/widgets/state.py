@@ -285,6 +285,7 @@ class ExplorerState(t.HasTraits):
         self._publisher = Publisher(scheduler or DirectScheduler(), interval)
         self._jobs = JobRunner(self._executor, self._publisher)
         self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
+        self._quick = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer-quick")
         self._n_images = DEFAULT_IMAGES
         self._is_refined = False
         self._refined_layers: frozenset[str] = frozenset()
@@ -641,11 +642,13 @@ class ExplorerState(t.HasTraits):
         self.options = _checked_options(given)
 
     @_guarded
-    def start_run(self, given: Any = None) -> None:
-        """Prune the model to the distribution on the page while it trains; or begin a `PruningRun` that was `given`, whose distribution comes onto the page."""
+    def start_run(self, given: Any = None, *, settings: Mapping[str, Any] | None = None) -> None:
+        """Prune the model to the distribution on the page while it trains, with `settings` as they were typed, of which wrong ones start nothing; or begin a `PruningRun` that was `given`, whose distribution comes onto the page."""
         study = self._need_study()
         if given is not None and given.state != "ready":
             raise RunError(f"This run is {given.state}; show one that has not begun.")
+        if settings is not None:
+            self.options = _checked_options(settings)
         if given is not None and not self.job.busy:
             self._take(self._need_distribution().replace(given.asked), "mine")
         distribution = self._need_distribution()
@@ -653,13 +656,14 @@ class ExplorerState(t.HasTraits):
             raise RunError("This study has no data to train on; make it with Study(model, data).")
         number = self.run.number + 1 if self.run else 1
         asked = _mean_sparsity(self.layers, distribution)
-        options = self.options
+        options = self.options if given is None else _options_of(given.settings)
         record = RunRecord(
             number,
             distribution,
             asked,
-            options.epochs if given is None else given.settings.epochs,
+            options.epochs,
             predicted_ms=self.prediction.latency_ms if self.prediction is not None else None,
+            options=options,
             origin=self.origin,
         )
 
@@ -680,7 +684,8 @@ class ExplorerState(t.HasTraits):
     def _prune(
         self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event, given: Any
     ) -> RunRecord:
-        recorder = RunRecorder(record)
+        groups = {name: study.n_groups(name) for name in record.distribution}
+        recorder = RunRecorder(record, stored_bytes=study.stored_bytes, groups=groups, clock=self._clock)
         run = given
         if run is None:
             chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
@@ -847,6 +852,10 @@ class ExplorerState(t.HasTraits):
         """Stop the job when no page has been heard of for long; without any page ever, as in a script, nothing is stopped."""
         if self._deadline is not None and self._clock() > self._deadline:
             self._stop_job()
+
+    def quick_runner(self, slot: str) -> JobRunner:
+        """Return a runner for work of well under a second, which does not wait for the job that goes on; `slot` is its own name."""
+        return JobRunner(self._quick, self._publisher, slot)
 
     # Errors and log
 
@@ -1254,6 +1263,13 @@ def _checked_options(given: Mapping[str, Any]) -> RunOptions:
             f"stabilise {options.stabilise:g} and ramp {options.ramp:g} are shares of one run and add up to more than 1; lower one."
         )
     return options
+
+
+def _options_of(settings: Any) -> RunOptions:
+    """Return what the page shows of the `RunSettings` of a run that was made elsewhere."""
+    return RunOptions(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RunOptions)}
+    )
 
 
 def _evaluate_every(study: Any, epochs: float) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ipywidgets
 
 from explorer.errors import ExplorerError
-from explorer.widgets import compare_view, layer_table, run_monitor, sensitivity_view
+from explorer.widgets import compare_view, layer_table, mask_view, run_monitor, sensitivity_view
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
@@ -108,7 +108,7 @@ class DistributionEditor(Step):
 
 
 class RunMonitor(Step):
-    """Start, watch, pause and stop gradual magnitude pruning.
+    """Draw the schedule of gradual magnitude pruning, start, watch, pause and stop it, and see which weights it keeps.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ class RunMonitor(Step):
         A run that `Study.prune` has made, and that has not begun, begins at once, in the background.
     """
 
-    parts = (run_monitor.RunMonitor,)
+    parts = (run_monitor.RunMonitor, mask_view.MaskView)
 
     def __init__(self, source: Any) -> None:
         run = source if hasattr(source, "total_steps") else None

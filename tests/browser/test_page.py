@@ -49,6 +49,8 @@ def test_the_whole_job_can_be_done_by_keyboard(fake_page: Page) -> None:
     page.keyboard.press("ArrowRight")
     bar = page.get_by_role("slider", name="block1.conv1")
     expect(bar).to_be_focused()
+    # Else JupyterLab would cut the cell at an "x", and delete it at "d d".
+    assert page.evaluate("document.activeElement.hasAttribute('data-lm-suppress-shortcuts')")
     page.keyboard.press("Home")
     expect(bar).to_have_attribute("aria-valuenow", "0")
     page.keyboard.press("PageUp")

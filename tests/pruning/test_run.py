@@ -20,6 +20,7 @@ from explorer.pruning import (
     DoneEvent,
     EvalEvent,
     LatencyEvent,
+    MaskEvent,
     PruningRun,
     RunEvent,
     RunResult,
@@ -213,6 +214,29 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tiny_data:
     assert same_weights(first.module, again.module)
     assert first.accuracy == again.accuracy
     assert not same_weights(first.module, other.module)
+
+
+def test_masks_are_told_when_they_are_selected_and_stay_as_they_were_told(
+    tiny_model: LoadedModel, tiny_data: LoadedData
+) -> None:
+    run = a_run(tiny_model, tiny_data)
+    told: list[MaskEvent] = []
+    copies: list[dict[str, Tensor]] = []
+    schedule = CubicSchedule(0.0, ASKED["conv2"], run._method._begin, run._method._end, 3)  # type: ignore[attr-defined]
+    for event in run:
+        if isinstance(event, MaskEvent):
+            assert event.step == run.step
+            told.append(event)
+            copies.append({name: mask.clone() for name, mask in event.masks.items()})
+    selected = [step + 1 for step in range(run.total_steps) if schedule.is_update(step)]
+    assert [event.step for event in told] == [0, *selected]
+    for event, copy in zip(told, copies, strict=True):
+        for name, mask in event.masks.items():
+            assert torch.equal(mask, copy[name])
+            assert event.zeros[name] == int((~mask).sum())
+    assert told[0].zeros == dict.fromkeys(ASKED, 0)
+    for name, mask in run.result.masks.items():
+        assert torch.equal(told[-1].masks[name], mask)
 
 
 def test_stop_ends_before_the_next_step_and_leaves_a_usable_masked_network(

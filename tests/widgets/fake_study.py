@@ -5,6 +5,7 @@ Loss and latency follow simple laws per layer, so the expected numbers of a test
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import threading
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
 
@@ -119,6 +122,13 @@ class LatencyEvent:
 
 
 @dataclass(frozen=True)
+class MaskEvent:
+    step: int
+    zeros: Mapping[str, int]
+    masks: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class DoneEvent:
     result: Any
 
@@ -131,6 +141,16 @@ def _network(sparsity: float) -> Any:
     with torch.no_grad():
         network.weight.fill_(1.0).view(-1)[: round(1000 * sparsity)] = 0.0
     return network
+
+
+@functools.cache
+def _ranks(name: str, shape: tuple[int, ...]) -> Any:
+    """Return the place of each weight of a layer by magnitude, smallest first; some outputs are weaker than others."""
+    rng = np.random.default_rng(len(name) + math.prod(shape))
+    magnitudes = rng.random(shape) * (0.2 + rng.random((shape[0],) + (1,) * (len(shape) - 1)))
+    ranks = np.empty(magnitudes.size, int)
+    ranks[magnitudes.argsort(axis=None)] = np.arange(magnitudes.size)
+    return ranks.reshape(shape)
 
 
 LAYERS = (
@@ -358,7 +378,20 @@ class FakeStudy:
 
     def prune(self, distribution: Distribution, *, epochs: float = 5, **options: Any) -> FakeRun:
         self.calls.append(("prune", distribution, {"epochs": epochs, **options}))
-        return FakeRun(self, distribution, epochs)
+        return FakeRun(self, distribution, epochs, options.get("stabilise", 0.1), options.get("ramp", 0.4))
+
+    def alive(self, name: str, sparsity: float) -> Any:
+        shape = next(layer.weight_shape for layer in self.layers if layer.name == name)
+        return _ranks(name, shape) >= math.ceil(math.prod(shape) * sparsity - 1e-9)
+
+    def n_groups(self, name: str) -> int:
+        return 1
+
+    def stored_bytes(self, zeros: Mapping[str, int]) -> int:
+        return sum(
+            min(4 * layer.n_params, 4 * (layer.n_params - zeros.get(layer.name, 0)) + layer.n_params // 8)
+            for layer in self.layers
+        )
 
     def final_latency(self, result: Any) -> Any:
         ms = self.predict(result.asked).latency_ms
@@ -378,8 +411,11 @@ class FakeStudy:
 
 
 class FakeRun:
-    def __init__(self, study: FakeStudy, distribution: Distribution, epochs: float) -> None:
+    def __init__(
+        self, study: FakeStudy, distribution: Distribution, epochs: float, stabilise: float, ramp: float
+    ) -> None:
         self.study, self.distribution = study, distribution
+        self.stabilise, self.ramp = stabilise, ramp
         self.result: Any = None
         self.total = max(1, round(epochs * study.steps_per_epoch))
         self._stop, self._go = threading.Event(), threading.Event()
@@ -399,6 +435,7 @@ class FakeRun:
         from explorer.errors import RunError
 
         study, final = self.study, self.study.predict(self.distribution)
+        yield self.masks(0, 0.0)
         yield EvalEvent(0, 0.931, 0.2, 0.0)
         accuracy, sparsity, step = 0.931, 0.0, 0
         for step in range(1, self.total + 1):
@@ -409,18 +446,20 @@ class FakeRun:
                 raise RunError("The loss is not a number any more; lower the learning rate and start again.")
             time.sleep(study.pause_s)
             done = step / self.total
-            grown = min(1.0, max(0.0, (done - 0.1) / 0.4))
+            grown = min(1.0, max(0.0, (done - self.stabilise) / max(1e-9, self.ramp)))
             sparsity = final.sparsity * (1 - (1 - grown) ** 3)
-            phase = "stabilise" if done <= 0.1 else "prune" if done <= 0.5 else "fine-tune"
+            phase = "stabilise" if done <= self.stabilise else "prune" if grown < 1 else "fine-tune"
             yield StepEvent(
                 step,
                 self.total,
                 phase,
                 0.4 + 0.3 * grown * (1 - done),
-                0.1 * (1 - done),
+                0.025 * (1 + math.cos(math.pi * (step - 1) / self.total)),
                 sparsity,
                 (1 - done) * 10,
             )
+            if phase == "prune" and step % max(1, self.total // 50) == 0:
+                yield self.masks(step, sparsity / max(1e-9, final.sparsity))
             if step % max(1, self.total // 12) == 0:
                 accuracy = 0.931 - 0.06 * grown * max(0.12, 1.4 - 1.4 * done)
                 scaled = {
@@ -430,6 +469,7 @@ class FakeRun:
                 ms = study.predict(scaled).latency_ms
                 yield EvalEvent(step, accuracy, 0.3, sparsity)
                 yield LatencyEvent(step, ms, 0.02, study.dense_ms, study.dense_ms / ms)
+        yield self.masks(step, sparsity / max(1e-9, final.sparsity))
         stopped = step < self.total or self._stop.is_set()
         achieved = {
             layer.name: (math.ceil(layer.n_params * self.distribution[layer.name]), layer.n_params)
@@ -441,3 +481,10 @@ class FakeRun:
                 measured_on="test", module=_network(0.9), asked=self.distribution, n_evaluated=2000, seconds=3.0,
             )
         )  # fmt: skip
+
+    def masks(self, step: int, share: float) -> MaskEvent:
+        """Return the masks at a share of the asked sparsity."""
+        study = self.study
+        masks = {name: study.alive(name, value * share) for name, value in self.distribution.items()}
+        zeros = {name: int(mask.size - np.count_nonzero(mask)) for name, mask in masks.items()}
+        return MaskEvent(step, zeros, masks)

@@ -63,6 +63,15 @@ def test_a_run_that_was_made_elsewhere_is_watched(study: explorer.Study) -> None
     assert state.run is not None and state.run.status == "done", state.error
     assert state.run.result is run.result
     assert dict(state.distribution) == asked
+    # Its own schedule is drawn, and not the one that the page would have taken.
+    assert (state.run.options.stabilise, state.run.options.ramp) == (
+        run.settings.stabilise,
+        run.settings.ramp,
+    )
+    last = state.run.moments[-1].pictures
+    assert {name: picture.n_weights - picture.n_alive for name, picture in last.items()} == {
+        name: zeros for name, (zeros, _) in run.result.achieved.items()
+    }
     explorer.RunMonitor(run)
     assert "This run is finished; show one that has not begun." in state.error
     alone = explorer.PruningRun(study.model, study.data, asked, epochs=1)

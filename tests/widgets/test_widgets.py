@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from typing import Any
 
@@ -126,13 +127,60 @@ def test_the_asked_sparsity_is_weighted_by_the_weights_of_a_layer(state: Explore
     assert tile(state, "sparsity")["value"] == f"{90 * pruned / total:.1f}"
 
 
-def test_steps_of_a_run_travel_as_float32_triples(state: ExplorerState) -> None:
+def test_steps_of_a_run_travel_as_float32_in_fours(state: ExplorerState) -> None:
     monitor = RunMonitor(state)
     state.start_run()
     numbers = struct.unpack(f"<{len(monitor.trace) // 4}f", monitor.trace)
-    assert len(numbers) == 3 * len(state.run.steps)
-    assert numbers[-3] == state.run.total_steps
+    assert len(numbers) == 4 * len(state.run.steps)
+    assert numbers[-4] == state.run.total_steps
+    assert numbers[-4:] == pytest.approx(state.run.steps[-1])
     assert monitor.view["run"]["evaluations"][0] == [0, 0.931]
+
+
+def test_the_sparsity_of_each_layer_travels_in_the_order_of_the_page(state: ExplorerState) -> None:
+    monitor = RunMonitor(state)
+    assert monitor.layer_trace == b""
+    names = [layer.name for layer in state.layers]
+    assert monitor.view["plan"]["finals"] == [state.distribution[name] for name in names]
+    state.distribution = type(state.distribution)(dict(list(state.distribution.items())[::-1]))
+    state.start_run()
+    width = 1 + len(names)
+    numbers = struct.unpack(f"<{len(monitor.layer_trace) // 4}f", monitor.layer_trace)
+    assert len(numbers) == width * len(state.run.layers)
+    assert numbers[:width] == (0.0,) * width
+    assert numbers[-width] == state.run.total_steps
+    achieved = [state.run.result.achieved[name] for name in names]
+    assert numbers[1 - width :] == pytest.approx([zeros / elements for zeros, elements in achieved])
+    assert monitor.view["run"]["finals"] == [state.distribution[name] for name in names]
+    step, size = monitor.view["run"]["stored"][-1]
+    assert (step, size) == (
+        100,
+        state.study.stored_bytes({name: state.run.result.achieved[name][0] for name in names}),
+    )
+
+
+def test_the_hint_tells_times_and_memory(state: ExplorerState) -> None:
+    monitor = RunMonitor(state)
+    hints = []
+    state.observe(lambda _change: hints.append(monitor.view["hint"]), names=["run"])
+    state.start_run()
+    pattern = r"Training loss 0\.\d+ · learning rate [\d.e-]+ · \d+ s gone · about \d+ s left( · memory (at most )?[\d,]+ MB)?\."
+    assert any(re.fullmatch(pattern, hint) for hint in hints), hints[:3]
+    assert re.fullmatch(r"Took \d+ s( · memory (at most )?[\d,]+ MB)?\.", hints[-1])
+
+
+def test_settings_that_are_refused_start_nothing(state: ExplorerState) -> None:
+    monitor = RunMonitor(state)
+    press(monitor, "start", options={"epochs": "2", "stabilise": "0.7", "ramp": "0.6"})
+    assert state.run is None
+    assert "add up to more than 1; lower one" in state.error
+    press(monitor, "start", options={"epochs": "2", "stabilise": "0.2", "ramp": "0.3"})
+    assert state.error == ""
+    assert (state.run.epochs, state.options.stabilise, monitor.view["run"]["ramp"]) == (2, 0.2, 0.3)
+    assert [name for name, _, _ in state.run.phases] == ["stabilise", "prune", "fine-tune"]
+    # The settings of the next run leave the schedule of this one alone.
+    press(monitor, "options", options={"epochs": "3", "stabilise": "0.1", "ramp": "0.5"})
+    assert (monitor.view["run"]["stabilise"], monitor.view["options"]["stabilise"]) == (0.2, 0.1)
 
 
 def test_start_asks_for_the_options_of_the_page(state: ExplorerState) -> None:
@@ -204,6 +252,7 @@ def test_a_closed_widget_stops_watching(state: ExplorerState) -> None:
         "sensitivity_view",
         "equalizer",
         "run_monitor",
+        "mask_view",
         "result_panel",
     ],
 )

@@ -56,6 +56,8 @@ function follow(model, names, update, signal) {
 function section(el, label, className, step = null) {
   dress();
   const root = make("section", { class: `se ${className}`, "aria-label": label, "data-se-step": step });
+  // JupyterLab would take keys that are pressed here as its own, and cut the cell at an "x" on a bar. It looks at the focused element before those around it.
+  root.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   el.replaceChildren(root);
   return root;
 }

@@ -106,6 +106,7 @@ function render({ model, el, signal }) {
   let harmName = "KL"; // what bars are coloured by
   let active = -1;
   let picked = new Set(); // layers that are chosen together, the active one among them
+  let asked = null; // the layer that the kernel was asked to select, until it has
   let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke }
   let zoom = 1;
   let sentAt = 0;
@@ -143,8 +144,10 @@ function render({ model, el, signal }) {
     empty.hidden = Boolean(layers.length);
     if (changed) build();
     else if (timed && !drag) arrange();
+    // A view that was on its way when a layer was chosen here knows nothing of that yet.
+    if (view.selected === asked) asked = null;
     const at = layers.findIndex((layer) => layer.name === view.selected);
-    if (at >= 0 && at !== active && !drag) {
+    if (at >= 0 && at !== active && !drag && asked === null) {
       active = at;
       if (!picked.has(at)) picked = new Set([at]);
     }
@@ -363,7 +366,10 @@ function render({ model, el, signal }) {
   function pick(some, i, scroll) {
     if (i === undefined || !layers[i]) return;
     picked = new Set([...some, i]);
-    if (i !== active) gesture("select", { layer: layers[i].name });
+    if (i !== active) {
+      asked = layers[i].name === model.get("view").selected ? null : layers[i].name;
+      gesture("select", { layer: layers[i].name });
+    }
     active = i;
     repaint();
     bars[i].focus({ preventScroll: true });
@@ -482,6 +488,7 @@ function render({ model, el, signal }) {
   field.addEventListener("keydown", (event) => {
     const i = indexOf(event);
     if (i < 0) return;
+    if (!picked.has(i)) pick([i], i, false);
     const { key } = event;
     const command = event.ctrlKey || event.metaKey;
     if (command && (key === "z" || key === "y")) gesture(key === "z" ? "undo" : "redo");

@@ -1,15 +1,24 @@
-// The two measured curves of each layer: what pruning costs it in loss, and what it gains in time.
+// What pruning costs each layer, and what it gains in time, as measured: curves, a heat map, or bars at one sparsity.
 
 const KINDS = {
-  kl: { label: "KL", title: "Change of the outputs", unit: "KL to the dense outputs (nats, log scale)" },
+  kl: { label: "KL", title: "Change of the outputs", unit: "KL to the dense outputs, nats, log scale" },
   accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
   loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
 };
 const IMAGES = [[100, "Quick: 100 images"], [500, "500 images"], [2000, "Thorough: 2,000 images"]];
+const VIEWS = { curves: "Curves", heat: "Heat map", bars: "Bars" };
 const HEIGHT = 278;
 
 function render({ model, el, signal }) {
   const root = section(el, "Sensitivity", "se-card se-sens", 2);
+  let shape = "curves";
+  let level = 0.9; // of the bars
+  const shapes = make("div", { class: "se-seg", role: "group", "aria-label": "How it is drawn" }, ...Object.entries(VIEWS).map(([key, label]) =>
+    button(label, () => { shape = key; update(); }, signal, { "data-shape": key })));
+  const levelInput = make("input", { type: "range", min: 0, max: 99, step: 1, value: 90, "aria-label": "Sparsity at which layers are compared", title: "Sparsity at which layers are compared" });
+  levelInput.addEventListener("input", () => { level = Number(levelInput.value) / 100; update(); }, { signal });
+  const atText = make("output", { class: "se-mute" });
+  const atRow = make("span", { class: "se-at" }, levelInput, atText);
   const measure = button("Measure", () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
   let kind = "kl";
   const images = make("select", { "aria-label": "Images to measure on", title: "Validation images behind each point: more take longer and jitter less" }, ...IMAGES.map(([count, label]) => make("option", { value: count }, label)));
@@ -23,7 +32,7 @@ function render({ model, el, signal }) {
   const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
   const legend = make("p", { class: "se-hint se-key" });
   const source = make("p", { class: "se-hint se-source", hidden: true });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), make("div", { class: "se-push" }, seg, images, measure)), plots, legend, source, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), make("div", { class: "se-push" }, images, measure)), make("div", { class: "se-shapes" }, shapes, seg, atRow), plots, legend, source, empty);
 
   for (const figure of [left, right]) {
     const host = figure.lastElementChild;
@@ -36,7 +45,7 @@ function render({ model, el, signal }) {
   }
 
   let pointed = null; // the layer that is pointed at here or in another widget
-  const point = () => { for (const path of plots.querySelectorAll("path[data-name]")) setOne(path, "data-pointed", path.dataset.name === pointed ? "yes" : null); };
+  const point = () => { for (const path of plots.querySelectorAll("[data-name]")) setOne(path, "data-pointed", path.dataset.name === pointed ? "yes" : null); };
   hearPage(model, "point", (name) => { pointed = name; point(); }, signal);
   follow(model, ["view", "curves", "bands"], update, signal);
 
@@ -46,12 +55,18 @@ function render({ model, el, signal }) {
     const any = Object.keys(curves).length > 0;
     plots.hidden = legend.hidden = !any;
     empty.hidden = any;
-    seg.style.visibility = any ? "visible" : "hidden"; // its place is kept
+    // Their places are kept.
+    seg.style.visibility = shapes.style.visibility = any ? "visible" : "hidden";
+    atRow.style.visibility = any && shape === "bars" ? "visible" : "hidden";
+    say(atText, `at ${words.percent(level, 0)}`);
+    setOne(levelInput, "aria-valuetext", words.percent(level, 0));
+    for (const choice of shapes.children) setOne(choice, "aria-pressed", String(choice.dataset.shape === shape));
     say(about, view.ready
       ? "Measuring prunes one layer at a time and looks how much the outputs change, then times each layer on the sparse engine. Nothing is trained, and every weight is put back."
       : "There is no model yet.");
-    say(measure, any ? "Measure again" : "Measure");
-    setOne(measure, "class", any ? "se-measure" : "se-primary se-measure");
+    const goesOn = any && !view.measured && !view.busy;
+    say(measure, goesOn ? "Continue" : any ? "Measure again" : "Measure");
+    setOne(measure, "class", any && !goesOn ? "se-measure" : "se-primary se-measure");
     images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
     if (any && !(kind in curves)) kind = Object.keys(KINDS).find((key) => key in curves) ?? kind;
@@ -62,10 +77,76 @@ function render({ model, el, signal }) {
     for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
     if (!any) return;
     const at = view.layers.indexOf(view.selected);
-    say(legend, at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution${(model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? ", and a band where other images would put it, 95 times in 100" : ""}. A diamond marks the sparsity from which a layer gets faster. Point at a line to see its layer; click to choose it.` : "");
-    paint(left, kind, curves, view);
-    paint(right, "latency_ms", curves, view);
+    say(legend, shape !== "curves" ? LEGENDS[shape] : at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution${(model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? ", and a band where other images would put it, 95 times in 100" : ""}. A diamond marks the sparsity from which a layer gets faster. Point at a line to see its layer; click to choose it.` : "");
+    const draws = { curves: paint, heat: paintHeat, bars: paintBars }[shape];
+    draws(left, kind, curves, view);
+    draws(right, "latency_ms", curves, view);
     point();
+  }
+
+  /** What a value is worth, in words. */
+  const told = (what, value) => (what === "latency_ms" ? `${words.ms(value)} ms` : what === "accuracy" ? `${(100 * value).toFixed(1)} % accurate` : `${what === "kl" ? "KL" : "loss"} ${words.small(value)}`);
+
+  /** Colour of a layer's value: the ramp for harm, the more of its dense time is left the stronger for time. */
+  function shade(what, curve, value) {
+    const dense = curve[0].length && curve[0][0] === 0 ? curve[1][0] : null;
+    if (what === "kl") return rampColour(tone(value));
+    if (what === "loss") return rampColour(dense === null ? null : tone(Math.max(1e-9, value - dense)));
+    if (what === "accuracy") return rampColour(dense === null ? null : Math.min(1, Math.max(0, (dense - value) / Math.max(dense, 1e-9)) ** 0.5));
+    return dense ? `color-mix(in oklab, var(--se-accent) ${(100 * Math.min(1, value / dense)).toFixed(0)}%, var(--se-sunk))` : "var(--se-edge)";
+  }
+
+  function show(figure, what, { svg, place }, hit) {
+    figure.children[1].replaceChildren(svg);
+    figure.place = place;
+    figure.hit = hit;
+    figure.width = Math.max(240, figure.children[1].clientWidth);
+    figure.firstElementChild.replaceChildren(make("b", {}, figureTitle(what)), " ", make("span", {}, what === "latency_ms" ? "ms, on the sparse engine" : KINDS[what].unit));
+  }
+
+  const rowsOf = (view, all, more) => all.map((curve, i) => ({ name: view.layers[i], label: view.labels[i], ...more(curve, i) }));
+
+  function paintHeat(figure, what, curves, view) {
+    const all = curves[what] ?? [];
+    // Levels that were added where one curve bends would be columns of holes; while it is measured there are holes anyway.
+    const full = Math.max(...all.map((curve) => curve[0].length)) > 3 ? 0.9 : 0;
+    const levels = [...new Set(all.flatMap((curve) => curve[0]))].sort((a, b) => a - b).filter((s) => all.filter((curve) => curve[0].includes(s)).length >= full * all.length);
+    const valueAt = (i, j) => { const k = all[i][0].indexOf(levels[j]); return k < 0 ? null : all[i][1][k]; };
+    const drawn = heatMap({
+      width: Math.max(240, figure.children[1].clientWidth), height: HEIGHT, selected: view.selected, columns: levels.map((s) => String(Number((100 * s).toFixed(1)))),
+      rows: rowsOf(view, all, (curve, i) => ({ colours: levels.map((_, j) => { const value = valueAt(i, j); return value === null ? null : shade(what, curve, value); }) })),
+      label: "sparsity of the layer (%)", name: `${figureTitle(what)}: a heat map, one row a layer, one column a sparsity`,
+    });
+    show(figure, what, drawn, (x, y) => {
+      const cell = drawn.hit(x, y);
+      if (!cell) return null;
+      const [i, j] = cell;
+      return { at: drawn.place(i, j), name: view.layers[i], label: view.labels[i], text: `${words.percent(levels[j], 0)} sparse: ${told(what, valueAt(i, j))}` };
+    });
+  }
+
+  function paintBars(figure, what, curves, view) {
+    const all = curves[what] ?? [];
+    const values = all.map((curve) => between(curve, level));
+    const known = values.filter((value) => value !== null);
+    const dense = all.map((curve) => between(curve, 0));
+    const scale = axis(what, what === "latency_ms" ? dense.filter((value) => value !== null) : known);
+    const shown = what === "accuracy" ? (value) => 100 * value : (value) => value;
+    const drawn = rowBars({
+      width: Math.max(240, figure.children[1].clientWidth), height: HEIGHT, selected: view.selected, scale,
+      rows: rowsOf(view, all, (curve, i) => ({
+        value: values[i] === null ? null : shown(values[i]),
+        whole: what === "latency_ms" ? dense[i] : null,
+        colour: what === "latency_ms" ? "var(--se-accent)" : values[i] === null ? "none" : shade(what, curve, values[i]),
+      })),
+      label: what === "latency_ms" ? "ms of the layer; outline: dense" : KINDS[what].unit, name: `${figureTitle(what)} at ${words.percent(level, 0)} sparsity, one bar a layer`,
+    });
+    show(figure, what, drawn, (x, y) => {
+      const i = drawn.hit(x, y);
+      if (i === null || values[i] === null) return null;
+      const gain = what === "latency_ms" && dense[i] ? `, ${(dense[i] / values[i]).toFixed(1)} × as fast as dense` : "";
+      return { at: drawn.place(i), name: view.layers[i], label: view.labels[i], text: `${words.percent(level, 0)} sparse: ${told(what, values[i])}${gain}` };
+    });
   }
 
   function paint(figure, what, curves, view) {
@@ -97,13 +178,18 @@ function render({ model, el, signal }) {
     const areas = !band || chosen < 0 ? [] : [{ points: band[0].map((s, k) => [s, shown(band[1][k]), shown(band[2][k])]).filter(([s]) => s >= from), colour: "var(--se-accent)" }];
     const x = what === "kl" ? { ...compression, domain: [from, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
     const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, areas, marks, name: `${figureTitle(what)}, one line a layer` };
-    const { svg, place } = chart(spec);
-    host.replaceChildren(svg);
-    figure.lines = lines;
-    figure.place = place;
-    figure.what = what;
-    figure.width = width;
-    figure.firstElementChild.replaceChildren(make("b", {}, figureTitle(what)), " ", make("span", {}, what === "latency_ms" ? "ms, on the sparse engine" : KINDS[what].unit));
+    const drawn = chart(spec);
+    show(figure, what, drawn, (px, py) => {
+      let best = null;
+      for (const entry of lines)
+        for (const [s, v] of entry.points) {
+          const [x, y] = drawn.place(s, v);
+          const distance = Math.hypot(x - px, y - py);
+          if (distance < 28 && (!best || distance < best.distance))
+            best = { distance, at: [x, y], name: entry.name, label: entry.label, text: `${words.percent(s, 0)} sparse: ${told(what, what === "accuracy" ? v / 100 : v)}` };
+        }
+      return best;
+    });
   }
 
   function figureTitle(what) {
@@ -121,25 +207,23 @@ function render({ model, el, signal }) {
   }
 
   function hover(figure, tip, event) {
-    if (!figure.lines) return;
+    if (!figure.hit) return;
     const box = figure.children[1].getBoundingClientRect();
-    const [px, py] = [((event.clientX - box.left) * figure.width) / box.width, event.clientY - box.top];
-    let best = null;
-    for (const entry of figure.lines)
-      for (const [s, v] of entry.points) {
-        const [x, y] = figure.place(s, v);
-        const distance = Math.hypot(x - px, y - py);
-        if (distance < 28 && (!best || distance < best.distance)) best = { distance, x, y, s, v, name: entry.name, label: entry.label };
-      }
+    const best = figure.hit(((event.clientX - box.left) * figure.width) / box.width, event.clientY - box.top);
     tip.hidden = !best;
     figure.near = best?.name ?? null;
     if (figure.near !== pointed) tellPage(model, "point", figure.near);
     if (!best) return;
-    const value = figure.what === "latency_ms" ? `${words.ms(best.v)} ms` : figure.what === "accuracy" ? `${best.v.toFixed(1)} % accurate` : `${figure.what === "kl" ? "KL" : "loss"} ${words.small(best.v)}`;
-    tip.replaceChildren(make("b", {}, best.label), `${words.percent(best.s, 0)} sparse: ${value}`);
-    const shift = best.x > box.width / 2 ? "translate(calc(-100% - 12px), -110%)" : "translate(12px, -110%)";
-    Object.assign(tip.style, { left: `${(best.x * box.width) / figure.width}px`, top: `${best.y + figure.children[1].offsetTop}px`, transform: shift });
+    tip.replaceChildren(make("b", {}, best.label), best.text);
+    const [x, y] = best.at;
+    const shift = x > 0.42 * box.width ? "translate(calc(-100% - 12px), -110%)" : "translate(12px, -110%)";
+    Object.assign(tip.style, { left: `${(x * box.width) / figure.width}px`, top: `${y + figure.children[1].offsetTop}px`, transform: shift });
   }
 }
+
+const LEGENDS = {
+  heat: "Left: blue hardly minds, yellow minds most, on one scale for all layers. Right: how much of its dense time a layer still takes, from all of it to none. Point at a cell to read it; click to choose the layer.",
+  bars: "All layers pruned to the same sparsity, one at a time. Choose the sparsity with the slider; point at a bar to read it, click to choose the layer.",
+};
 
 export default { render };
