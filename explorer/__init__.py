@@ -30,6 +30,7 @@ _HOME = {
     "SensitivityView": "explorer.widgets",
     "DistributionEditor": "explorer.widgets",
     "RunMonitor": "explorer.widgets",
+    "CompareView": "explorer.widgets",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from explorer.sensitivity import SensitivityTable
     from explorer.study import Study
     from explorer.widgets import (
+        CompareView,
         DistributionEditor,
         LayerTable,
         RunMonitor,

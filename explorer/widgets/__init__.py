@@ -15,9 +15,10 @@ if importlib.util.find_spec("anywidget") is None or importlib.util.find_spec("ip
 
 from explorer.widgets.sensitivity_explorer import SensitivityExplorer, open_app
 from explorer.widgets.state import ExplorerState
-from explorer.widgets.steps import DistributionEditor, LayerTable, RunMonitor, SensitivityView
+from explorer.widgets.steps import CompareView, DistributionEditor, LayerTable, RunMonitor, SensitivityView
 
 __all__ = [
+    "CompareView",
     "DistributionEditor",
     "ExplorerState",
     "LayerTable",

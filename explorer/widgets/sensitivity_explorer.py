@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
+from explorer.widgets.compare_view import CompareView
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
 from explorer.widgets.layer_table import LayerTable
@@ -55,6 +56,7 @@ class SensitivityExplorer(ipywidgets.VBox):
         self.monitor = RunMonitor(state)
         self.masks = MaskView(state)
         self.result = ResultPanel(state)
+        self.compare = CompareView(state)
         self.metrics.add_class("se-sticky")
         self.layers.add_class("se-span-5")
         self.sensitivity.add_class("se-span-7")
@@ -69,6 +71,7 @@ class SensitivityExplorer(ipywidgets.VBox):
             self.monitor,
             self.masks,
             self.result,
+            self.compare,
         ]
         grid = ipywidgets.Box(parts).add_class("se-grid")
         super().__init__([grid])

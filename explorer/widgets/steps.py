@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ipywidgets
 
 from explorer.errors import ExplorerError
-from explorer.widgets import layer_table, mask_view, run_monitor, sensitivity_view
+from explorer.widgets import compare_view, layer_table, mask_view, run_monitor, sensitivity_view
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
 from explorer.widgets.pareto_strip import ParetoStrip
 from explorer.widgets.publisher import kernel_scheduler
+from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.state import ExplorerState
 
 if TYPE_CHECKING:
@@ -126,3 +127,36 @@ class RunMonitor(Step):
         super().__init__(source if run is None else run.study)
         if run is not None:
             self.state.start_run(run)
+
+
+class CompareView(Step):
+    """Runs side by side: accuracy against latency, a table, and any two of them layer by layer.
+
+    Parameters
+    ----------
+    source : Study or ExplorerState, or RunResult or path, or a sequence of results and paths
+        A study shows its runs as they go on, with what has come out of the latest one; results, and folders that `Study.save` has
+        written, are shown as they are, without a study.
+
+    Raises
+    ------
+    FormatError
+        If results cannot be read, or are not of one network.
+
+    Examples
+    --------
+    >>> explorer.CompareView(study)  # doctest: +SKIP
+    >>> explorer.CompareView(["runs/solved", "runs/uniform"])  # doctest: +SKIP
+    """
+
+    parts = (compare_view.CompareView, ResultPanel)
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, ExplorerState) or hasattr(source, "sensitivity_points"):
+            super().__init__(source)
+            return
+        # Results do not change, and have no study: its state stays empty.
+        self.state = ExplorerState()
+        grid = ipywidgets.Box([compare_view.ResultsView(source)])
+        ipywidgets.VBox.__init__(self, [grid.add_class("se-grid")])
+        self.add_class("se-app")

@@ -85,7 +85,7 @@ def test_the_main_job_by_mouse_from_page_load_to_a_downloaded_result(
 
     # What the page shows is what the file says.
     with page.expect_download(timeout=2 * MINUTES) as download:
-        page.get_by_role("button", name="Download").click()
+        page.get_by_role("button", name="Download", exact=True).click()
     path = tmp_path / "result.zip"
     download.value.save_as(path)
     with zipfile.ZipFile(path) as archive:

@@ -1,0 +1,184 @@
+"""Runs and distributions side by side: accuracy against latency, a table, and any two of them layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import traitlets as t
+
+from explorer.widgets import assets
+from explorer.widgets.base import ROOT_LABEL, StateView
+from explorer.widgets.contestants import of_results, of_session
+from explorer.widgets.metrics import is_noisy
+from explorer.widgets.runs import ORIGINS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from explorer.widgets.contestants import Contestant
+    from explorer.widgets.state import ExplorerState
+
+_ESM = assets.module("compare_view", "chart")
+_CSS = assets.style("compare_view")
+
+
+class Comparison(anywidget.AnyWidget):
+    """What the page draws, and what a reader has chosen in it; where the figures come from is up to the subclass."""
+
+    contestants = t.List(t.Dict()).tag(sync=True)
+    """The dense network and the runs, see `Contestant`."""
+    a = t.Unicode().tag(sync=True)
+    """Key of the first of the two that are compared layer by layer; empty for what is most telling."""
+    b = t.Unicode().tag(sync=True)
+    """Key of the second."""
+    chosen = t.Unicode().tag(sync=True)
+    """Key of the run that stands out in the chart; empty for none."""
+    order = t.Unicode("number").tag(sync=True)
+    """Column by which the runs are sorted, with a minus in front when the largest comes first."""
+
+    def _renew(self, contestants: Sequence[Contestant]) -> None:
+        """Send the figures, but only when they differ: they are much larger than the rest, and a bar that is dragged changes none."""
+        pages = [contestant.to_page() for contestant in contestants]
+        if pages != self.contestants:
+            self.contestants = pages
+        known = {page["key"] for page in pages}
+        if self.chosen and self.chosen not in known:
+            self.chosen = ""
+
+
+class CompareView(StateView, Comparison):
+    """The runs of a session with the distributions on the page."""
+
+    _esm = _ESM
+    _css = _CSS
+    watches = (
+        "study", "layers", "runs", "dense", "curves", "measured", "job", "distribution", "origin", "ghost",
+        "prediction", "provenance",
+    )  # fmt: skip
+    gestures = {
+        "use": lambda state, said: state.use_run(int(said["run"])),
+        "pack": lambda state, said: state.pack(int(said["run"])),
+    }
+
+    def refresh(self) -> None:
+        """Make view and figures anew from the state."""
+        super().refresh()
+        self._renew(of_session(self.state))
+
+    def make_view(self) -> dict[str, Any]:
+        """Return everything but the figures of the runs."""
+        state = self.state
+        layers = {layer.name: layer.name or ROOT_LABEL for layer in state.layers}
+        here = uniform = None
+        if state.distribution is not None:
+            origin = ORIGINS.get(state.origin, "")
+            here = _on_page(state, "here", f"on the page, {origin}", state.distribution, state.prediction)
+        # One that is the same as the distribution on the page would only be said twice.
+        if state.ghost is not None and (here is None or dict(state.ghost) != here["sparsities"]):
+            told = state.study.predict(state.ghost) if state.measured else None
+            uniform = _on_page(state, "uniform", "uniform", state.ghost, told)
+        return {
+            "layers": [list(pair) for pair in layers.items()],
+            "planned": [planned for planned in (here, uniform) if planned is not None],
+            "hint": _hint(state),
+            "actions": True,
+            "busy": state.job.busy,
+            "packing": state.job.kind == "pack",
+        }
+
+
+class ResultsView(Comparison):
+    """Results that stand in files or variables, without a study.
+
+    Parameters
+    ----------
+    sources : RunResult or path, or a sequence of them
+        Results, or folders that `Study.save` has written.
+
+    Raises
+    ------
+    FormatError
+        See `of_results`.
+    """
+
+    _esm = _ESM
+    _css = _CSS
+
+    view = t.Dict().tag(sync=True)
+    """Plain values that the page draws."""
+
+    def __init__(self, sources: Any) -> None:
+        found = of_results(sources)
+        super().__init__()
+        self.view = {
+            "layers": [[name, name or ROOT_LABEL] for name in found[0].sparsities],
+            "planned": [],
+            "hint": _hint_of_results(found[1:]),
+            "actions": False,
+            "busy": False,
+            "packing": False,
+        }
+        self._renew(found)
+
+
+def _on_page(
+    state: ExplorerState, key: str, name: str, distribution: Mapping[str, float], told: Any
+) -> dict[str, Any]:
+    """Return a distribution that was not trained: its latency is predicted, its accuracy nobody knows yet."""
+    total = sum(layer.n_params for layer in state.layers)
+    asked = sum(layer.n_params * distribution[layer.name] for layer in state.layers) / max(1, total)
+    return {
+        "key": key,
+        "name": name,
+        "status": "planned",
+        "asked": asked,
+        "latency_ms": getattr(told, "latency_ms", None),
+        "speedup": getattr(told, "speedup", None),
+        "size_bytes": getattr(told, "size_bytes", None),
+        "sparsities": dict(distribution),
+    }
+
+
+def _hint_of_results(runs: Sequence[Contestant]) -> str:
+    """Say how the figures of files are to be read, and what keeps them from being compared."""
+    parts = ["Each speed-up is against the dense network as it was timed with that run."]
+    untimed = [run.name for run in runs if run.latency_ms is None]
+    if untimed:
+        parts.append(
+            f"Not timed, so not in the chart: {'; '.join(untimed)}. Folders of Study.save have latencies."
+        )
+    places = {run.timed_on for run in runs if run.timed_on}
+    if len(places) > 1:
+        parts.append(
+            f"Timed in {len(places)} ways, so compare speed-ups rather than milliseconds: {'; '.join(sorted(places))}."
+        )
+    noisy = [run.name for run in runs if run.latency_ms and is_noisy(run.latency_ms, run.spread_ms or 0.0)]
+    if noisy:
+        parts.append(
+            f"The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
+        )
+    return " ".join(parts)
+
+
+def _hint(state: ExplorerState) -> str:
+    """Say what the comparison waits for, or how its figures are to be read."""
+    if state.runs:
+        noisy = [
+            run.name for run in state.runs if run.final is not None and is_noisy(*(run.latency or (1, 0)))
+        ]
+        busy = (
+            f" The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
+            if noisy
+            else ""
+        )
+        return (
+            "Lines are evaluations on validation images while a run goes on; a large mark is its result, on the images that the table names, "
+            "and the stroke through it the spread of its time. "
+            f"Each speed-up is against the dense network as it was timed with that run.{busy}"
+        )
+    if state.provenance:
+        return "This network cannot be trained here, so there will be no runs; distributions can be compared layer by layer."
+    if not state.measured:
+        return "The chart waits for the measurement of each layer, and then for a run."
+    return "No run yet. Start one: its accuracy and latency are drawn here while it goes on, and stay beside those of later runs."
