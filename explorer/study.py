@@ -1213,6 +1213,7 @@ class Study:
         result: RunResult | None = None,
         *,
         distribution: Mapping[str, float] | None = None,
+        latency: FinalLatency | None = None,
         **settings: Any,
     ) -> None:
         """Write a report as one HTML file that opens without a kernel, a script or a network.
@@ -1226,6 +1227,8 @@ class Study:
             A run to report, with its distribution.
         distribution : mapping of str to float, optional
             Without a result: how sparse each layer shall be.
+        latency : FinalLatency, optional
+            What `final_latency` told of the result, before it was asked about another one; by default what it told last, if that was of this result.
         **settings
             Without a result: fields of `explorer.pruning.RunSettings` for the recipe in the report.
 
@@ -1256,8 +1259,9 @@ class Study:
             recipe = self.recipe(result)
         elif chosen is not None:
             recipe = self.recipe_of(chosen, **settings)
-        # Timed when the result was saved or shown; a report of an earlier one must not be given the later one's time.
-        timed = self._final[1] if self._final is not None and self._final[0] is result else None
+        # A report of an earlier result must not be given the later one's time.
+        if latency is None and self._final is not None and self._final[0] is result:
+            latency = self._final[1]
         write_report(
             ReportContent(
                 model=self.model_source,
@@ -1272,7 +1276,7 @@ class Study:
                 prediction=self.predict(chosen) if is_told and chosen is not None else None,
                 recipe=recipe,
                 result=result,
-                latency=timed,
+                latency=latency,
                 pruned_bytes=packed_bytes(result.module) if result is not None else None,
                 provenance=self.provenance,
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from explorer.formats.distribution_file import read_distribution
 from explorer.formats.recipe import Recipe
 from explorer.formats.report import ReportContent, report_html, write_report
 from explorer.formats.result import FinalLatency, result_document, write_result
@@ -15,6 +16,7 @@ __all__ = [
     "dense_bytes",
     "load_weights",
     "packed_bytes",
+    "read_distribution",
     "read_weights",
     "report_html",
     "result_document",
