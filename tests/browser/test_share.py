@@ -52,7 +52,7 @@ def test_bars_survive_a_reload_and_travel_as_files(fake_page: Page, tmp_path: Pa
     good, bad, large = tmp_path / "good.yaml", tmp_path / "bad.yaml", tmp_path / "large.yaml"
     good.write_text(changed.to_yaml())
     bad.write_text(changed.to_yaml().replace("block1.conv2", "block9.conv2"))
-    large.write_text("#" * (MAX_FILE + 1))
+    large.write_text("#" * (2 * MAX_FILE))
 
     def choose(path: Path) -> None:
         with page.expect_file_chooser() as chooser:
@@ -66,7 +66,7 @@ def test_bars_survive_a_reload_and_travel_as_files(fake_page: Page, tmp_path: Pa
     expect(alert).to_contain_text("no layer 'block9.conv2'")
     expect(bar).to_have_attribute("aria-valuenow", "70")
     choose(large)
-    expect(files.get_by_role("alert")).to_contain_text("large.yaml has 1.0 MB, and at most 1.0 MB are sent")
+    expect(files.get_by_role("alert")).to_contain_text("large.yaml has 2 MB, and at most 1 MB are sent")
     expect(bar).to_have_attribute("aria-valuenow", "70")
 
     # A link that is pasted into the same page.

@@ -7,7 +7,8 @@ const SAVES = [
 ];
 
 function bytes(size) {
-  return size >= 1e5 ? `${(size / 1048576).toFixed(1)} MB` : `${(size / 1024).toFixed(1)} kB`;
+  const [value, unit] = size >= 1e5 ? [size / 1048576, "MB"] : [size / 1024, "kB"];
+  return `${value.toFixed(1).replace(/\.0$/, "")} ${unit}`;
 }
 
 /** Make the row. Returns its element and `update(view)`. */
