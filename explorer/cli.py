@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sensitivity.add_argument("--csv", type=Path, metavar="FILE", help="write all points as CSV")
     sensitivity.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    _add_report(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
 
     solve = commands.add_parser(
@@ -257,6 +258,15 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        type=_report_file,
+        metavar="FILE",
+        help="write a report as one HTML file that opens without a kernel or a network",
+    )
+
+
 def _add_lock(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lock",
@@ -304,6 +314,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="repeat a run from its recipe.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
     parser.add_argument("--overwrite", action="store_true", help="write even if the folder is not empty")
+    _add_report(parser)
     _add_target(parser, every=False)
     solver = parser.add_argument_group("distribution")
     _add_lock(solver)
@@ -371,6 +382,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from explorer.sensitivity import stability
     from explorer.study import Study
 
+    _check_report(options.report)
     study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
     if options.refine and options.kinds is not None and "kl" not in options.kinds:
         raise ExplorerError(
@@ -421,6 +433,9 @@ def _sensitivity(options: argparse.Namespace) -> int:
         write_atomically(options.json, table.to_json().encode())
     if options.csv:
         write_atomically(options.csv, table.to_csv().encode())
+    if options.report:
+        study.report(options.report)
+        print(f"\nreport written to {options.report}")
     return 0
 
 
@@ -429,6 +444,7 @@ def _prune(options: argparse.Namespace) -> int:
 
     # Before anything long begins.
     prepared_folder(options.out, overwrite=options.overwrite)
+    _check_report(options.report)
     clock = _Clock()
     with clock("load"):
         study, recipe, settings = _prepared(options)
@@ -450,6 +466,9 @@ def _prune(options: argparse.Namespace) -> int:
     # It has no clock: the figures that are written must contain it.
     document = study.save(result, options.out, overwrite=True, seconds=clock.seconds)
     _show_result(document, options.out)
+    if options.report:
+        study.report(options.report, result)
+        print(f"report written to {options.report}")
     if result.stopped:
         print("The run was stopped; this is what it had reached.")
         return _INTERRUPTED
@@ -665,6 +684,14 @@ def _solved(study: Study, options: argparse.Namespace) -> SparsityDistribution:
     )
     print("  " + ", ".join(f"{name or 'model'} {sparsity:.0%}" for name, sparsity in distribution.items()))
     return distribution
+
+
+def _check_report(path: Path | None) -> None:
+    """Refuse a report that could not be written, before the long work and not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ExplorerError(
+            f"The report {path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder does not exist'}. Name another file with --report."
+        )
 
 
 @contextlib.contextmanager
@@ -941,6 +968,13 @@ def _levels(text: str) -> tuple[float, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _report_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of an HTML file; give one such as report.html")
+    return path
 
 
 def _bound(text: str) -> tuple[str, tuple[float, float]]:

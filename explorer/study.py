@@ -36,6 +36,7 @@ from explorer.distribution import (
     Target,
     Trust,
     baseline_for_target,
+    check_same_layers,
     erk,
     global_magnitude,
     inverse_sensitivity,
@@ -52,15 +53,17 @@ from explorer.errors import DataError, DistributionError, FormatError, Infeasibl
 from explorer.formats import (
     FinalLatency,
     Recipe,
+    ReportContent,
     dense_bytes,
     packed_bytes,
     result_document,
     save_weights,
+    write_report,
     write_result,
 )
 from explorer.masks import magnitude_mask
 from explorer.models import LoadedModel, PrunableLayer, load_model
-from explorer.pruning import PruningRun, RunResult
+from explorer.pruning import PruningRun, RunResult, RunSettings
 from explorer.sensitivity import (
     DEFAULT_LEVELS,
     LATENCY_PASSES,
@@ -1115,15 +1118,39 @@ class Study:
 
     def recipe(self, result: RunResult) -> Recipe:
         """Return the recipe that makes `result` again."""
-        asked = SparsityDistribution(result.asked, result.locked, result.groups)
+        return self._recipe(_asked(result), result.settings)
+
+    def recipe_of(self, distribution: Mapping[str, float], **settings: Any) -> Recipe:
+        """Return the recipe of a run that has not been made.
+
+        Parameters
+        ----------
+        distribution : mapping of str to float
+            Sparsity by layer.
+        **settings
+            Fields of `explorer.pruning.RunSettings`, as `prune` takes them.
+
+        Raises
+        ------
+        RunError
+            If a setting is out of its range.
+        """
+        known = (
+            distribution
+            if isinstance(distribution, SparsityDistribution)
+            else SparsityDistribution(distribution)
+        )
+        return self._recipe(known, RunSettings(**settings))
+
+    def _recipe(self, distribution: SparsityDistribution, settings: RunSettings) -> Recipe:
         return Recipe(
             model=self.model_source,
             data=self.data_source,
-            distribution=dict(result.asked),
-            locked=result.locked,
-            groups=result.groups,
-            target=self._targets.get(asked),
-            settings=result.settings,
+            distribution=dict(distribution),
+            locked=tuple(name for name in distribution if name in distribution.locked),
+            groups=distribution.groups,
+            target=self._targets.get(distribution),
+            settings=settings,
             threads=self.threads,
             batch_size=self.batch_size,
         )
@@ -1180,6 +1207,82 @@ class Study:
         write_result(document, target / "result.json")
         return document
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        result: RunResult | None = None,
+        *,
+        distribution: Mapping[str, float] | None = None,
+        latency: FinalLatency | None = None,
+        **settings: Any,
+    ) -> None:
+        """Write a report as one HTML file that opens without a kernel, a script or a network.
+
+        It tells what has been measured so far and measures nothing itself: what is missing is said to be.
+
+        Parameters
+        ----------
+        path : path
+        result : RunResult, optional
+            A run to report, with its distribution.
+        distribution : mapping of str to float, optional
+            Without a result: how sparse each layer shall be.
+        latency : FinalLatency, optional
+            What `final_latency` told of the result, before it was asked about another one; by default what it told last, if that was of this result.
+        **settings
+            Without a result: fields of `explorer.pruning.RunSettings` for the recipe in the report.
+
+        Raises
+        ------
+        FormatError
+            If the file cannot be written.
+        DistributionError
+            If `distribution` is not of this model.
+        """
+        chosen = None
+        if result is not None:
+            chosen = _asked(result)
+        elif distribution is not None:
+            chosen = (
+                distribution
+                if isinstance(distribution, SparsityDistribution)
+                else SparsityDistribution(distribution)
+            )
+            check_same_layers(chosen, self.model.layers)
+        is_told = (
+            self._table is not None
+            and chosen is not None
+            and set(chosen) == {layer.name for layer in self.model.layers}
+        )
+        recipe = None
+        if result is not None:
+            recipe = self.recipe(result)
+        elif chosen is not None:
+            recipe = self.recipe_of(chosen, **settings)
+        # A report of an earlier result must not be given the later one's time.
+        if latency is None and self._final is not None and self._final[0] is result:
+            latency = self._final[1]
+        write_report(
+            ReportContent(
+                model=self.model_source,
+                data=self.data_source,
+                layers=self.layers,
+                threads=self.threads,
+                batch_size=self.batch_size,
+                dense_bytes=dense_bytes(self.model.module),
+                table=self._table,
+                dense=self._dense or {},
+                distribution=chosen,
+                prediction=self.predict(chosen) if is_told and chosen is not None else None,
+                recipe=recipe,
+                result=result,
+                latency=latency,
+                pruned_bytes=packed_bytes(result.module) if result is not None else None,
+                provenance=self.provenance,
+            ),
+            path,
+        )
+
     def _need_data(self) -> LoadedData:
         if self.data is None:
             raise DataError(
@@ -1191,6 +1294,10 @@ class Study:
         if self._table is None:
             raise DistributionError("The sensitivity has not been measured; run measure_sensitivity() first.")
         return self._table
+
+
+def _asked(result: RunResult) -> SparsityDistribution:
+    return SparsityDistribution(result.asked, result.locked, result.groups)
 
 
 def prepared_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:

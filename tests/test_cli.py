@@ -87,6 +87,7 @@ def test_sensitivity_prints_tables_and_writes_all_points(
     tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     files = ["--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json")]
+    files += ["--report", str(tmp_path / "t.html")]
     assert (
         cli.main(["sensitivity", *ON_TINY, "--levels", "0.5,0.9", "--images", "64", "--no-latency", *files])
         == 0
@@ -104,6 +105,18 @@ def test_sensitivity_prints_tables_and_writes_all_points(
         records = list(csv.DictReader(file))
     assert len(records) == len(table)
     assert {record["layer"] for record in records} == {"conv1", "conv2", "fc"}
+    report = (tmp_path / "t.html").read_text()
+    assert "sensitivity --model tiny --data quadrants --images 64 --threads 1" in report
+    assert f"{table.value('conv2', 0.9, 'kl'):.3f}"[:4] in report
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_runs(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["sensitivity", *ON_TINY, "--report", str(tmp_path / "no" / "r.html")]) == 2
+    said = capsys.readouterr()
+    assert "its folder does not exist" in said.err
+    assert said.out == ""
 
 
 def test_sensitivity_is_refined_by_several_workers(
@@ -241,7 +254,8 @@ def test_prune_leaves_weights_recipe_and_result_and_its_recipe_repeats_it(
 ) -> None:
     first, second = tmp_path / "run", tmp_path / "run2"
     arguments = [*ON_TINY, "--sparsity", "0.6", "--lock", "conv1=0.25", "--epochs", "2", "--seed", "5"]
-    assert cli.main(["prune", *arguments, "--out", str(first)]) == 0
+    report = first / "report.html"
+    assert cli.main(["prune", *arguments, "--out", str(first), "--report", str(report)]) == 0
     out = capsys.readouterr().out
     result = json.loads((first / "result.json").read_text())
     assert f"{result['pruned']['speedup']:.2f} × faster" in out
@@ -256,6 +270,8 @@ def test_prune_leaves_weights_recipe_and_result_and_its_recipe_repeats_it(
     recipe = Recipe.load(first / "recipe.yaml")
     assert (recipe.model, recipe.data) == ("tiny", "quadrants")
     assert recipe.locked == ("conv1",)
+    assert f"{result['pruned']['speedup']:.2f} ×" in report.read_text()
+    assert f"report written to {report}" in out
 
     assert cli.main(["prune", "--recipe", str(first / "recipe.yaml"), "--out", str(second)]) == 0
     ours, theirs = (read_weights(folder / "model.safetensors") for folder in (first, second))
@@ -347,6 +363,7 @@ def test_debug_shows_the_traceback(tiny: None, tmp_path: Path) -> None:
         ["prune", "--out", "x", "--lock", "conv1=2"],
         ["sensitivity", "--levels", "0.5,often"],
         ["sensitivity", "--images", "0"],
+        ["sensitivity", "--report", "report.pdf"],
         ["solve", "--speedup", "2", "--bound", "fc=0.5"],
         ["solve", "--speedup", "2", "--bound", "fc=0.6:0.5"],
         ["inspect", "--threads", "-1"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from explorer.distribution.baselines import erk, global_magnitude, inverse_sensitivity, lamp
-from explorer.distribution.distribution import Achieved, SparsityDistribution, uniform
+from explorer.distribution.distribution import Achieved, SparsityDistribution, check_same_layers, uniform
 from explorer.distribution.knapsack import Frontier, solve_table
 from explorer.distribution.pareto import ParetoFrontier, ParetoPoint, pareto
 from explorer.distribution.prediction import Prediction, predict, stored_bytes
@@ -35,6 +35,7 @@ __all__ = [
     "Target",
     "Trust",
     "baseline_for_target",
+    "check_same_layers",
     "erk",
     "feasible_range",
     "global_magnitude",

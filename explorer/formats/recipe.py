@@ -134,7 +134,18 @@ class Recipe:
         FormatError
             If the text is no YAML, is no recipe, or holds a key or value that is not known.
         """
-        document = _mapping(_parse(text), "the recipe")
+        return cls.from_document(parse_yaml(text))
+
+    @classmethod
+    def from_document(cls, content: Any) -> Recipe:
+        """Return the recipe in a document that was parsed already, see `from_yaml`.
+
+        Raises
+        ------
+        FormatError
+            As `from_yaml`.
+        """
+        document = _mapping(content, "the recipe")
         if document.get("recipe") != "sparsity-explorer":
             raise FormatError("This is not a recipe: it does not begin with 'recipe: sparsity-explorer'.")
         if document.get("version") != _VERSION:
@@ -245,7 +256,17 @@ class Recipe:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice, where YAML's own loader silently keeps the last one."""
+    """Refuses a key that is written twice, where YAML's own loader silently keeps the last one, and aliases, by which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name) stands here; write its values out", self._mark()
+            )
+        return super().compose_node(parent, index)
+
+    def _mark(self) -> Any:
+        return self.peek_event().start_mark  # type: ignore[no-untyped-call]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -260,7 +281,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds: mappings, lists, texts and numbers, nothing that is executed.
+
+    Raises
+    ------
+    FormatError
+        If it is no YAML, a key is written twice, or it has aliases; the message names the line.
+    """
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:

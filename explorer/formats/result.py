@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from explorer.atomic import write_atomically
@@ -131,6 +131,13 @@ def result_document(
         "validation": {
             "dense_accuracy": _number(before.accuracy) if before else None,
             "accuracy": _number(after.accuracy) if after else None,
+        },
+        "during": {
+            "evaluations": [
+                {name: _number(value) for name, value in asdict(event).items()}
+                for event in result.evaluations
+            ],
+            "latencies": [asdict(event) for event in result.latencies],
         },
         "target": dict(target) if target else None,
         "predicted": {name: _number(value) for name, value in predicted.items()} if predicted else None,

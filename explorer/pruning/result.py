@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from explorer.pruning.events import EvalEvent
+from explorer.pruning.events import EvalEvent, LatencyEvent
 from explorer.pruning.settings import RunSettings
 
 
@@ -47,6 +47,8 @@ class RunResult:
         What was measured on validation data during the run.
     settings : RunSettings
         How it was made.
+    latencies : tuple of LatencyEvent
+        The pruned network's latency during the run, beside the dense one's.
     """
 
     module: nn.Module
@@ -66,6 +68,7 @@ class RunResult:
     seconds: float
     evaluations: tuple[EvalEvent, ...]
     settings: RunSettings
+    latencies: tuple[LatencyEvent, ...] = ()
 
     @property
     def sparsity(self) -> float:

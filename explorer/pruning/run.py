@@ -185,6 +185,7 @@ class PruningRun:
         self._dense_validation: Evaluation | None = None
         self._evaluations: list[EvalEvent] = []
         self._masks_told = False
+        self._latencies: list[LatencyEvent] = []
         self._good = self._snapshot()
         self._result: RunResult | None = None
         self._events = self._generate()
@@ -350,7 +351,9 @@ class PruningRun:
             timed = self._measure_latency(self._module.eval())
             self._eval_seconds += time.perf_counter() - started
             speedup = timed.dense_ms / timed.latency_ms
-            yield LatencyEvent(self._step, timed.latency_ms, timed.spread_ms, timed.dense_ms, speedup)
+            measured = LatencyEvent(self._step, timed.latency_ms, timed.spread_ms, timed.dense_ms, speedup)
+            self._latencies.append(measured)
+            yield measured
         self._n_measured += 1
 
     def _final_result(self) -> RunResult:
@@ -407,6 +410,7 @@ class PruningRun:
             seconds=self._train_seconds + self._eval_seconds,
             evaluations=tuple(self._evaluations),
             settings=self.settings,
+            latencies=tuple(self._latencies),
         )
 
     def _snapshot(self) -> _GoodState:

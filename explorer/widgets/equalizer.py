@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEAST_GAIN = 0.02
 """Share of the divergence from which a found distribution is offered."""
 
-ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand"}
+ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand", "loaded": "loaded"}
 
 
 def _by_layer(state: ExplorerState, values: Any) -> Mapping[str, float]:

@@ -5,20 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import traitlets as t
+
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
 
 
 class Header(StateView):
-    """Title, steps, model choice and theme."""
+    """Title, steps, model choice and theme; and the distribution in the page's address."""
 
-    _esm = assets.module("header", "lifeline")
+    _esm = assets.module("header", "lifeline", "address")
     _css = assets.style("header")
-    watches = ("choice", "study", "measured", "run", "job", "curves")
+    watches = (
+        "choice",
+        "study",
+        "measured",
+        "run",
+        "job",
+        "curves",
+        "distribution",
+        "target",
+        "target_kind",
+        "can_undo",
+        "can_redo",
+        "heard",
+    )
     gestures = {
         "load": lambda state, said: state.load(int(said["index"])),
+        "restore": lambda state, said: state.restore(str(said["text"])),
         "beat": lambda state, said: state.beat(leaving=bool(said.get("leaving"))),
     }
+
+    address = t.Unicode().tag(sync=True)
+    """What the page keeps behind # in its address, see `explorer.widgets.sharing`."""
+    heard = t.Unicode().tag(sync=True)
+    """The latest such text of the page that was dealt with; until then the page leaves its address alone."""
+
+    def refresh(self) -> None:
+        """Make view and address anew from the state."""
+        super().refresh()
+        self.address = self.state.address()
+        self.heard = self.state.heard
 
     def _on_message(self, widget: object, content: Mapping[str, Any], buffers: object) -> None:
         super()._on_message(widget, content, buffers)

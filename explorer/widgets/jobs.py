@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from explorer.widgets.publisher import Publisher
 
-JobKind = Literal["idle", "load", "measure", "solve", "prune", "pack"]
+JobKind = Literal["idle", "load", "measure", "solve", "prune", "pack", "read"]
 T = TypeVar("T")
 
 

@@ -9,19 +9,22 @@ import traitlets as t
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.metrics import is_noisy
+from explorer.widgets.sharing import MAX_FILE
 
 if TYPE_CHECKING:
     from explorer.widgets.runs import RunRecord
 
 
 class ResultPanel(StateView):
-    """Before and after, download, log."""
+    """Before and after, download, log; files to take along and to bring back."""
 
-    _esm = assets.module("result_panel")
+    _esm = assets.module("result_panel", "files")
     _css = assets.style("result_panel")
-    watches = ("run", "job", "log", "package", "dense")
+    watches = ("run", "job", "log", "package", "dense", "study", "curves", "measured")
     gestures = {
         "pack": lambda state, _: state.pack(),
+        "save": lambda state, said: state.save(str(said["what"])),
+        "load_recipe": lambda state, said: state.load_recipe(str(said["text"])),
         "taken": lambda state, _: state.taken(),
     }
 
@@ -30,6 +33,9 @@ class ResultPanel(StateView):
     """`number` and `filename` of the file in `content`."""
     content = t.Bytes().tag(sync=True)
     """A zip file for the page to take; emptied when it has."""
+
+    max_file = t.Int(MAX_FILE).tag(sync=True)
+    """Largest recipe in bytes that the page sends."""
 
     def refresh(self) -> None:
         """Make view, log and file anew from the state."""
@@ -45,6 +51,7 @@ class ResultPanel(StateView):
         state, run = self.state, self.state.run
         base = {
             "downloadable": False,
+            "files": self._files(),
             "packing": state.job.kind == "pack",
             "title": "",
             "columns": [],
@@ -103,6 +110,20 @@ class ResultPanel(StateView):
                 ]
                 for name, (zeros, elements) in result.achieved.items()
             ],
+        }
+
+    def _files(self) -> dict[str, str]:
+        """Return why a file cannot be saved or loaded now, by what it is; empty where it can."""
+        state = self.state
+        if state.study is None:
+            return dict.fromkeys(("recipe", "measurements", "report", "load"), "There is no model yet")
+        going_on = f"{state.job.text} is going on" if state.job.busy else ""
+        nothing = "Nothing has been measured yet" if getattr(state.study, "table", None) is None else ""
+        return {
+            "recipe": "",
+            "measurements": going_on or nothing,
+            "report": going_on,
+            "load": going_on,
         }
 
     def _note(self, run: RunRecord) -> str:

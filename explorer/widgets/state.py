@@ -30,6 +30,7 @@ from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
 from explorer.widgets.runs import MAX_RUNS, RunRecord, RunRecorder, renewed
+from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
 from explorer.widgets.targets import KINDS, TargetKind
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class ExplorerState(t.HasTraits):
     distribution = t.Any(None)
     """The `SparsityDistribution` on the page."""
     origin = t.Unicode("")
-    """Where the distribution comes from: "uniform", "solved" or "mine"."""
+    """Where the distribution comes from: "uniform", "solved", "mine", or "loaded" from a file or an address."""
     ghost = t.Any(None)
     """A distribution to compare with: the uniform one of about the same latency."""
     prediction = t.Any(None)
@@ -260,6 +261,8 @@ class ExplorerState(t.HasTraits):
     """Where losses come from that were not measured here; empty when they were."""
     package = t.Instance(Package, allow_none=True, default_value=None)
     """A file that waits to be taken by the page."""
+    heard = t.Unicode("")
+    """The latest address of the page that was dealt with, whether it could be used or not."""
     error = t.Unicode("")
     """What went wrong, in a sentence that says what to do; empty when nothing did."""
     log = t.Tuple()
@@ -299,13 +302,17 @@ class ExplorerState(t.HasTraits):
         self._history: History[Any] = History()
         self._pruning: Any = None
         self._deadline: float | None = None
+        # What the study was loaded from, as an address tells it; and an address that waits for its model.
+        self._model_key = 0
+        self._wish = ""
         if study is not None:
             self.adopt(study)
 
     # What the page is about
 
-    def adopt(self, study: Any) -> None:
-        """Put `study` on the page, with what it knows already."""
+    def adopt(self, study: Any, *, key: int = 0) -> None:
+        """Put `study` on the page, with what it knows already; `key` is the `model_key` of what it was loaded from."""
+        self._model_key = key
         builder = CurveBuilder(() if study.table is None else study.table.points)
         self._idle_jobs.stop()
         self.study = study
@@ -330,14 +337,22 @@ class ExplorerState(t.HasTraits):
 
     @_guarded
     def load(self, index: int) -> None:
-        """Load the choice at `index`."""
+        """Load the choice at `index`; an address that waits for another model is forgotten."""
+        if self._wish:
+            self.heard, self._wish = self._wish, ""
+        self._load(index)
+
+    def _load(self, index: int, shared: Shared | None = None) -> None:
         if not 0 <= index < len(self.choices):
             raise ExplorerError(f"There is no choice {index}; there are {len(self.choices)}.")
         choice = self.choices[index]
 
         def finished(study: Any) -> None:
             self.choice = index
-            self.adopt(study)
+            self.adopt(study, key=model_key(choice.model, choice.data))
+            if shared is not None:
+                self._take_shared(shared)
+            self._grant()
 
         self._start("load", f"Loading {choice.label}", lambda _stop: self._open_study(choice), finished)
 
@@ -395,6 +410,9 @@ class ExplorerState(t.HasTraits):
         self._refresh_limits()
         self._refresh_prediction()
         self._say(f"Measured {len(study.layers)} layers.")
+        if self.origin in {"mine", "loaded"}:
+            self._say("The bars stay as they were shaped; a target solves them anew.")
+            return
         # A first picture of what solving does; the target that stands on the page may be beyond this model.
         if self.target_kind != "speedup":
             self.target_kind, self.target = "speedup", FIRST_SPEEDUP
@@ -634,6 +652,97 @@ class ExplorerState(t.HasTraits):
         """Step forward again."""
         self._show(self._history.redo())
 
+    # Addresses and recipes
+
+    def address(self) -> str:
+        """Return what the page keeps in its address, see `Shared`; empty while nothing has been changed."""
+        names = [layer.name for layer in self.layers]
+        is_plain = not (self.can_undo or self.can_redo or self.choice)
+        if self.distribution is None or is_plain or {*self.distribution} != {*names}:
+            return ""
+        shared = Shared.of(self._model_key, names, self.target_kind, self.target, self.distribution)
+        text = shared.to_text()
+        return text if len(text) <= MAX_ADDRESS else ""
+
+    @_guarded
+    def restore(self, text: str) -> None:
+        """Take the distribution in the page's address, as soon as its model is loaded; a step of undo."""
+        self._wish = text
+        if self.study is not None and self.job.kind != "load":
+            self._grant()
+
+    @_guarded
+    def _grant(self) -> None:
+        """Do what an address asks for, if one waits: the model that it is for comes first."""
+        text, self._wish = self._wish, ""
+        if not text:
+            return
+        self.heard = text
+        shared = Shared.from_text(text)
+        if shared.model == self._model_key:
+            self._take_shared(shared)
+            return
+        keys = [model_key(choice.model, choice.data) for choice in self.choices]
+        if shared.model not in keys:
+            raise DistributionError(
+                "The distribution in the address is for a model that this page does not offer; it was not used."
+            )
+        self._load(keys.index(shared.model), shared)
+
+    def _take_shared(self, shared: Shared) -> None:
+        distribution = shared.distribution([layer.name for layer in self.layers])
+        for value in distribution.values():
+            _checked_sparsity(value)
+        self.target_kind, self.target = shared.target_kind, shared.target
+        if distribution != self.distribution:
+            self._take(distribution, "loaded")
+        self._say("Took the distribution in the address; Undo takes it back.")
+
+    @_guarded
+    def load_recipe(self, text: str) -> None:
+        """Take the distribution, and the settings of a run, from a recipe or a distribution as YAML or JSON; the bars are a step of undo."""
+        study = self._need_study()
+        names = [layer.name for layer in self.layers]
+        model = getattr(study, "model_source", study.model.name)
+
+        def finished(found: tuple[Any, Any]) -> None:
+            distribution, recipe = found
+            if recipe is not None:
+                self._take_recipe(recipe)
+            self._take(distribution, "loaded")
+            self._say(
+                f"Loaded a {'recipe' if recipe is not None else 'distribution'} for {len(names)} layers; Undo brings the bars back."
+            )
+
+        self._start(
+            "read",
+            "Reading the recipe",
+            lambda _stop: read_recipe(text, names, MAX_SPARSITY, model),
+            finished,
+        )
+
+    def _take_recipe(self, recipe: Any) -> None:
+        """Take what a recipe says of the run and of the target."""
+        # It remembers the target, for the recipe of a run.
+        self.study.adopt(recipe)
+        settings = recipe.settings
+        own = [field.name for field in dataclasses.fields(RunOptions)]
+        self.options = _checked_options({name: getattr(settings, name) for name in own})
+        default = type(settings)()
+        others = [
+            f"{field.name} {getattr(settings, field.name)}"
+            for field in dataclasses.fields(settings)
+            if field.name not in {*own, "evaluate_every"}
+            and getattr(settings, field.name) != getattr(default, field.name)
+        ]
+        if others:
+            self._say(
+                f"A run on this page does not take over {', '.join(others)}; sparsity-explorer prune --recipe does."
+            )
+        for name, value in (recipe.target or {}).items():
+            if name in KINDS:
+                self.target_kind, self.target = name, round(value / KINDS[name].scale, KINDS[name].digits)
+
     # Runs
 
     @_guarded
@@ -688,9 +797,7 @@ class ExplorerState(t.HasTraits):
         recorder = RunRecorder(record, stored_bytes=study.stored_bytes, groups=groups, clock=self._clock)
         run = given
         if run is None:
-            chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
-            chosen["evaluate_every"] = _evaluate_every(study, options.epochs)
-            run = study.prune(record.distribution, **chosen)
+            run = study.prune(record.distribution, **_run_settings(study, options))
         self._pruning = run
         if self.job.paused:
             run.pause()
@@ -813,6 +920,7 @@ class ExplorerState(t.HasTraits):
         def work(_stop: threading.Event) -> tuple[str, bytes | None]:
             folder = Path(tempfile.mkdtemp(prefix="sparsity-explorer-"))
             study.save(result, folder, latency=times)
+            _add_documents(study, result, folder, times)
             buffer = io.BytesIO()
             with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(folder.iterdir()):
@@ -832,10 +940,48 @@ class ExplorerState(t.HasTraits):
                     f"The result is larger than {MAX_DOWNLOAD >> 20} MiB, the most that is sent through this page. "
                     f"It is in the folder {folder} of the machine that runs the kernel; copy it from there."
                 )
-            self.package = Package((self.package.number if self.package else 0) + 1, filename, content)
-            self._say(f"Packed {filename}, {len(content) / 1e6:.1f} MB.")
+            self._offer(filename, content)
 
         self._start("pack", "Packing the result", work, finished)
+
+    @_guarded
+    def save(self, what: str) -> None:
+        """Offer a file of what there is now to the page: "recipe", "measurements" (CSV) or "report" (HTML)."""
+        study, distribution = self._need_study(), self._need_distribution()
+        begin = _file_name(study.model.name)
+        settings = _run_settings(study, self.options) if getattr(study, "data", None) is not None else {}
+        if what == "recipe":
+            # Small enough for the main thread, and so there is also a way to keep the bars while a run goes on.
+            kind = "recipe" if settings else "distribution"
+            self._offer(f"{begin}-{kind}.yaml", _recipe_text(study, distribution, settings).encode())
+        elif what == "measurements":
+            if study.table is None:
+                raise ExplorerError("Nothing has been measured yet; press Measure first.")
+            self._start(
+                "pack",
+                "Writing the measurements",
+                lambda _stop: _measurements(study),
+                lambda text: self._offer(f"{begin}-measurements.csv", text.encode()),
+            )
+        elif what == "report":
+            of_these = (
+                run
+                for run in reversed(self.runs)
+                if run.result is not None and run.distribution == distribution
+            )
+            run = next(of_these, None)
+            self._start(
+                "pack",
+                "Writing the report",
+                lambda _stop: _report(study, run, distribution, settings),
+                lambda content: self._offer(f"{begin}-report.html", content),
+            )
+        else:
+            raise ExplorerError(f"There is no file {what!r}; there are recipe, measurements and report.")
+
+    def _offer(self, filename: str, content: bytes) -> None:
+        self.package = Package((self.package.number if self.package else 0) + 1, filename, content)
+        self._say(f"Packed {filename}, {_bytes(len(content))}.")
 
     def taken(self) -> None:
         """Forget the content of the file that the page has taken."""
@@ -1277,6 +1423,12 @@ def _options_of(settings: Any) -> RunOptions:
     )
 
 
+def _run_settings(study: Any, options: RunOptions) -> dict[str, Any]:
+    """Return the settings that a run on the page is made with."""
+    chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    return chosen | {"evaluate_every": _evaluate_every(study, options.epochs)}
+
+
 def _evaluate_every(study: Any, epochs: float) -> int:
     """Return after how many steps to evaluate, so that a run of a few epochs shows two points an epoch, and a long one a dozen."""
     from explorer.pruning import RunSettings
@@ -1290,6 +1442,42 @@ def _sizes(study: Any, result: Any) -> tuple[int, int]:
     from explorer.formats import dense_bytes, packed_bytes
 
     return dense_bytes(study.model.module), packed_bytes(result.module)
+
+
+def _recipe_text(study: Any, distribution: Any, settings: Mapping[str, Any]) -> str:
+    """Return the recipe of the distribution as YAML; where nothing can be trained, the distribution alone."""
+    from explorer.distribution import SparsityDistribution
+
+    known = SparsityDistribution(dict(distribution), distribution.locked, distribution.groups)
+    return str(study.recipe_of(known, **settings).to_yaml()) if settings else known.to_yaml()
+
+
+def _measurements(study: Any) -> str:
+    from explorer.sensitivity.exchange import to_csv
+
+    return to_csv(study.table)
+
+
+def _report(study: Any, run: RunRecord | None, distribution: Any, settings: Mapping[str, Any]) -> bytes:
+    """Return the report of a run, or without one of the distribution."""
+    with tempfile.TemporaryDirectory(prefix="sparsity-explorer-") as folder:
+        path = Path(folder) / "report.html"
+        if run is not None:
+            study.report(path, run.result, latency=run.final)
+        else:
+            study.report(path, distribution=distribution, **settings)
+        return path.read_bytes()
+
+
+def _add_documents(study: Any, result: Any, folder: Path, times: Any) -> None:
+    """Put what can be read without this program beside the result."""
+    study.report(folder / "report.html", result, latency=times)
+    if study.table is not None:
+        (folder / "measurements.csv").write_text(_measurements(study), encoding="utf-8")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def _mean_sparsity(layers: Sequence[Any], distribution: Mapping[str, float]) -> float:

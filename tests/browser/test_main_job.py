@@ -89,7 +89,13 @@ def test_the_main_job_by_mouse_from_page_load_to_a_downloaded_result(
     path = tmp_path / "result.zip"
     download.value.save_as(path)
     with zipfile.ZipFile(path) as archive:
-        assert sorted(archive.namelist()) == ["model.safetensors", "recipe.yaml", "result.json"]
+        assert sorted(archive.namelist()) == [
+            "measurements.csv",
+            "model.safetensors",
+            "recipe.yaml",
+            "report.html",
+            "result.json",
+        ]
         result = json.loads(archive.read("result.json"))
         archive.extract("model.safetensors", tmp_path)
     assert figure(page, "accuracy") == pytest.approx(100 * result["pruned"]["accuracy"], abs=0.051)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from explorer.formats import FinalLatency, result_document, write_result
-from explorer.pruning import EvalEvent, RunResult, RunSettings
+from explorer.pruning import EvalEvent, LatencyEvent, RunResult, RunSettings
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,12 @@ def test_what_was_not_measured_is_null_and_the_file_stays_plain_json(tmp_path: P
     assert found["pruned"]["speedup"] is None
     assert found["stopped"] is True
     assert found["steps"] == {"made": 3, "planned": 40}
+
+
+def test_what_was_measured_during_the_run_is_there_step_by_step() -> None:
+    latencies = (LatencyEvent(40, 0.51, 0.015, 1.59, 3.12),)
+    during = document(a_result(latencies=latencies))["during"]
+    assert during["evaluations"][1] == {"step": 40, "accuracy": 0.925, "loss": 0.21, "sparsity": 0.8}
+    assert during["latencies"] == [
+        {"step": 40, "latency_ms": 0.51, "spread_ms": 0.015, "dense_ms": 1.59, "speedup": 3.12}
+    ]

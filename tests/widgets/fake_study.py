@@ -409,6 +409,24 @@ class FakeStudy:
         (folder / "recipe.yaml").write_text("model: fashion-resnet\n")
         (folder / "result.json").write_text(json.dumps({"pruned": {"accuracy": result.accuracy}}))
 
+    model_source = "fake:fashion-resnet"
+
+    def recipe_of(self, distribution: Distribution, **settings: Any) -> Any:
+        from explorer.formats import Recipe
+        from explorer.pruning import RunSettings
+
+        held = tuple(name for name in distribution if name in distribution.locked)
+        return Recipe(
+            self.model_source, "fake:fashion", dict(distribution), held, distribution.groups, settings=RunSettings(**settings)
+        )  # fmt: skip
+
+    def adopt(self, recipe: Any) -> None:
+        self.calls.append(("adopt", recipe))
+
+    def report(self, path: Path, result: Any = None, **options: Any) -> None:
+        self.calls.append(("report", result, options))
+        path.write_text(f"<!DOCTYPE html><title>{'a run' if result is not None else 'a plan'}</title>")
+
 
 class FakeRun:
     def __init__(

@@ -378,11 +378,20 @@ def test_a_script_without_a_page_is_never_stopped() -> None:
 
 
 def test_the_result_is_packed_as_a_zip_of_weights_recipe_and_figures(state: ExplorerState) -> None:
+    state.measure()
     state.start_run()
     state.pack()
     assert state.package is not None and state.package.filename == "fashion-resnet-run1.zip"
     with zipfile.ZipFile(io.BytesIO(state.package.content)) as archive:
-        assert archive.namelist() == ["model.safetensors", "recipe.yaml", "result.json"]
+        assert archive.namelist() == [
+            "measurements.csv",
+            "model.safetensors",
+            "recipe.yaml",
+            "report.html",
+            "result.json",
+        ]
+        assert b"a run" in archive.read("report.html")
+        assert archive.read("measurements.csv").startswith(b"layer,sparsity,kind,value")
         assert archive.testzip() is None
     state.taken()
     assert state.package.content == b""

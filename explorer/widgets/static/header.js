@@ -61,6 +61,8 @@ function render({ model, el, signal }) {
     });
   }, signal);
 
+  keepAddress(model, signal);
+
   // Signs of life, both ways: the kernel stops a job that nobody watches any more, the page tells when nobody answers.
   const line = lifeline(signal);
   const live = () => { line.sent(); model.send({ do: "beat" }); };

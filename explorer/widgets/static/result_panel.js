@@ -3,7 +3,7 @@
 function render({ model, el, signal }) {
   const root = section(el, "Result", "se-card se-result", 5);
   const title = make("small", {});
-  const download = button("Download", () => model.send({ do: "pack" }), signal, { class: "se-primary", title: "Weights (safetensors), recipe (YAML) and measurements (JSON) in one zip file" });
+  const download = button("Download", () => model.send({ do: "pack" }), signal, { class: "se-primary", title: "Weights (safetensors), recipe (YAML), measurements (JSON, CSV) and a report (HTML) in one zip file" });
   const body = make("tbody");
   const headRow = make("tr");
   const table = make("table", {}, make("caption", { class: "se-hidden" }, "Before and after"), make("thead", {}, headRow), body);
@@ -12,13 +12,15 @@ function render({ model, el, signal }) {
   const layersBody = make("tbody");
   const layers = make("div", {}, make("h3", {}, "Each layer"),
     make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers"), make("thead", {}, make("tr", {}, ...["Layer", "Asked", "Achieved", "Zeros"].map((name, i) => make("th", { scope: "col", class: i ? "se-num" : null }, name)))), layersBody)));
+  const files = filesRow(model, signal);
   const lines = make("pre", { tabindex: 0, role: "log", "aria-label": "Log" });
   const log = make("details", { class: "se-log" }, make("summary", {}, "Log"), lines);
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), "Result"), title, make("div", { class: "se-push" }, download)), empty, make("div", { class: "se-two" }, make("div", {}, table, note), layers), log);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), "Result"), title, make("div", { class: "se-push" }, download)), files.element, empty, make("div", { class: "se-two" }, make("div", {}, table, note), layers), log);
 
   follow(model, ["view"], () => {
     const view = model.get("view");
     const rows = view.rows ?? [];
+    files.update(view);
     empty.hidden = Boolean(rows.length);
     table.parentElement.parentElement.hidden = !rows.length;
     say(note, view.note ?? "");
@@ -39,7 +41,7 @@ function render({ model, el, signal }) {
     const { number, filename } = model.get("file");
     const content = model.get("content");
     if (!number || !content?.byteLength) return;
-    const url = URL.createObjectURL(new Blob([content], { type: "application/zip" }));
+    const url = URL.createObjectURL(new Blob([content]));
     const link = make("a", { href: url, download: filename, hidden: true });
     root.append(link);
     link.click();
