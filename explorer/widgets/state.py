@@ -920,7 +920,11 @@ class ExplorerState(t.HasTraits):
         def work(_stop: threading.Event) -> tuple[str, bytes | None]:
             folder = Path(tempfile.mkdtemp(prefix="sparsity-explorer-"))
             study.save(result, folder, latency=times)
-            _add_documents(study, result, folder, times)
+            try:
+                _add_documents(study, result, folder, times)
+            except Exception as error:  # noqa: BLE001 - the weights are what matters: they are not kept back for a report
+                note = f"The report could not be written and is not in the download, the rest is: {error}"
+                self._publisher.post("no report", functools.partial(self._say, note))
             buffer = io.BytesIO()
             with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
                 for path in sorted(folder.iterdir()):

@@ -1,7 +1,7 @@
 """Make the pictures of the README from the real app: `python -m tests.browser.make_pictures`.
 
-It starts the app, does the main job on the demo as a person would, and writes `docs/images/app-light.png`, `app-dark.png` and
-`app.gif`. Run it on a quiet machine: the figures in the pictures are measured ones. Needs the extra `test`, pillow and a chromium.
+It starts the app, does the main job on the demo as a person would, then once more with a uniform distribution, and writes `app-light.png`, `app-dark.png`,
+`prune.png`, `mask.png`, `compare.png` and `app.gif` to `docs/images`. Run it on a quiet machine: the figures in the pictures are measured ones. Needs the extra `test`, pillow and a chromium.
 """
 
 from __future__ import annotations
@@ -137,10 +137,15 @@ def main() -> None:
         page.goto(server.url)
         _do_the_job(page, options.speedup, options.epochs)
         page.locator("#film-cursor").evaluate("(cursor) => cursor.remove()")
+        _compare(page)
+        _show(page, "Model")
         page.screenshot(path=IMAGES / "app-light.png")
+        for name in ("Prune", "Mask", "Compare"):
+            _show(page, name)
+            page.get_by_role("region", name=name).screenshot(path=IMAGES / f"{name.lower()}.png")
         page.emulate_media(color_scheme="dark")
         expect(page.locator("html")).to_have_attribute("data-se-theme", "dark")
-        page.wait_for_function("() => document.getAnimations().length === 0")
+        _show(page, "Model")
         page.screenshot(path=IMAGES / "app-dark.png")
         context.close()
     for path in sorted(IMAGES.iterdir()):
@@ -163,20 +168,40 @@ def _do_the_job(page: Page, speedup: str, epochs: str) -> None:
     target.click()
     target.fill(speedup)
     film.shoot(500)
-    page.get_by_role("button", name="Solve").click()
+    page.get_by_role("button", name="Solve", exact=True).click()
     expect(status).to_contain_text("Solving")
     expect(status).to_contain_text("Next: drag the bars", timeout=5 * MINUTES)
     film.shoot(1300)
     _drag(film, page, "block1.conv1", 0.06)
+    _show(page, "Prune")
     page.get_by_role("textbox", name="Epochs").fill(epochs)
     page.get_by_role("button", name="Start pruning").hover()
     film.shoot(700)
     page.get_by_role("button", name="Start pruning").click()
+    _show(page, "Prune")
     _watch(film, page, "Run 1 finished", every=2.5, shown=200)
     expect(status).to_contain_text("Run 1 finished", timeout=10 * MINUTES)
     page.mouse.move(5, 5)
     film.shoot(3000)
     film.save(IMAGES / "app.gif")
+
+
+def _compare(page: Page) -> None:
+    """Prune to the uniform distribution of the same latency too, and choose the layer whose masks are shown."""
+    page.get_by_role("button", name="Uniform", exact=True).click()
+    page.get_by_role("button", name="Start pruning").click()
+    expect(page.locator(".se-now")).to_contain_text("Run 2 finished", timeout=10 * MINUTES)
+    page.get_by_role("button", name="Undo", exact=True).click()
+    page.get_by_role("slider", name="block3.conv2").focus()
+    page.wait_for_timeout(4000)  # until the prediction is checked
+
+
+def _show(page: Page, name: str) -> None:
+    """Scroll to a region, and wait until nothing moves."""
+    page.get_by_role("region", name=name, exact=True).evaluate(
+        "(one) => one.scrollIntoView({ block: 'center' })"
+    )
+    page.wait_for_function("() => document.getAnimations().length === 0")
 
 
 def _watch(film: Film, page: Page, until: str, *, every: float, shown: int) -> None:

@@ -42,7 +42,7 @@ def test_the_main_job_by_mouse_from_page_load_to_a_downloaded_result(
     page.goto(app.url)
     status = page.locator(".se-now")
     expect(page.get_by_role("heading", name="Sparsity Explorer")).to_be_visible(timeout=2 * MINUTES)
-    expect(page.get_by_role("row", name="block3.conv2")).to_contain_text(
+    expect(page.locator("tr[data-layer='block3.conv2']")).to_contain_text(
         "256 × 256 × 3 × 3", timeout=2 * MINUTES
     )
     expect(status).to_have_text("Next: measure how each layer reacts to pruning.")

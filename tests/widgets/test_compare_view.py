@@ -159,7 +159,10 @@ def test_any_run_can_be_downloaded_with_its_own_times(two_runs: ExplorerState) -
     press(CompareView(two_runs), "pack", run=1)
     first = two_runs.runs[0]
     assert two_runs.package is not None and two_runs.package.filename.endswith("-run1.zip")
-    assert two_runs.study.calls[-1] == ("save", first.result, first.final)
+    saved, reported = two_runs.study.calls[-2:]
+    assert saved == ("save", first.result, first.final)
+    assert reported[:2] == ("report", first.result)
+    assert reported[2]["latency"] is first.final
     two_runs.pack()
     assert two_runs.package.filename.endswith("-run2.zip")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -370,3 +371,22 @@ def test_without_data_the_distribution_itself_is_saved() -> None:
     state.save("recipe")
     assert state.package is not None and state.package.filename == "fashion-resnet-distribution.yaml"
     assert dict(SparsityDistribution.from_yaml(state.package.content.decode())) == dict(state.distribution)
+
+
+def test_weights_are_not_kept_back_when_the_report_fails(
+    state: ExplorerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.measure()
+    state.set_options({"epochs": "1"})
+    state.start_run()
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(state.study), "report", fails)
+    state.pack()
+    assert state.package is not None, state.error
+    with zipfile.ZipFile(io.BytesIO(state.package.content)) as archive:
+        assert {"model.safetensors", "recipe.yaml", "result.json"} <= set(archive.namelist())
+        assert "report.html" not in archive.namelist()
+    assert any("No space left on device" in line for line in state.log)
