@@ -56,7 +56,7 @@ def opened(context: BrowserContext, server: VoilaServer) -> tuple[Page, dict[str
     page.goto(server.url, wait_until="commit")
     page.get_by_role("heading", name="Sparsity Explorer").wait_for(timeout=MINUTES)
     seconds["frame of the page"] = time.perf_counter() - started
-    page.get_by_role("row", name="block3.conv2").wait_for(timeout=MINUTES)
+    page.locator("tr[data-layer='block3.conv2']").wait_for(timeout=MINUTES)
     seconds["layers in the table"] = time.perf_counter() - started
     return page, seconds
 

@@ -1,7 +1,7 @@
 // What pruning costs each layer, and what it gains in time, as measured: curves, a heat map, or bars at one sparsity.
 
 const KINDS = {
-  kl: { label: "KL", title: "Change of the outputs", unit: "KL to the dense outputs, nats, log scale" },
+  kl: { label: "KL", title: "Change of the outputs", unit: "KL to dense, nats, log scale" },
   accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
   loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
 };
