@@ -54,12 +54,15 @@ class CompareView(StateView, Comparison):
     _css = _CSS
     watches = (
         "study", "layers", "runs", "dense", "curves", "measured", "job", "distribution", "origin", "ghost",
-        "prediction", "provenance",
+        "prediction", "provenance", "snapshots",
     )  # fmt: skip
     gestures = {
         "use": lambda state, said: state.use_run(int(said["run"])),
         "pack": lambda state, said: state.pack(int(said["run"])),
     }
+
+    _kept: tuple[dict[str, Any], ...] = ()
+    _kept_of: Any = None
 
     def refresh(self) -> None:
         """Make view and figures anew from the state."""
@@ -80,12 +83,29 @@ class CompareView(StateView, Comparison):
             uniform = _on_page(state, "uniform", "uniform", state.ghost, told)
         return {
             "layers": [list(pair) for pair in layers.items()],
-            "planned": [planned for planned in (here, uniform) if planned is not None],
+            "planned": [planned for planned in (here, uniform, *self._snapshots()) if planned is not None],
             "hint": _hint(state),
             "actions": True,
             "busy": state.job.busy,
             "packing": state.job.kind == "pack",
         }
+
+    def _snapshots(self) -> tuple[dict[str, Any], ...]:
+        """Return the distributions that are kept by name; predicted anew with the curves only, not while a bar is dragged."""
+        state = self.state
+        if (state.snapshots, state.curves, state.measured) != self._kept_of:
+            self._kept_of = state.snapshots, state.curves, state.measured
+            self._kept = tuple(
+                _on_page(
+                    state,
+                    f"kept-{snapshot.name}",
+                    f"kept: {snapshot.name}",
+                    snapshot.distribution,
+                    state.study.predict(snapshot.distribution) if state.measured else None,
+                )
+                for snapshot in state.snapshots
+            )
+        return self._kept
 
 
 class ResultsView(Comparison):

@@ -312,3 +312,23 @@ def test_what_cannot_be_compared_is_refused_in_words(tmp_path: Path) -> None:
     other["dense"]["size_bytes"] = 5000
     with pytest.raises(FormatError, match="differ in size"):
         explorer.CompareView([first, saved(tmp_path / "c", other)])
+
+
+def test_kept_distributions_can_be_compared_with_whatever_else_there_is(state: ExplorerState) -> None:
+    view = CompareView(state)
+    state.measure()
+    state.keep("small")
+    kept = dict(state.distribution)
+    asked = len(state.study.calls)
+    state.edit({"fc": 0.5}, final=False)
+    [one] = [planned for planned in view.view["planned"] if planned["key"] == "kept-small"]
+    assert one["name"] == "kept: small"
+    assert one["sparsities"] == kept
+    assert one["latency_ms"] == state.study.predict(kept).latency_ms
+    assert asked == len(state.study.calls)
+    # Worked out with the curves, and not at each step of a drag.
+    before = view._kept
+    state.edit({"fc": 0.6}, final=False)
+    assert view._kept is before
+    state.forget_snapshot("small")
+    assert [planned["key"] for planned in view.view["planned"]] == ["here", "uniform"]

@@ -160,7 +160,8 @@ function render({ model, el, signal }) {
   function paint() {
     width = Math.max(260, host.clientWidth);
     const drawable = all().map((one) => ({ one, path: pathOf(one) })).filter(({ path }) => path.length);
-    const upright = planned().filter((one) => one.latency_ms !== null);
+    // Those that are kept by name are for the comparison beside: many lines could not be told apart.
+    const upright = planned().filter((one) => one.latency_ms !== null && !one.key.startsWith("kept-"));
     const xs = [...drawable.flatMap(({ path }) => path.map(([x]) => x)), ...upright.map((one) => one.latency_ms)];
     const ys = drawable.flatMap(({ path }) => path.map(([, y]) => 100 * y));
     const [left, right] = xs.length ? [Math.min(...xs) / 1.16, Math.max(...xs) * 1.16] : [1, 10];
