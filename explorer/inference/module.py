@@ -179,9 +179,7 @@ def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode, isa: Isa) -> Spa
 _SHARED, _APART = "image by image", "images apart"
 
 
-def _divided(
-    graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Mode, isa: Isa, seconds: float = 0.3
-) -> SparseModule:
+def _divided(graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Mode, isa: Isa) -> SparseModule:
     """The network with the faster division of a batch: each thread has images of its own, or all work on one image after the other.
 
     Apart, threads never wait for each other's part of an image, and a thread reads what it wrote itself; together, the activations of one image are in
@@ -194,7 +192,7 @@ def _divided(
     together = SparseModule(graph, inputs, threads, mode, isa, at_once=1)
     some = tuple(value[: 2 * threads] for value in inputs)
     pair = {_APART: partial(module, *some), _SHARED: partial(together, *some)}
-    times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=seconds)
+    times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.3)
     faster = min(times, key=lambda name: times[name].latency_ms)
     choice_cache().put({question: faster})
     return together if faster == _SHARED else module

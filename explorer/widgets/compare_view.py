@@ -63,11 +63,17 @@ class CompareView(StateView, Comparison):
 
     _kept: tuple[dict[str, Any], ...] = ()
     _kept_of: Any = None
+    _figures_of: Any = None
 
     def refresh(self) -> None:
         """Make view and figures anew from the state."""
         super().refresh()
-        self._renew(of_session(self.state))
+        # A bar that is dragged changes none of this.
+        state = self.state
+        of = state.runs, state.dense, state.curves, state.layers
+        if self._figures_of is None or any(a is not b for a, b in zip(of, self._figures_of, strict=True)):
+            self._figures_of = of
+            self._renew(of_session(state))
 
     def make_view(self) -> dict[str, Any]:
         """Return everything but the figures of the runs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,25 +134,13 @@ def of_session(state: ExplorerState) -> tuple[Contestant, ...]:
     latest = next((run.dense for run in reversed(state.runs) if run.dense), None)
     latency = latest[1] if latest else state.dense.latency_ms if state.dense else None
     sizes = next((run.sizes for run in reversed(state.runs) if run.sizes), None)
-    dense = Contestant(
-        DENSE,
-        "dense",
-        0,
-        "dense",
-        accuracy=accuracy,
-        dense_accuracy=accuracy,
-        images=images,
-        latency_ms=latency,
+    timed = {
+        "latency_ms": latency,
         # The spread is that of the same timing, or none.
-        spread_ms=_dense_spread(state, latency),
-        speedup=1.0 if latency is not None else None,
-        asked=0.0,
-        sparsity=0.0,
-        size_bytes=sizes[0] if sizes else None,
-        is_final=accuracy is not None and latency is not None,
-        sparsities={layer.name: 0.0 for layer in state.layers},
-    )
-    return (dense, *runs)
+        "spread_ms": _dense_spread(state, latency),
+        "size_bytes": sizes[0] if sizes else None,
+    }
+    return (_dense_of(accuracy, images, [layer.name for layer in state.layers], timed), *runs)
 
 
 def of_results(sources: Any) -> tuple[Contestant, ...]:
@@ -263,7 +251,7 @@ def _of_folder(folder: Path, number: int) -> tuple[Contestant, Contestant]:
 
 
 def _dense_of(
-    accuracy: float | None, images: str, layers: Mapping[str, float], timed: Mapping[str, Any] | None = None
+    accuracy: float | None, images: str, layers: Iterable[str], timed: Mapping[str, Any] | None = None
 ) -> Contestant:
     timed = timed or {}
     latency = timed.get("latency_ms")

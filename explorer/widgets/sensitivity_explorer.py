@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ipywidgets
-
 from explorer.widgets.compare_view import CompareView
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
@@ -19,13 +17,13 @@ from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
 from explorer.widgets.state import DEMO_CHOICES, ExplorerState
-from explorer.widgets.steps import state_of
+from explorer.widgets.steps import StatePage, state_of
 
 if TYPE_CHECKING:
     from explorer.widgets.base import StateView
 
 
-class SensitivityExplorer(ipywidgets.VBox):
+class SensitivityExplorer(StatePage):
     """Measure, shape, prune and watch one model, in a notebook cell or a Voila page.
 
     Parameters
@@ -73,19 +71,7 @@ class SensitivityExplorer(ipywidgets.VBox):
             self.result,
             self.compare,
         ]
-        grid = ipywidgets.Box(parts).add_class("se-grid")
-        super().__init__([grid])
-        self.add_class("se-app")
-
-    @property
-    def study(self) -> Any:
-        """The study on the page."""
-        return self.state.study
-
-    @property
-    def distribution(self) -> Any:
-        """The distribution on the page."""
-        return self.state.distribution
+        super().__init__(state, parts)
 
     @property
     def result_of_run(self) -> Any:

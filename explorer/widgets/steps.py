@@ -21,6 +21,8 @@ from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.state import ExplorerState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from explorer.widgets.base import StateView
 
 _STATES: weakref.WeakValueDictionary[int, ExplorerState] = weakref.WeakValueDictionary()
@@ -41,7 +43,7 @@ def state_of(source: Any) -> ExplorerState:
     """
     if isinstance(source, ExplorerState):
         return source
-    if not hasattr(source, "sensitivity_points"):
+    if not _is_study(source):
         raise ExplorerError(
             f"{source!r} is no study; give explorer.Study(model, data), or explorer.Study.replay(name)."
         )
@@ -51,20 +53,23 @@ def state_of(source: Any) -> ExplorerState:
     return state
 
 
-class Step(ipywidgets.VBox):
-    """One step of the page, with the line that says what is going on and what went wrong.
+def _is_study(source: Any) -> bool:
+    # By what it can do: importing the class would bring torch.
+    return hasattr(source, "sensitivity_points")
+
+
+class StatePage(ipywidgets.VBox):
+    """Widgets of one state, laid out as a page or a part of it.
 
     Parameters
     ----------
-    study : Study or ExplorerState
+    state : ExplorerState
+    widgets : sequence of DOMWidget
     """
 
-    parts: ClassVar[tuple[type[StateView], ...]] = ()
-
-    def __init__(self, study: Any) -> None:
-        self.state = state_of(study)
-        grid = ipywidgets.Box([Notice(self.state), *(part(self.state) for part in self.parts)])
-        super().__init__([grid.add_class("se-grid")])
+    def __init__(self, state: ExplorerState, widgets: Sequence[ipywidgets.DOMWidget]) -> None:
+        self.state = state
+        super().__init__([ipywidgets.Box(widgets).add_class("se-grid")])
         self.add_class("se-app")
 
     @property
@@ -76,6 +81,21 @@ class Step(ipywidgets.VBox):
     def distribution(self) -> Any:
         """The distribution as it stands on the page."""
         return self.state.distribution
+
+
+class Step(StatePage):
+    """One step of the page, with the line that says what is going on and what went wrong.
+
+    Parameters
+    ----------
+    study : Study or ExplorerState
+    """
+
+    parts: ClassVar[tuple[type[StateView], ...]] = ()
+
+    def __init__(self, study: Any) -> None:
+        state = state_of(study)
+        super().__init__(state, [Notice(state), *(part(state) for part in self.parts)])
 
 
 class LayerTable(Step):
@@ -152,11 +172,8 @@ class CompareView(Step):
     parts = (compare_view.CompareView, ResultPanel)
 
     def __init__(self, source: Any) -> None:
-        if isinstance(source, ExplorerState) or hasattr(source, "sensitivity_points"):
+        if isinstance(source, ExplorerState) or _is_study(source):
             super().__init__(source)
             return
         # Results do not change, and have no study: its state stays empty.
-        self.state = ExplorerState()
-        grid = ipywidgets.Box([compare_view.ResultsView(source)])
-        ipywidgets.VBox.__init__(self, [grid.add_class("se-grid")])
-        self.add_class("se-app")
+        StatePage.__init__(self, ExplorerState(), [compare_view.ResultsView(source)])

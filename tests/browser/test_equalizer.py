@@ -51,7 +51,8 @@ def test_the_page_predicts_what_the_kernel_predicts(page: Page) -> None:
     tables = PredictionTables.of(layers, table, other_params=7).to_page(digits=15)
     assert {*tables["curves"]} == {"kl", "loss", "accuracy", "latency_ms"}
     page.goto("about:blank")
-    page.add_script_tag(content=(STATIC / "predict.js").read_text(encoding="utf-8"))
+    for part in ("dom.js", "predict.js"):
+        page.add_script_tag(content=(STATIC / part).read_text(encoding="utf-8"))
     for _ in range(20):
         values = [round(float(v), 3) for v in random.choice([0.0, 0.3, 0.5, 0.873, 0.99, 0.955], 3)]
         got = page.evaluate("([tables, values]) => predict(tables, values)", [tables, values])

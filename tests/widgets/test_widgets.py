@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from explorer.widgets import ExplorerState, SensitivityExplorer
+from explorer.widgets import ExplorerState, SensitivityExplorer, assets
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
 from explorer.widgets.jobs import JobStatus
@@ -17,6 +18,8 @@ from explorer.widgets.notice import Notice
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
+
+STATIC = Path(assets.__file__).parent / "static"
 
 
 def press(widget: Any, gesture: str, **content: Any) -> None:
@@ -303,3 +306,17 @@ def test_a_run_that_was_told_to_stop_says_that_it_trains_no_more(state: Explorer
     assert Notice(state).view["text"].startswith("Pruning, run 1")
     state.stop()
     assert Notice(state).view["text"] == "Run 1 trains no more; what it has reached is being evaluated."
+
+
+def test_sources_travel_without_comments_and_line_by_line() -> None:
+    for path in sorted(STATIC.iterdir()):
+        source, lean = path.read_text(encoding="utf-8"), assets._lean(path.read_text(encoding="utf-8"))
+        assert len(lean) < len(source)
+        pairs = list(zip(source.splitlines(), lean.split("\n"), strict=True))
+        for line, kept in pairs:
+            # Whatever is code is whole: only indentation and lines that are a comment go.
+            assert kept == line.strip() or (kept == "" and line.strip().startswith(("//", "/*")))
+        # Indentation may go because no text runs over several lines.
+        assert path.suffix != ".js" or all(
+            line.count("`") % 2 == 0 for line, kept in pairs if kept[:1] not in ("*", "/")
+        )

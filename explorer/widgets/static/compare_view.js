@@ -48,10 +48,11 @@ function cross(r) {
 }
 
 function polygon(r, corners, at = (i) => r) {
-  return `M${Array.from({ length: corners }, (_, i) => {
+  const outline = Array.from({ length: corners }, (_, i) => {
     const angle = (2 * Math.PI * i) / corners - Math.PI / 2;
     return `${(at(i) * Math.cos(angle)).toFixed(2)} ${(at(i) * Math.sin(angle)).toFixed(2)}`;
-  }).join("L")}Z`;
+  });
+  return `M${outline.join("L")}Z`;
 }
 
 function star(r) {

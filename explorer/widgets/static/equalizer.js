@@ -430,8 +430,8 @@ function render({ model, el, signal }) {
       const here = { x: event.clientX, y: to };
       const [left, right] = drag.at.x < here.x ? [drag.at, here] : [here, drag.at];
       const height = (x) => (right.x - left.x < 1 ? to : left.y + ((right.y - left.y) * (x - left.x)) / (right.x - left.x));
-      const passed = line.filter((i) => { const box = bars[i].getBoundingClientRect(); return box.right >= left.x && box.left <= right.x; });
-      change(passed.map((i) => { const box = bars[i].getBoundingClientRect(); return [i, height(Math.min(right.x, Math.max(left.x, (box.left + box.right) / 2)))]; }));
+      const boxes = line.map((i) => [i, bars[i].getBoundingClientRect()]).filter(([, box]) => box.right >= left.x && box.left <= right.x);
+      change(boxes.map(([i, box]) => [i, height(Math.min(right.x, Math.max(left.x, (box.left + box.right) / 2)))]));
       drag.at = here;
     }
     send(false);

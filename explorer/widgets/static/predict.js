@@ -1,13 +1,7 @@
 // What sparsities will give, from the tables that travelled to the page once: the sums of explorer.distribution.predict, done in the frame in which a bar moves.
 
 /** Value of a curve `[sparsities, values]`: linear between its knots, the nearest value outside. */
-function onCurve([xs, ys], at) {
-  let i = 0;
-  while (i < xs.length && xs[i] < at) i++;
-  if (i === 0) return ys[0];
-  if (i === xs.length) return ys[i - 1];
-  return ys[i - 1] + ((ys[i] - ys[i - 1]) * (at - xs[i - 1])) / (xs[i] - xs[i - 1]);
-}
+const onCurve = (curve, at) => between(curve, Math.min(curve[0].at(-1), Math.max(curve[0][0], at)));
 
 /** Zeros of a layer: at least what was asked for, but one weight stays. */
 const zerosOf = (count, sparsity) => Math.min(count - 1, Math.ceil(sparsity * count - 1e-9));
