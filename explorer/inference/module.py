@@ -190,6 +190,7 @@ def _divided(graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Mode, is
     if question is None or choice_cache().get(question) in (_SHARED, _APART):
         return module
     together = SparseModule(graph, inputs, threads, mode, isa, at_once=1)
+    together.division = question
     some = tuple(value[: 2 * threads] for value in inputs)
     pair = {_APART: partial(module, *some), _SHARED: partial(together, *some)}
     times = compare_latency(pair, threads=threads, repeats=_CHOICE_PASSES * _CHOICE_REPEATS, seconds=0.3)

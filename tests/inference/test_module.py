@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,3 +413,27 @@ def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(
     network, x = Centred().eval(), torch.randn(5, 2, 8, 8)
     with torch.no_grad():
         assert relative_error(explorer.compile(network, x)(x), network(x)) < 1e-5
+
+
+@pytest.mark.parametrize(("faster", "images"), [("image by image", 1), ("images apart", 2)])
+def test_the_faster_division_of_a_batch_is_taken_and_remembered(
+    faster: str, images: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    timed = {
+        name: SimpleNamespace(latency_ms=0.0 if name == faster else 1.0)
+        for name in ("image by image", "images apart")
+    }
+    monkeypatch.setattr(
+        "explorer.inference.module.compare_latency", lambda pair, **_: {name: timed[name] for name in pair}
+    )
+    network, x = small_network(), torch.randn(5, 2, 12, 12)
+    for _ in range(2):  # the second time without timing
+        engine = explorer.compile(network, x, threads=2)
+        assert engine._plan.images == images
+        assert engine.division is not None
+        assert choice_cache().get(engine.division) == faster
+        with torch.no_grad():
+            assert relative_error(engine(x), network(x)) < 1e-5
+        monkeypatch.setattr("explorer.inference.module.compare_latency", None)
