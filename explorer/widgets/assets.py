@@ -2,16 +2,26 @@
 
 A widget's module is one file of `static/` behind the shared ones that it uses; its style sheet stands behind the shared theme. They
 are read once, when the widget's class is made, and travel to the page with the widget: nothing is fetched from anywhere.
+
+Where a module says ``phrase("equalizer.lock.tip")`` the page gets ``phrase("A locked layer ...")``, in the chosen language: no module
+carries sentences that it does not use, and a key that does not exist is found here, before there is a page.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from importlib.resources import files
 
+from explorer.widgets.texts import Texts, current
+
 _COMMENT = re.compile(r"//.*|/\*[^*]*(\*(?!/)[^*]*)*\*/")
 """A line that is nothing but a comment: they travel with each widget that shares a source, and there are a dozen."""
+
+
+_PHRASE = re.compile(r"""(?<!function )\bphrase\((?:"([^"]*)")?""")
+"""Where a module uses a sentence, and its key."""
 
 
 @cache
@@ -25,9 +35,33 @@ def _lean(text: str) -> str:
     return "\n".join("" if _COMMENT.fullmatch(line) else line for line in lines)
 
 
+def keys_of(source: str) -> list[str]:
+    """Return the keys of the sentences that the source of a module uses.
+
+    Raises
+    ------
+    ValueError
+        If one is worked out while the page runs; then nobody could tell which sentences have to travel.
+    """
+    keys = _PHRASE.findall(source)
+    if "" in keys:
+        raise ValueError('A module asks for a sentence by a key that is no literal; write phrase("...").')
+    return keys
+
+
+def worded(source: str, texts: Texts) -> str:
+    """Return the source of a module with its sentences in place of their keys."""
+    keys_of(source)
+    return _PHRASE.sub(
+        lambda found: f"phrase({json.dumps(texts.sentence(found[1]), ensure_ascii=False)}", source
+    )
+
+
 def module(name: str, *shared: str) -> str:
-    """Return the ES module `name`, with `dom.js` and the `shared` modules in front of it."""
-    return "\n".join(_text(f"{part}.js") for part in ("dom", *shared, name))
+    """Return the ES module `name`, with `dom.js` and the `shared` modules in front of it, in the chosen language."""
+    source = "\n".join(_text(f"{part}.js") for part in ("dom", *shared, name))
+    # In the first line, which is a comment: the numbers of the others stay.
+    return f"const LANGUAGE = {json.dumps(current().language)};{worded(source, current())}"
 
 
 def style(name: str) -> str:

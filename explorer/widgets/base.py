@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anywidget
 import traitlets as t
 
+from explorer.widgets.texts import phrase
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from explorer.widgets.state import ExplorerState
 
 
-ROOT_LABEL = "model"
+ROOT_LABEL = phrase("common.whole_model")
 """What the page calls a layer that is the whole model, whose name is empty."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.metrics import count
+from explorer.widgets.texts import phrase
 
 
 class LayerTable(StateView):
@@ -45,4 +46,4 @@ class LayerTable(StateView):
             return ""
         weights = count(sum(layer.n_params for layer in state.layers))
         macs = count(sum(layer.macs for layer in state.layers))
-        return f"{len(state.layers)} layers · {weights} weights · {macs} multiply-adds an image"
+        return phrase("layers.note", count=len(state.layers), weights=weights, macs=macs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from explorer.widgets.runs import RunRecord
@@ -66,9 +67,9 @@ def is_noisy(latency_ms: float, spread_ms: float) -> bool:
 def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "sparsity",
-        "label": "Sparsity",
+        "label": phrase("figures.sparsity.name"),
         "unit": "%",
-        "help": "Share of the prunable weights that are zero, over all layers.",
+        "help": phrase("figures.sparsity.help"),
     }
     if state.distribution is None:
         return _nothing(tile)
@@ -78,76 +79,88 @@ def _sparsity(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         kept = count(n_params * (1 - asked))
         return tile | {
             "value": f"{100 * asked:.1f}",
-            "note": "asked for",
-            "more": f"{kept} of {count(n_params)} weights stay",
+            "note": phrase("figures.sparsity.asked"),
+            "more": phrase("figures.sparsity.stay", kept=kept, total=count(n_params)),
         }
     achieved = run.result.sparsity if run.result is not None else run.sparsity
     return tile | {
         "value": f"{100 * achieved:.1f}",
-        "note": f"achieved; asked {100 * asked:.1f} %",
-        "more": f"{count(n_params * (1 - achieved))} of {count(n_params)} weights left",
+        "note": phrase("figures.sparsity.achieved", asked=f"{100 * asked:.1f}"),
+        "more": phrase("figures.sparsity.left", kept=count(n_params * (1 - achieved)), total=count(n_params)),
     }
 
 
 def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "latency",
-        "label": "Latency",
+        "label": phrase("figures.latency.name"),
         "unit": "ms",
-        "help": "Median time of one batch on the sparse engine, on this machine.",
+        "help": phrase("figures.latency.help"),
     }
     prediction = state.prediction
-    predicted = f"{_ms(prediction.latency_ms)} ms" if prediction is not None else ""
-    dense = f"dense {_ms(state.dense.latency_ms)} ms" if state.dense is not None else ""
+    predicted = (
+        phrase("figures.latency.predicted_note", latency=_ms(prediction.latency_ms))
+        if prediction is not None
+        else ""
+    )
+    dense = (
+        phrase("figures.latency.dense", latency=_ms(state.dense.latency_ms))
+        if state.dense is not None
+        else ""
+    )
     measured = run.latency if run is not None else None
     if measured is not None:
         value, spread = measured
         if run is not None and run.dense is not None:
-            dense = f"dense {_ms(run.dense[1])} ms"
+            dense = phrase("figures.latency.dense", latency=_ms(run.dense[1]))
         return tile | {
-            "label": "Latency, measured",
+            "label": phrase("figures.latency.measured"),
             "value": _ms(value),
-            "note": _joined(f"± {_digits(spread)} ms", dense),
+            "note": _joined(phrase("figures.latency.spread", spread=_digits(spread)), dense),
             "more": _joined(
-                f"predicted {predicted}" if predicted else "",
-                "noisy: the machine is busy" if is_noisy(value, spread) else "",
+                predicted,
+                phrase("figures.latency.noisy") if is_noisy(value, spread) else "",
             ),
         }
     if prediction is None:
-        return _nothing(tile, "predicted once it is measured", dense)
+        return _nothing(tile, phrase("figures.predicted_later"), dense)
     error = getattr(prediction, "latency_error_ms", None)
     return tile | {
-        "label": "Latency, predicted",
+        "label": phrase("figures.latency.predicted"),
         "value": _ms(prediction.latency_ms),
-        "note": _joined(f"± {_digits(error)} ms" if error else "", dense),
-        "more": "from the measured layers",
+        "note": _joined(phrase("figures.latency.spread", spread=_digits(error)) if error else "", dense),
+        "more": phrase("figures.latency.from_layers"),
     }
 
 
 def _speedup(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "speedup",
-        "label": "Speed-up",
+        "label": phrase("figures.speedup.name"),
         "unit": "×",
-        "help": "Time of the fastest dense run over time of the sparse run; same machine, threads and batch.",
+        "help": phrase("figures.speedup.help"),
     }
-    against = f"against {state.dense.name}" if state.dense is not None else ""
+    against = phrase("figures.speedup.against", dense=state.dense.name) if state.dense is not None else ""
     highest = state.feasible[1]
-    reach = f"within reach: up to {highest:.1f} ×" if highest else ""
+    reach = phrase("figures.speedup.reach", highest=f"{highest:.1f}") if highest else ""
     if run is not None and run.speedup is not None:
-        predicted = f"predicted {state.prediction.speedup:.2f} ×" if state.prediction is not None else ""
+        predicted = (
+            phrase("figures.speedup.predicted_note", speedup=f"{state.prediction.speedup:.2f}")
+            if state.prediction is not None
+            else ""
+        )
         if run.dense is not None and run.dense[0]:
-            against = f"against {run.dense[0]}"
+            against = phrase("figures.speedup.against", dense=run.dense[0])
         return tile | {
-            "label": "Speed-up, measured",
+            "label": phrase("figures.speedup.measured"),
             "value": f"{run.speedup:.2f}",
             "note": against,
             "more": predicted,
         }
     if state.prediction is None:
-        return _nothing(tile, "predicted once it is measured", against)
+        return _nothing(tile, phrase("figures.predicted_later"), against)
     return tile | {
-        "label": "Speed-up, predicted",
+        "label": phrase("figures.speedup.predicted"),
         "value": f"{state.prediction.speedup:.2f}",
         "note": against,
         "more": reach,
@@ -157,43 +170,49 @@ def _speedup(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
 def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "accuracy",
-        "label": "Accuracy",
+        "label": phrase("figures.accuracy.name"),
         "unit": "%",
-        "help": "Share of images that the network gets right.",
+        "help": phrase("figures.accuracy.help"),
     }
     if run is not None and run.accuracy is not None and not math.isnan(run.accuracy):
-        dense = f"dense {_percent(run.dense_accuracy)}" if run.dense_accuracy is not None else ""
+        dense = (
+            phrase("figures.accuracy.dense", accuracy=_percent(run.dense_accuracy))
+            if run.dense_accuracy is not None
+            else ""
+        )
         if run.result is None:
             return tile | {
-                "label": "Accuracy, live",
+                "label": phrase("figures.accuracy.live"),
                 "value": f"{100 * run.accuracy:.1f}",
                 "note": dense,
-                "more": "on validation images",
+                "more": phrase("figures.accuracy.on_validation"),
             }
-        where = f"on {run.result.n_evaluated:,} {run.result.measured_on} images"
+        where = phrase("figures.accuracy.on", images=images_of(run.result))
         return tile | {
-            "label": "Accuracy, after the run",
+            "label": phrase("figures.accuracy.after_run"),
             "value": f"{100 * run.accuracy:.1f}",
             "note": dense,
             "more": where,
         }
     accuracy = getattr(state.prediction, "accuracy", None)
     if accuracy is None or math.isnan(accuracy):
-        return _nothing(tile, "estimated once it is measured")
+        return _nothing(tile, phrase("figures.accuracy.later"))
     return tile | {
-        "label": "Accuracy, untrained",
+        "label": phrase("figures.accuracy.untrained"),
         "value": f"{100 * accuracy:.1f}",
-        "note": "estimated from single layers;",
-        "more": "a run recovers most of it" if not state.provenance else "training recovers most of it",
+        "note": phrase("figures.accuracy.estimated"),
+        "more": phrase("figures.accuracy.run_recovers")
+        if not state.provenance
+        else phrase("figures.accuracy.training_recovers"),
         "tone": "quiet",
         "badge": _badge(state),
     }
 
 
 _VERDICTS = {
-    "agrees": ("good", "checked: agrees"),
-    "worse": ("warn", "checked: worse together"),
-    "better": ("good", "checked: better together"),
+    "agrees": ("good", phrase("figures.trust.agrees")),
+    "worse": ("warn", phrase("figures.trust.worse")),
+    "better": ("good", phrase("figures.trust.better")),
 }
 
 
@@ -201,24 +220,28 @@ def _badge(state: ExplorerState) -> dict[str, str] | None:
     """Return what became of the prediction when all layers were pruned at once; None when that is not measured."""
     trust = state.trust
     if trust is None:
-        return {"tone": "", "text": "checking …", "help": ""} if "prediction" in state.background else None
+        return (
+            {"tone": "", "text": phrase("figures.trust.checking"), "help": ""}
+            if "prediction" in state.background
+            else None
+        )
     tone, text = _VERDICTS[trust.verdict]
-    what = "divergence" if trust.kind == "kl" else "increase of the loss"
-    error = f" ± {_digits(trust.std_error)}" if trust.std_error else ""
-    return {
-        "tone": tone,
-        "text": text,
-        "help": f"Before any training the layers' curves add up to a {what} of {_digits(trust.predicted)}; with all layers pruned at once it is "
-        f"{_digits(trust.measured)}{error} (nats). Within a factor of two counts as agreeing. Beyond it the curves still tell which layers mind most, but not what all of them together will cost.",
-    }
+    predicted, measured = _digits(trust.predicted), _digits(trust.measured)
+    if trust.std_error:
+        measured = phrase("figures.with_spread", value=measured, spread=_digits(trust.std_error))
+    if trust.kind == "kl":
+        explained = phrase("figures.trust.help_kl", predicted=predicted, measured=measured)
+    else:
+        explained = phrase("figures.trust.help_loss", predicted=predicted, measured=measured)
+    return {"tone": tone, "text": text, "help": explained}
 
 
 def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     tile = {
         "key": "size",
-        "label": "File, zeros left out",
+        "label": phrase("figures.size.name"),
         "unit": "MB",
-        "help": "Prunable weights stored sparse: the values that stay and where they are.",
+        "help": phrase("figures.size.help"),
     }
     if state.distribution is None:
         return _nothing(tile)
@@ -227,11 +250,13 @@ def _size(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     if run is not None and run.sizes is not None:
         dense, size = run.sizes
     if size is None:
-        return _nothing(tile, "predicted once it is measured", f"dense {_megabytes(dense)} MB")
+        return _nothing(
+            tile, phrase("figures.predicted_later"), phrase("figures.size.dense", size=_megabytes(dense))
+        )
     return tile | {
         "value": _megabytes(size),
-        "note": f"dense {_megabytes(dense)} MB",
-        "more": f"{dense / size:.1f} × smaller",
+        "note": phrase("figures.size.dense", size=_megabytes(dense)),
+        "more": phrase("figures.size.smaller", times=f"{dense / size:.1f}"),
     }
 
 
@@ -241,6 +266,14 @@ def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, 
 
 def _joined(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
+
+
+def images_of(result: Any) -> str:
+    """Return which images a result was measured on, as in "10,000 test images"."""
+    shown = f"{result.n_evaluated:,}"
+    if result.measured_on == "test":
+        return phrase("common.images.test", count=result.n_evaluated, images=shown)
+    return phrase("common.images.validation", count=result.n_evaluated, images=shown)
 
 
 def _ms(value: float) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
+from explorer.widgets.texts import phrase
 
 PHASES = {
-    "stabilise": "training before the first weight goes",
-    "prune": "removing weights",
-    "fine-tune": "fine-tuning",
+    "stabilise": phrase("notice.phase.stabilise"),
+    "prune": phrase("notice.phase.prune"),
+    "fine-tune": phrase("notice.phase.fine_tune"),
 }
 
 
@@ -52,27 +53,30 @@ class Notice(StateView):
         state, job = self.state, self.state.job
         if self._training() and state.run is not None:
             if job.stopping:
-                return f"Run {state.run.number} trains no more; what it has reached is being evaluated."
-            phase = f": {PHASES.get(state.run.phase, state.run.phase)}" if state.run.phase else ""
-            return f"{job.text}{phase}{', paused' if job.paused else ''}"
+                return phrase("notice.evaluating", number=state.run.number)
+            text = job.text
+            if state.run.phase:
+                text = phrase("notice.in_phase", job=text, phase=PHASES.get(state.run.phase, state.run.phase))
+            return phrase("notice.paused", job=text) if job.paused else text
         if job.busy:
             return job.text
         if state.study is None:
-            return "No model on the page."
+            return phrase("notice.no_model")
         if state.run is not None and state.run.result is not None:
-            how = "stopped early" if state.run.status == "stopped" else "finished"
-            return (
-                f"Run {state.run.number} {how}. Download the result, or shape the bars and start another run."
-            )
+            if state.run.status == "stopped":
+                return phrase("notice.run_stopped", number=state.run.number)
+            return phrase("notice.run_finished", number=state.run.number)
         if not state.measured:
-            return "Next: measure how each layer reacts to pruning."
+            return phrase("notice.next.measure")
         if state.provenance:
-            return "Next: drag the bars or solve for a speed-up. What others measured of this network can be explored, but not trained."
-        return "Next: drag the bars or solve for a speed-up, then start pruning."
+            return phrase("notice.next.replay")
+        return phrase("notice.next.shape")
 
 
 def _left(seconds: float | None) -> str:
     if seconds is None:
         return ""
     whole = max(0, round(seconds))
-    return f"{whole} s left" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min left"
+    if whole < 60:
+        return phrase("notice.seconds_left", seconds=whole)
+    return phrase("notice.minutes_left", minutes=f"{whole // 60}:{whole % 60:02d}")

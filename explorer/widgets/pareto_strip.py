@@ -9,6 +9,7 @@ import traitlets as t
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
 from explorer.widgets.state import harm_of
+from explorer.widgets.texts import phrase
 
 
 class ParetoStrip(StateView):
@@ -37,7 +38,7 @@ class ParetoStrip(StateView):
         return {
             # Where there is a frontier, predictions tell of everything that it was made of.
             "here": [told.speedup, harm_of(state.study, told, kind)] if told and state.frontier else None,
-            "harm": "KL to the dense outputs" if kind == "kl" else "increase of the loss",
+            "harm": phrase("balance.harm.kl") if kind == "kl" else phrase("balance.harm.loss"),
             "busy": state.job.busy,
             "measured": state.measured,
         }

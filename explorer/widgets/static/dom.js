@@ -1,5 +1,5 @@
 // The few words in which the modules build a page. Text always goes in as text, never as markup.
-// This file is put in front of each module, see assets.py.
+// This file is put in front of each module, behind the language of the page as LANGUAGE, see assets.py.
 
 /** Make an HTML element. `props` are attributes; null and false are left out, true gives an empty attribute. */
 function make(tag, props = {}, ...children) {
@@ -36,6 +36,20 @@ function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+const plurals = new Intl.PluralRules(LANGUAGE);
+
+/**
+ * A sentence of the page. In the source its key stands here, see explorer/widgets/texts; the page gets the sentence itself.
+ * `values` fill its placeholders; where it has plural forms, `values.count` chooses one.
+ */
+function phrase(sentence, values = {}) {
+  const form = typeof sentence === "string" ? sentence : sentence[plurals.select(values.count)] ?? sentence.other;
+  return form.replace(/\{(\w+)\}/g, (_, name) => {
+    if (values[name] === undefined) throw new Error(`"${form}" was not given ${name}`);
+    return String(values[name]);
+  });
+}
+
 /** A button that sends a gesture to the kernel or calls a function. */
 function button(label, act, signal, props = {}) {
   const element = make("button", { type: "button", ...props }, label);
@@ -55,7 +69,7 @@ function follow(model, names, update, signal) {
 /** Put a widget's own part into the page, as a landmark with a name. */
 function section(el, label, className, step = null) {
   dress();
-  const root = make("section", { class: `se ${className}`, "aria-label": label, "data-se-step": step });
+  const root = make("section", { class: `se ${className}`, lang: LANGUAGE, "aria-label": label, "data-se-step": step });
   // JupyterLab would take keys that are pressed here as its own, and cut the cell at an "x" on a bar. It looks at the focused element before those around it.
   root.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   el.replaceChildren(root);

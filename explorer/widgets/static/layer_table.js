@@ -1,22 +1,22 @@
 // What the model is made of: one row a layer, with the figures that decide whether pruning it pays.
 
 const COLUMNS = [
-  ["Layer", "Name of the layer in the model", "text"],
-  ["Shape", "Shape of the weight: outputs × inputs × kernel", "shape"],
-  ["Weights", "Number of weights that can be pruned", "number"],
-  ["MACs", "Multiply-adds for one image", "number"],
-  ["Dense, ms", "Time of the layer in the dense network, in milliseconds", "number"],
-  ["Share", "Share of the dense network's time", "number"],
+  [phrase("layers.column.layer"), phrase("layers.column.layer_tip"), "text"],
+  [phrase("layers.column.shape"), phrase("layers.column.shape_tip"), "shape"],
+  [phrase("layers.column.weights"), phrase("layers.column.weights_tip"), "number"],
+  [phrase("layers.column.macs"), phrase("layers.column.macs_tip"), "number"],
+  [phrase("layers.column.dense"), phrase("layers.column.dense_tip"), "number"],
+  [phrase("layers.column.share"), phrase("layers.column.share_tip"), "number"],
 ];
 
 function render({ model, el, signal }) {
-  const root = section(el, "Model", "se-card se-layers", 1);
-  const title = make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "1"), "Model");
+  const root = section(el, phrase("layers.name"), "se-card se-layers", 1);
+  const title = make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "1"), phrase("layers.name"));
   const note = make("small", {});
   const head = make("tr", {}, ...COLUMNS.map(([name, help, kind]) => make("th", { scope: "col", title: help, class: { number: "se-num", shape: "se-shape" }[kind] ?? null }, name)));
   const body = make("tbody");
-  const empty = make("div", { class: "se-empty" }, make("b", {}, "Loading the model"), make("p", {}, "Its layers will be listed here."));
-  const scroll = make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": "Layers, scrollable" }, make("table", {}, make("caption", { class: "se-hidden" }, "Layers that can be pruned"), make("thead", {}, head), body));
+  const empty = make("div", { class: "se-empty" }, make("b", {}, phrase("layers.loading")), make("p", {}, phrase("layers.loading_help")));
+  const scroll = make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": phrase("layers.scrollable") }, make("table", {}, make("caption", { class: "se-hidden" }, phrase("layers.caption")), make("thead", {}, head), body));
   root.append(make("div", { class: "se-head" }, title, note), scroll, empty);
   let drawn = null;
   hearPage(model, "point", (name) => { for (const line of body.children) setOne(line, "data-pointed", line.dataset.layer === name ? "yes" : null); }, signal);

@@ -1,7 +1,7 @@
 // Five numbers that always answer: how sparse, how fast, how much faster, how good, how small.
 
 function render({ model, el, signal }) {
-  const root = section(el, "Key figures", "se-card se-metrics");
+  const root = section(el, phrase("figures.name"), "se-card se-metrics");
   const list = make("dl", { class: "se-metrics-list" });
   root.append(list);
   let preview = null; // what the bars that are being dragged will give, until the kernel has said it
@@ -44,9 +44,9 @@ const known = (value, write) => (value === undefined ? null : write(value));
 const milliseconds = (ms) => (ms < 0.1 ? ms.toFixed(4) : ms >= 100 ? ms.toFixed(0) : ms.toPrecision(3));
 const PREVIEWS = {
   sparsity: (told) => ({ value: (100 * told.sparsity).toFixed(1) }),
-  latency: (told) => known(told.latency_ms, (ms) => ({ label: "Latency, predicted", value: milliseconds(ms) })),
-  speedup: (told) => known(told.speedup, (times) => ({ label: "Speed-up, predicted", value: times.toFixed(2) })),
-  accuracy: (told) => known(told.accuracy, (share) => ({ label: "Accuracy, untrained", value: (100 * share).toFixed(1), tone: "quiet" })),
+  latency: (told) => known(told.latency_ms, (ms) => ({ label: phrase("figures.latency.predicted"), value: milliseconds(ms) })),
+  speedup: (told) => known(told.speedup, (times) => ({ label: phrase("figures.speedup.predicted"), value: times.toFixed(2) })),
+  accuracy: (told) => known(told.accuracy, (share) => ({ label: phrase("figures.accuracy.untrained"), value: (100 * share).toFixed(1), tone: "quiet" })),
   size: (told) => ({ value: String(Number((told.size_bytes / 1e6).toPrecision(3))) }),
 };
 

@@ -4,15 +4,15 @@ const HEIGHT = 168;
 const FLOOR = 1e-3; // nats; the axis is logarithmic
 
 function render({ model, el, signal }) {
-  const root = section(el, "Balance", "se-card se-pareto", 3);
-  const range = make("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": "Balance between little harm and much speed" });
+  const root = section(el, phrase("balance.name"), "se-card se-pareto", 3);
+  const range = make("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": phrase("balance.slider") });
   const told = make("output", { class: "se-mute" });
-  const balance = make("span", { class: "se-balance" }, make("span", { class: "se-mute" }, "Less harm"), range, make("span", { class: "se-mute" }, "More speed"), told);
-  const host = make("div", { class: "se-plot", title: "Click to adopt the distribution of that speed" });
+  const balance = make("span", { class: "se-balance" }, make("span", { class: "se-mute" }, phrase("balance.less_harm")), range, make("span", { class: "se-mute" }, phrase("balance.more_speed")), told);
+  const host = make("div", { class: "se-plot", title: phrase("balance.adopt_tip") });
   const tip = make("div", { class: "se-tip", hidden: true });
   const plot = make("div", { class: "se-strip" }, host, tip);
   const empty = make("p", { class: "se-hint" });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, "Balance"), make("small", {}, "the least harm that solving finds at each speed"), make("div", { class: "se-push" }, balance)), plot, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, phrase("balance.name")), make("small", {}, phrase("balance.about")), make("div", { class: "se-push" }, balance)), plot, empty);
 
   let place = null;
   let width = 0;
@@ -30,7 +30,7 @@ function render({ model, el, signal }) {
     const [speedup, harm] = points()[index];
     const [x, y] = place(speedup, Math.max(harm, FLOOR));
     const scale = host.clientWidth / width;
-    tip.replaceChildren(make("b", {}, `${speedup.toFixed(2)} ×`), `${model.get("view").harm} ${words.small(harm)} nats, before training`);
+    tip.replaceChildren(make("b", {}, `${speedup.toFixed(2)} ×`), phrase("balance.point_tip", { kind: model.get("view").harm, harm: words.small(harm) }));
     Object.assign(tip.style, { left: `${x * scale}px`, top: `${y}px`, transform: x > width / 2 ? "translate(calc(-100% - 12px), -50%)" : "translate(12px, -50%)" });
   }, { signal });
 
@@ -51,8 +51,8 @@ function render({ model, el, signal }) {
   function describe(index) {
     const point = points()[index];
     if (!point) return;
-    say(told, `${point[0].toFixed(2)} ×, ${words.small(point[1])} nats`);
-    setOne(range, "aria-valuetext", `${point[0].toFixed(2)} times faster, ${model.get("view").harm} ${words.small(point[1])} nats before training`);
+    say(told, phrase("balance.place", { speedup: point[0].toFixed(2), harm: words.small(point[1]) }));
+    setOne(range, "aria-valuetext", phrase("balance.place_spoken", { speedup: point[0].toFixed(2), kind: model.get("view").harm, harm: words.small(point[1]) }));
   }
 
   function update() {
@@ -61,7 +61,7 @@ function render({ model, el, signal }) {
     const any = all.length > 1;
     plot.hidden = balance.hidden = !any;
     empty.hidden = any;
-    say(empty, view.measured ? "Being worked out." : "Measure first: the curve is worked out from the measured ones.");
+    say(empty, view.measured ? phrase("balance.working") : phrase("balance.waiting"));
     if (!any) return;
     range.disabled = Boolean(view.busy);
     setOne(range, "max", all.length - 1);
@@ -80,11 +80,11 @@ function render({ model, el, signal }) {
       width,
       height: HEIGHT,
       pad: { top: 12, left: 58 },
-      x: { domain: [low, high], ticks: [1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30].filter((value) => value >= low - 0.01 && value <= high * 1.001).map((value) => [value, `${value} ×`]), label: "predicted speed-up (log scale)", map: Math.log },
+      x: { domain: [low, high], ticks: [1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30].filter((value) => value >= low - 0.01 && value <= high * 1.001).map((value) => [value, `${value} ×`]), label: phrase("balance.axis"), map: Math.log },
       y: { domain: [FLOOR, top], ticks: decades.map((value) => [value, value === FLOOR ? "≤ 0.001" : String(value)]), map: Math.log10 },
       lines: [{ points: all.map(([speedup, harm]) => [speedup, shown(harm)]), colour: "var(--se-accent)", width: 2.4 }],
-      marks: here ? [{ x: Math.min(high, Math.max(low, here[0])), y: shown(here[1]), colour: "var(--se-ink)", r: 6, label: "you are here" }] : [],
-      name: `Least harm at each speed: ${view.harm}, in nats, against predicted speed-up`,
+      marks: here ? [{ x: Math.min(high, Math.max(low, here[0])), y: shown(here[1]), colour: "var(--se-ink)", r: 6, label: phrase("balance.here") }] : [],
+      name: phrase("balance.chart", { kind: view.harm }),
     });
     place = drawn.place;
     host.replaceChildren(drawn.svg);
