@@ -11,6 +11,7 @@ from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.state import SEARCHING, less_harm
 from explorer.widgets.targets import KINDS
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,22 +21,25 @@ if TYPE_CHECKING:
 LEAST_GAIN = 0.02
 """Share of the divergence from which a found distribution is offered."""
 
-ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "shaped by hand", "loaded": "loaded"}
+ORIGINS = {
+    "uniform": phrase("equalizer.origin.uniform"),
+    "solved": phrase("equalizer.origin.solved"),
+    "mine": phrase("equalizer.origin.mine"),
+    "loaded": phrase("equalizer.origin.loaded"),
+}
 
 
 def _by_layer(state: ExplorerState, values: Any) -> Mapping[str, float]:
     """Return what the page sent as sparsities by layer."""
     if not isinstance(values, list) or len(values) != len(state.layers):
-        raise DistributionError(
-            f"The page sent {values!r}; it is to send one sparsity for each of {len(state.layers)} layers."
-        )
+        raise DistributionError(phrase("refusal.page_values", sent=repr(values), count=len(state.layers)))
     return {layer.name: float(value) for layer, value in zip(state.layers, values, strict=True)}
 
 
 def _names(said: Mapping[str, Any]) -> list[str]:
     """Return the layers that the page names."""
     if not isinstance(said["layers"], list):
-        raise DistributionError(f"The page sent {said['layers']!r}; it is to send a list of layers.")
+        raise DistributionError(phrase("refusal.page_layers", sent=repr(said["layers"])))
     return [str(name) for name in said["layers"]]
 
 
@@ -142,7 +146,9 @@ class Equalizer(StateView):
                 }
                 for layer in state.layers
             ],
-            "harm": "KL" if state.curves.harm_kind == "kl" else "loss increase",
+            "harm": phrase("equalizer.harm.kl")
+            if state.curves.harm_kind == "kl"
+            else phrase("equalizer.harm.loss"),
             "selected": state.selected,
             "origin": ORIGINS.get(state.origin, ""),
             "limits": state.target_limits(),
@@ -171,29 +177,29 @@ class Equalizer(StateView):
         if not (view["able"] and state.measured and state.is_one_shot):
             return view | {"text": "", "better": False}
         if step is None:
-            waits = (
-                "begins when the prediction is checked"
+            waiting = (
+                phrase("equalizer.search.waits_for_check")
                 if state.origin == "solved"
-                else "begins at what is solved: choose a target"
+                else phrase("equalizer.search.waits_for_target")
             )
-            return view | {"text": f"The search {waits}.", "better": False}
-        is_going_on = state.background == SEARCHING
-        of = f" of {step.n_total}" if is_going_on else ""
-        networks = "network" if step.n_total == 1 or (step.n_measured == 1 and not of) else "networks"
-        where = f"{'Looking' if is_going_on else 'Looked'} for less harm in the same time: {step.n_measured}{of} {networks} tried"
+            return view | {"text": waiting, "better": False}
+        if state.background == SEARCHING:
+            tried = phrase("equalizer.search.looking", tried=step.n_measured, count=step.n_total)
+        else:
+            tried = phrase("equalizer.search.looked", count=step.n_measured)
         gain = less_harm(step)
         if step.distribution == state.distribution or gain < LEAST_GAIN:
-            return view | {"text": f"{where}, none clearly better than this one.", "better": False}
+            return view | {"text": phrase("equalizer.search.none_better", tried=tried), "better": False}
         return view | {
-            "text": f"{where}, the best diverges {gain:.0%} less.",
+            "text": phrase("equalizer.search.better", tried=tried, gain=f"{gain:.0%}"),
             "better": not state.job.busy,
         }
 
     def _why(self) -> str:
         state = self.state
         if not state.measured:
-            return "Measure first: a speed-up is solved from the measured curves"
-        return f"{state.job.text} is going on" if state.job.busy else ""
+            return phrase("equalizer.measure_first")
+        return phrase("common.going_on", job=state.job.text) if state.job.busy else ""
 
     def _on_message(self, widget: object, content: Mapping[str, Any], buffers: object) -> None:
         super()._on_message(widget, content, buffers)

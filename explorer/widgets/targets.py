@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from explorer.widgets.texts import phrase
+
 __all__ = ["KINDS", "TargetKind"]
 
 
@@ -65,28 +67,27 @@ class TargetKind:
         }
 
 
-_REACH = "Find the sparsities that reach this {} with the least loss"
 KINDS = {
     kind.name: kind
     for kind in (
         TargetKind(
-            "speedup", "speed-up", "×", _REACH.format("speed-up"), 1.0, 2,
+            "speedup", phrase("target.speedup.name"), "×", phrase("target.speedup.task"), 1.0, 2,
             lambda told, _: float(told.speedup), least=1.0,
         ),
         TargetKind(
-            "latency_ms", "latency", "ms", _REACH.format("latency"), 1.0, 3,
+            "latency_ms", phrase("target.latency.name"), "ms", phrase("target.latency.task"), 1.0, 3,
             lambda told, _: float(told.latency_ms),
         ),
         TargetKind(
-            "sparsity", "sparsity", "%", _REACH.format("sparsity"), 0.01, 1,
+            "sparsity", phrase("target.sparsity.name"), "%", phrase("target.sparsity.task"), 0.01, 1,
             lambda told, _: float(told.sparsity), most=99.0,
         ),
         TargetKind(
-            "size_bytes", "size", "kB", _REACH.format("size"), 1e3, 1,
+            "size_bytes", phrase("target.size.name"), "kB", phrase("target.size.task"), 1e3, 1,
             lambda told, _: float(told.size_bytes), bend=3,
         ),
         TargetKind(
-            "max_loss", "harm", "nats", "Find the fastest sparsities within this harm", 1.0, 3,
+            "max_loss", phrase("target.harm.name"), phrase("common.nats"), phrase("target.harm.task"), 1.0, 3,
             lambda _, harm: harm, bend=3,
         ),
     )

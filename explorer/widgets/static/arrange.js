@@ -1,7 +1,7 @@
 // In which order layers stand, which of them belong together, and which are meant by a few letters.
 
-const ORDERS = [["network", "as in the network"], ["time", "by time"], ["weights", "by weights"], ["harm", "by sensitivity"], ["sparsity", "by sparsity"]];
-const WIDTHS = [["time", "time", "share of dense time"], ["weights", "weights", "share of weights"], ["equal", "equal", "the same for all"]];
+const ORDERS = [["network", phrase("equalizer.order.network")], ["time", phrase("equalizer.order.time")], ["weights", phrase("equalizer.order.weights")], ["harm", phrase("equalizer.order.harm")], ["sparsity", phrase("equalizer.order.sparsity")]];
+const WIDTHS = [["time", phrase("equalizer.width.time"), phrase("equalizer.width.time_means")], ["weights", phrase("equalizer.width.weights"), phrase("equalizer.width.weights_means")], ["equal", phrase("equalizer.width.equal"), phrase("equalizer.width.equal_means")]];
 const MOST_BLOCKS = 24;
 const USUAL = 0.9; // sparsity at which sensitivities are compared
 

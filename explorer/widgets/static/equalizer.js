@@ -8,19 +8,19 @@ const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
 const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
-  const root = section(el, "Distribution", "se-card se-eq", 3);
+  const root = section(el, phrase("equalizer.name"), "se-card se-eq", 3);
   const gesture = (name, extra = {}) => model.send({ do: name, ...extra });
 
   // Target
-  const kinds = make("select", { "aria-label": "What to solve for", title: "Speed-up over the fastest dense run; latency of one call; zeros among the weights that can be pruned; size on disc; or how far outputs may be from the dense network's before training, as fast as that allows" });
-  const range = make("input", { type: "range", min: 0, max: TURNS, step: TURNS / 200, "aria-label": "Target speed-up" });
-  const target = make("input", { type: "text", inputmode: "decimal", size: 6, "aria-label": "Target speed-up, typed" });
+  const kinds = make("select", { "aria-label": phrase("equalizer.target.kind"), title: phrase("equalizer.target.kind_tip") });
+  const range = make("input", { type: "range", min: 0, max: TURNS, step: TURNS / 200 });
+  const target = make("input", { type: "text", inputmode: "decimal", size: 6 });
   const unit = make("span", { class: "se-mute" }, "×");
   const limits = make("span", { class: "se-mute" });
-  const solve = button("Solve", () => gesture("solve", { target: target.value }), signal, { class: "se-primary" });
-  const uniform = button("Uniform", () => gesture("uniform"), signal, { title: "The same sparsity in all layers but the first and the last, at about the same latency" });
-  const undo = button("↶", () => gesture("undo"), signal, { class: "se-square", "aria-label": "Undo", title: "Undo (Ctrl+Z)" });
-  const redo = button("↷", () => gesture("redo"), signal, { class: "se-square", "aria-label": "Redo", title: "Redo (Ctrl+Y)" });
+  const solve = button(phrase("equalizer.target.solve"), () => gesture("solve", { target: target.value }), signal, { class: "se-primary" });
+  const uniform = button(phrase("equalizer.uniform"), () => gesture("uniform"), signal, { title: phrase("equalizer.uniform_tip") });
+  const undo = button("↶", () => gesture("undo"), signal, { class: "se-square", "aria-label": phrase("equalizer.undo"), title: phrase("equalizer.undo_tip") });
+  const redo = button("↷", () => gesture("redo"), signal, { class: "se-square", "aria-label": phrase("equalizer.redo"), title: phrase("equalizer.redo_tip") });
   kinds.append(...model.get("target_kinds").map(({ name, label }) => make("option", { value: name }, label)));
   const kind = () => model.get("target_kinds").find(({ name }) => name === model.get("view").target_kind) ?? model.get("target_kinds")[0];
   const ends = () => model.get("view").limits ?? [1, 5];
@@ -41,60 +41,60 @@ function render({ model, el, signal }) {
   kinds.addEventListener("change", () => gesture("target", { kind: kinds.value }), { signal });
   const origin = make("small", {});
   const tools = make("div", { class: "se-head" },
-    make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "3"), "Distribution"), origin,
+    make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "3"), phrase("equalizer.name")), origin,
     make("div", { class: "se-push" },
-      make("span", { class: "se-target" }, make("span", { class: "se-mute", "aria-hidden": "true" }, "Target"), kinds, range, target, unit, limits),
+      make("span", { class: "se-target" }, make("span", { class: "se-mute", "aria-hidden": "true" }, phrase("equalizer.target.word")), kinds, range, target, unit, limits),
       solve, uniform, undo, redo));
 
   // Which layers, in which order, how wide
-  const find = make("input", { type: "search", size: 15, placeholder: "Find layers", "aria-label": "Find layers by name", title: "Parts of a name; * stands for anything. Enter chooses what is found" });
+  const find = make("input", { type: "search", size: 15, placeholder: phrase("equalizer.find"), "aria-label": phrase("equalizer.find_name"), title: phrase("equalizer.find_tip") });
   const found = make("span", { class: "se-mute", role: "status" });
   const options = (pairs) => pairs.map(([value, label]) => make("option", { value }, label));
-  const order = make("select", { "aria-label": "Order of the layers", title: "Order of the layers, the highest first; sensitivity is that at 90 %" }, ...options(ORDERS));
-  const widths = make("select", { "aria-label": "Width of the bars", title: "What the width of a bar shows" }, ...options(WIDTHS.map(([value, label]) => [value, `Width: ${label}`])));
-  const wider = button("+", () => zoomTo(zoom * 1.5), signal, { class: "se-square", "aria-label": "Wider bars", title: "Wider bars (Ctrl and the wheel)" });
-  const narrower = button("−", () => zoomTo(zoom / 1.5), signal, { class: "se-square", "aria-label": "Narrower bars", title: "Narrower bars (Ctrl and the wheel)" });
-  const draw = button("Draw", () => { setOne(draw, "aria-pressed", String(!drawing())); setOne(field, "data-draw", drawing() ? "yes" : null); }, signal, { "aria-pressed": "false", title: "Draw across the bars with one stroke (or hold Alt)" });
+  const order = make("select", { "aria-label": phrase("equalizer.order.name"), title: phrase("equalizer.order.tip") }, ...options(ORDERS));
+  const widths = make("select", { "aria-label": phrase("equalizer.width.name"), title: phrase("equalizer.width.tip") }, ...options(WIDTHS.map(([value, label]) => [value, phrase("equalizer.width.of", { what: label })])));
+  const wider = button("+", () => zoomTo(zoom * 1.5), signal, { class: "se-square", "aria-label": phrase("equalizer.wider"), title: phrase("equalizer.wider_tip") });
+  const narrower = button("−", () => zoomTo(zoom / 1.5), signal, { class: "se-square", "aria-label": phrase("equalizer.narrower"), title: phrase("equalizer.narrower_tip") });
+  const draw = button(phrase("equalizer.draw"), () => { setOne(draw, "aria-pressed", String(!drawing())); setOne(field, "data-draw", drawing() ? "yes" : null); }, signal, { "aria-pressed": "false", title: phrase("equalizer.draw_tip") });
   const drawing = () => draw.getAttribute("aria-pressed") === "true";
   const layout = make("div", { class: "se-layout" }, find, found, make("span", { class: "se-push" }, order, widths, narrower, wider, draw));
 
   // Bars
-  const field = make("div", { class: "se-field", role: "group", "aria-label": "Sparsity of each layer. Left and right choose a layer, up and down change it; with Shift, more layers are chosen." });
+  const field = make("div", { class: "se-field", role: "group", "aria-label": phrase("equalizer.bars") });
   const grid = make("div", { class: "se-gridlines", "aria-hidden": "true" }, ...[100, 75, 50, 25, 0].map((v) => make("span", { style: `bottom:${v}%` }, make("i", {}, `${v} %`))));
   const area = make("div", { class: "se-area" }, field);
-  const blocks = make("div", { class: "se-blocks", role: "group", "aria-label": "Blocks: choose all layers of one" });
+  const blocks = make("div", { class: "se-blocks", role: "group", "aria-label": phrase("equalizer.blocks") });
   const labels = make("div", { class: "se-names", "aria-hidden": "true" });
   const tip = make("div", { class: "se-tip", hidden: true });
   const wide = make("div", { class: "se-wide" }, area, blocks, labels);
   const stage = make("div", { class: "se-stage" }, grid, wide, tip);
-  const empty = make("div", { class: "se-empty" }, make("b", {}, "No layers yet"), make("p", {}, "There will be one bar for each layer of the model."));
+  const empty = make("div", { class: "se-empty" }, make("b", {}, phrase("equalizer.empty")), make("p", {}, phrase("equalizer.empty_help")));
 
   // The chosen layers, as words and as a number to type
   const chosen = make("b", { role: "status" });
   const typed = make("input", { type: "text", inputmode: "decimal", size: 6, id: `se-typed-${Math.random().toString(36).slice(2)}` });
-  const lock = button("Lock", () => gesture("lock", { layers: pickedNames() }), signal, { title: "A locked layer keeps its sparsity when a target is solved (L)" });
-  const tie = button("Tie", () => gesture("tie", { layers: pickedNames() }), signal, { title: "Tied layers share one sparsity, in your hand and when a target is solved. Choose several: Ctrl or Shift and click, or a block's name" });
+  const lock = button(phrase("equalizer.lock"), () => gesture("lock", { layers: pickedNames() }), signal, { title: phrase("equalizer.lock_tip") });
+  const tie = button(phrase("equalizer.tie"), () => gesture("tie", { layers: pickedNames() }), signal, { title: phrase("equalizer.tie_tip") });
   const effect = make("span", { class: "se-mute" });
-  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, "Sparsity"), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
+  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, phrase("equalizer.sparsity")), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
   typed.addEventListener("change", () => gesture("type", { layers: pickedNames(), text: typed.value }), { signal });
 
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
-  const rampName = make("span", {}, "Colour: KL at this sparsity");
+  const rampName = make("span");
   const widthName = make("span", {});
   const ghostName = make("span", {});
   const legend = make("div", { class: "se-foot" },
     widthName,
     make("span", { class: "se-rampline" }, rampName, make("em", {}, "0.003"), ramp, make("em", {}, "3")),
-    make("span", {}, make("i", { class: "se-key-lock" }), "locked"),
+    make("span", {}, make("i", { class: "se-key-lock" }), phrase("equalizer.bar.locked")),
     make("span", { "data-key": "ghost" }, make("i", { class: "se-key-ghost" }), ghostName),
-    make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), "break-even: below it the layer is not faster"));
+    make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), phrase("equalizer.break_even")));
   const kept = keptRow(gesture, signal);
   // For one-shot pruning: what harms least before training is not what trains best.
   const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
-  const oneShotLabel = make("label", { for: oneShot.id, title: "For a network that stays as it is pruned: whole pruned networks of the same predicted latency are measured in the background, by how far their outputs are from the dense network's (batch norm refreshed), and the best is offered. Leave it off if you will train: on three networks what such a search found trained to 0.0 to 1.0 points less than what is solved" }, oneShot, "Will not be trained: search for less harm");
+  const oneShotLabel = make("label", { for: oneShot.id, title: phrase("equalizer.search.tip") }, oneShot, phrase("equalizer.search.name"));
   oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
   const searched = make("span", { class: "se-mute", role: "status" });
-  const better = button("Take the better one", () => gesture("better"), signal, { title: "Adopt the distribution that the search has found; Undo brings this one back" });
+  const better = button(phrase("equalizer.search.take"), () => gesture("better"), signal, { title: phrase("equalizer.search.take_tip") });
   const offer = make("div", { class: "se-offer" }, oneShotLabel, searched, better);
   root.append(tools, layout, stage, empty, readout, legend, kept.element, offer);
 
@@ -103,7 +103,7 @@ function render({ model, el, signal }) {
   let bars = []; // by layer, as `names`; `line` has them in the order in which they stand
   let names = [];
   let line = [];
-  let harmName = "KL"; // what bars are coloured by
+  let harmName = phrase("equalizer.harm.kl"); // what bars are coloured by
   let active = -1;
   let picked = new Set(); // layers that are chosen together, the active one among them
   let asked = null; // the layer that the kernel was asked to select, until it has
@@ -156,8 +156,8 @@ function render({ model, el, signal }) {
     const kindChanged = unit.textContent !== sign;
     kinds.value = name;
     say(unit, sign);
-    setOne(range, "aria-label", `Target ${label}`);
-    setOne(target, "aria-label", `Target ${label}, typed`);
+    setOne(range, "aria-label", phrase("equalizer.target.of", { kind: label }));
+    setOne(target, "aria-label", phrase("equalizer.target.typed", { kind: label }));
     kinds.disabled = range.disabled = target.disabled = solve.disabled = !view.solvable;
     if (kindChanged || (document.activeElement !== range && document.activeElement !== target && view.target !== undefined)) {
       range.value = String(toDial(view.target));
@@ -166,12 +166,12 @@ function render({ model, el, signal }) {
     }
     setOne(solve, "title", view.solvable ? task : view.why);
     const short = (number) => (number >= 100 || number === 0 ? number.toFixed(0) : Number(number.toPrecision(2)).toFixed(number >= 10 ? 0 : number >= 1 ? 1 : 3));
-    say(limits, high === null ? "measure first" : `of ${short(low)} to ${short(high)}`);
+    say(limits, high === null ? phrase("equalizer.target.measure_first") : phrase("equalizer.target.range", { low: short(low), high: short(high) }));
     say(origin, view.origin ?? "");
     uniform.disabled = !layers.length;
     undo.disabled = !view.can_undo;
     redo.disabled = !view.can_redo;
-    say(ghostName, view.compared || "uniform at about the same latency");
+    say(ghostName, view.compared || phrase("equalizer.ghost"));
     kept.update(view);
     legend.querySelector("[data-key=ghost]").hidden = !layers.some((layer) => layer.ghost !== null);
     legend.querySelector("[data-key=even]").hidden = !layers.some((layer) => layer.even !== null);
@@ -206,12 +206,12 @@ function render({ model, el, signal }) {
       const share = { time: layer.share ?? 1 / layers.length, weights: layer.n_params / total, equal: 1 / layers.length }[widths.value];
       bars[i].style.flexGrow = names[i].style.flexGrow = Math.max(share, 0.004);
     });
-    say(widthName, `Width: ${WIDTHS.find(([value]) => value === widths.value)[2]}`);
+    say(widthName, phrase("equalizer.width.of", { what: WIDTHS.find(([value]) => value === widths.value)[2] }));
     const of = blocksOf(layers.map((layer) => layer.label));
     const found = order.value === "network" ? [...new Set(of)].filter((block) => block && of.filter((one) => one === block).length > 1) : [];
     blocks.replaceChildren(...found.map((block) => {
       const mine = of.flatMap((one, i) => (one === block ? [i] : []));
-      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", title: `Choose the ${mine.length} layers of ${block}` });
+      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", title: phrase("equalizer.choose_block", { count: mine.length, block }) });
       choose.dataset.first = mine[0];
       choose.dataset.last = mine.at(-1);
       return choose;
@@ -254,7 +254,7 @@ function render({ model, el, signal }) {
     const text = find.value.trim();
     const hits = new Set(meant(layers.map((layer) => layer.label), text));
     bars.forEach((bar, i) => { setOne(bar, "data-dim", text && !hits.has(i) ? "yes" : null); setOne(names[i], "data-dim", text && !hits.has(i) ? "yes" : null); });
-    say(found, text ? `${hits.size} of ${layers.length}` : "");
+    say(found, text ? phrase("equalizer.found", { found: hits.size, total: layers.length }) : "");
     return [...hits];
   }
   find.addEventListener("input", () => {
@@ -270,8 +270,8 @@ function render({ model, el, signal }) {
 
   function repaint() {
     const curves = model.get("curves");
-    harmName = model.get("view").harm ?? "KL";
-    say(rampName, `Colour: ${harmName} at this sparsity`);
+    harmName = model.get("view").harm ?? phrase("equalizer.harm.kl");
+    say(rampName, phrase("equalizer.colour", { harm: harmName }));
     layers.forEach((_, i) => paint(i, curves));
     tell();
   }
@@ -296,12 +296,12 @@ function render({ model, el, signal }) {
     ghost.hidden = layer.ghost === null;
     if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
     say(text, shortPercent(value, Number(bar.style.flexGrow) > 0.04));
-    const state = [layer.locked && "locked", layer.group !== null && "tied", picked.size > 1 && picked.has(i) && "chosen"];
+    const state = [layer.locked && phrase("equalizer.bar.locked"), layer.group !== null && phrase("equalizer.bar.tied"), picked.size > 1 && picked.has(i) && phrase("equalizer.bar.chosen")];
     setAll(bar, {
       tabindex: i === active ? 0 : -1,
       "aria-label": layer.label,
       "aria-valuenow": Number((100 * value).toFixed(1)),
-      "aria-valuetext": [words.percent(value), ms === null ? "" : `${words.ms(ms)} milliseconds`, harm === null ? "" : `${harmName} ${words.small(harm)}`, ...state].filter(Boolean).join(", "),
+      "aria-valuetext": [words.percent(value), ms === null ? "" : phrase("equalizer.bar.latency", { latency: words.ms(ms) }), harm === null ? "" : phrase("equalizer.bar.harm", { kind: harmName, harm: words.small(harm) }), ...state].filter(Boolean).join(", "),
       "aria-disabled": layer.locked ? "true" : null,
     });
   }
@@ -311,14 +311,14 @@ function render({ model, el, signal }) {
     const layer = layers[active];
     if (!layer) return;
     const all = [...picked].map((i) => layers[i]);
-    say(chosen, picked.size > 1 ? `${picked.size} layers` : layer.label);
+    say(chosen, picked.size > 1 ? phrase("equalizer.layers_chosen", { count: picked.size }) : layer.label);
     if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
     const isLocked = all.every((one) => one.locked);
     typed.disabled = all.some((one) => one.locked);
-    say(lock, isLocked ? "Unlock" : "Lock");
+    say(lock, isLocked ? phrase("equalizer.unlock") : phrase("equalizer.lock"));
     setOne(lock, "aria-pressed", String(isLocked));
     const isTied = layer.group !== null && all.every((one) => one.group === layer.group);
-    say(tie, isTied ? "Untie" : "Tie");
+    say(tie, isTied ? phrase("equalizer.untie") : phrase("equalizer.tie"));
     tie.disabled = !isTied && picked.size < 2;
     say(effect, story([...picked]));
   }
@@ -330,10 +330,12 @@ function render({ model, el, signal }) {
     const [dense, ms] = [sum((i) => between(curves.latency_ms?.[i], 0)), sum((i) => between(curves.latency_ms?.[i], values[i]))];
     const harm = sum((i) => between(curves.harm?.[i], values[i]));
     const parts = [];
-    if (dense !== null && ms !== null) parts.push(`${words.ms(dense)} → ${words.ms(ms)} ms`);
-    if (harm !== null) parts.push(`${harmName} ${words.small(harm)}${some.length > 1 ? ", one by one" : ""}`);
+    if (dense !== null && ms !== null) parts.push(phrase("equalizer.story.latency", { dense: words.ms(dense), latency: words.ms(ms) }));
+    if (harm !== null && some.length > 1) parts.push(phrase("equalizer.story.harm_one_by_one", { kind: harmName, harm: words.small(harm) }));
+    else if (harm !== null) parts.push(phrase("equalizer.story.harm", { kind: harmName, harm: words.small(harm) }));
     const n = some.reduce((total, i) => total + layers[i].n_params, 0);
-    parts.push(`${words.count(Math.round(some.reduce((total, i) => total + layers[i].n_params * (1 - values[i]), 0)))} of ${words.count(n)} weights stay`);
+    const stay = Math.round(some.reduce((total, i) => total + layers[i].n_params * (1 - values[i]), 0));
+    parts.push(phrase("equalizer.story.weights", { stay: words.count(stay), total: words.count(n) }));
     return parts.join(" · ");
   }
 
@@ -400,7 +402,8 @@ function render({ model, el, signal }) {
 
   function showTip(i) {
     if (i < 0 || !layers[i] || values[i] === undefined) { tip.hidden = true; return; }
-    tip.replaceChildren(make("b", {}, `${layers[i].label}  ${words.percent(values[i])}${layers[i].locked ? ", locked" : ""}`), story([i]));
+    const [layer, sparsity] = [layers[i].label, words.percent(values[i])];
+    tip.replaceChildren(make("b", {}, layers[i].locked ? phrase("equalizer.tip_locked", { layer, sparsity }) : phrase("equalizer.tip", { layer, sparsity })), story([i]));
     tip.hidden = false;
     const [box, frame] = [bars[i].getBoundingClientRect(), stage.getBoundingClientRect()];
     const middle = box.left + box.width / 2 - frame.left;

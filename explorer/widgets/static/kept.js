@@ -2,19 +2,19 @@
 
 /** Make the row. Returns its element and `update(view)`. */
 function keptRow(gesture, signal) {
-  const name = make("input", { type: "text", size: 14, maxlength: 40, placeholder: "name (optional)", "aria-label": "Name to keep this distribution by" });
-  const keep = button("Keep", () => { gesture("keep", { name: name.value }); name.value = ""; }, signal, { title: "Keep this distribution by name, to come back to it or to compare with it" });
+  const name = make("input", { type: "text", size: 14, maxlength: 40, placeholder: phrase("kept.placeholder"), "aria-label": phrase("kept.name") });
+  const keep = button(phrase("kept.keep"), () => { gesture("keep", { name: name.value }); name.value = ""; }, signal, { title: phrase("kept.keep_tip") });
   name.addEventListener("keydown", (event) => { if (event.key === "Enter") keep.click(); }, { signal });
-  const chips = make("div", { class: "se-chips", role: "group", "aria-label": "Kept distributions" });
+  const chips = make("div", { class: "se-chips", role: "group", "aria-label": phrase("kept.all") });
   const element = make("div", { class: "se-kept" }, name, keep, chips);
   let drawn = null;
 
   function chip({ name: label, here }, compared) {
     const part = (text, what, props) => button(text, () => gesture(what, { name: label === compared && what === "compare" ? "" : label }), signal, props);
     return make("span", { class: "se-chip", "data-here": here ? "yes" : null },
-      part(label, "take", { class: "se-plain", title: here ? "This is what the bars show" : "Put it on the page; Undo brings the present one back", "aria-label": `Take ${label}` }),
-      part("behind", "compare", { class: "se-plain", "aria-pressed": String(label === compared), title: "Draw it as a line behind the bars", "aria-label": `Compare with ${label}` }),
-      part("×", "forget", { class: "se-plain", title: "Forget it", "aria-label": `Forget ${label}` }));
+      part(label, "take", { class: "se-plain", title: here ? phrase("kept.here_tip") : phrase("kept.take_tip"), "aria-label": phrase("kept.take", { name: label }) }),
+      part(phrase("kept.behind"), "compare", { class: "se-plain", "aria-pressed": String(label === compared), title: phrase("kept.behind_tip"), "aria-label": phrase("kept.compare", { name: label }) }),
+      part("×", "forget", { class: "se-plain", title: phrase("kept.forget_tip"), "aria-label": phrase("kept.forget", { name: label }) }));
   }
 
   function update(view) {
