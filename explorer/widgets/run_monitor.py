@@ -10,6 +10,8 @@ import traitlets as t
 
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
+from explorer.widgets.runs import STATUSES
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from explorer.widgets.runs import RunRecord
@@ -110,10 +112,10 @@ class RunMonitor(StateView):
     def _why(self) -> str:
         state = self.state
         if state.provenance:
-            return "This network cannot be trained here: its weights and its data are not bundled, only what others measured of it"
+            return phrase("monitor.replay")
         if state.job.busy:
-            return f"{state.job.text} is going on"
-        return "Train the model while its weights are removed step by step"
+            return phrase("common.going_on", job=state.job.text)
+        return phrase("monitor.start_tip")
 
     def _run(self, defaults: dict[str, Any]) -> dict[str, Any] | None:
         run = self.state.run
@@ -150,13 +152,13 @@ class RunMonitor(StateView):
     def _title(self) -> str:
         run = self.state.run
         if run is None:
-            return "gradual magnitude pruning"
+            return phrase("monitor.title.none")
         if not run.active:
-            return f"run {run.number}, {run.status}"
+            return phrase("monitor.title.ended", number=run.number, status=STATUSES[run.status])
         return (
-            f"run {run.number}, step {run.step} of {run.total_steps}"
+            phrase("monitor.title.running", number=run.number, step=run.step, total=run.total_steps)
             if run.total_steps
-            else f"run {run.number}, preparing"
+            else phrase("monitor.title.preparing", number=run.number)
         )
 
     def _hint(self) -> str:
@@ -165,23 +167,28 @@ class RunMonitor(StateView):
             return f"{self._why()}."
         if run is not None and run.loss is not None:
             return told(run)
-        return "The smallest weights of each layer are set to zero step by step, along the dashed line, while training repairs the rest. Drag the two upright lines to say when."
+        return phrase("monitor.hint")
 
 
 def told(run: RunRecord) -> str:
     """Return loss, learning rate, times and memory of a run in one line."""
     if not run.active:
-        parts = [f"Took {_minutes(run.seconds)}"]
+        parts = [phrase("monitor.told.took", time=_minutes(run.seconds))]
     else:
-        parts = [f"Training loss {run.loss:.3f}"]
+        parts = [phrase("monitor.told.loss", loss=f"{run.loss:.3f}")]
         if run.learning_rate is not None:
-            parts.append(f"learning rate {run.learning_rate:.3g}")
-        parts.append(f"{_minutes(run.seconds)} gone")
+            parts.append(phrase("monitor.told.rate", rate=f"{run.learning_rate:.3g}"))
+        parts.append(phrase("monitor.told.gone", time=_minutes(run.seconds)))
         if run.seconds_left is not None:
-            parts.append(f"about {_minutes(run.seconds_left)} left")
+            parts.append(phrase("monitor.told.left", time=_minutes(run.seconds_left)))
     if run.memory is not None:
         size, is_present = run.memory
-        parts.append(f"memory {'' if is_present else 'at most '}{size / 1e6:,.0f} MB")
+        shown = f"{size / 1e6:,.0f}"
+        parts.append(
+            phrase("monitor.told.memory", size=shown)
+            if is_present
+            else phrase("monitor.told.memory_at_most", size=shown)
+        )
     return f"{' · '.join(parts)}."
 
 

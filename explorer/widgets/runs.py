@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from explorer.memory import resident_bytes
 from explorer.widgets.mask_picture import MaskPicture, limits_for, picture_of
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,8 +69,22 @@ class Thinned(Generic[T]):
 MAX_RUNS = 8
 """Most runs of a session that are kept: each holds its pruned network, and more shapes and colours are not told apart in one chart."""
 
-ORIGINS = {"uniform": "uniform", "solved": "solved", "mine": "by hand"}
+ORIGINS = {
+    "uniform": phrase("run.origin.uniform"),
+    "solved": phrase("run.origin.solved"),
+    "mine": phrase("run.origin.mine"),
+}
 """What a reader is told of where a distribution came from."""
+
+STATUSES: dict[RunStatus, str] = {
+    "running": phrase("run.status.running"),
+    "paused": phrase("run.status.paused"),
+    "stopping": phrase("run.status.stopping"),
+    "done": phrase("run.status.done"),
+    "stopped": phrase("run.status.stopped"),
+    "failed": phrase("run.status.failed"),
+}
+"""What a reader is told of how a run stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +160,12 @@ class RunRecord:
     def name(self) -> str:
         """What a reader calls the run, as in "run 2, solved"."""
         origin = ORIGINS.get(self.origin)
-        return f"run {self.number}, {origin}" if origin else f"run {self.number}"
+        return phrase("run.named", number=self.number, origin=origin) if origin else self.short_name
+
+    @property
+    def short_name(self) -> str:
+        """What a reader calls the run where there is little room, as in "run 2"."""
+        return phrase("run.short", number=self.number)
 
     @property
     def active(self) -> bool:

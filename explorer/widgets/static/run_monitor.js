@@ -2,25 +2,25 @@
 
 const HEIGHT = 214;
 const MORE = [
-  ["learning_rate", "Peak learning rate", "Step size of the optimiser at the start; it falls to zero along half a cosine"],
-  ["stabilise", "Stabilise (share)", "Share of the run that trains before the first weight goes, 0 to 0.9; the first upright line on the chart of the sparsity"],
-  ["ramp", "Prune (share)", "Share of the run during which weights are removed, 0 to 1; the second upright line is its end"],
-  ["update_every", "Steps per mask update", "Training steps from one choice of the weights to the next"],
-  ["seed", "Seed", "Order of the images and of all other chance; the same seed gives the same run"],
+  ["learning_rate", phrase("monitor.field.learning_rate"), phrase("monitor.field.learning_rate_tip")],
+  ["stabilise", phrase("monitor.field.stabilise"), phrase("monitor.field.stabilise_tip")],
+  ["ramp", phrase("monitor.field.ramp"), phrase("monitor.field.ramp_tip")],
+  ["update_every", phrase("monitor.field.update_every"), phrase("monitor.field.update_every_tip")],
+  ["seed", phrase("monitor.field.seed"), phrase("monitor.field.seed_tip")],
 ];
 // Two faces of each chart: key, name, unit, what it teaches.
 const FACES = [
   [
-    ["accuracy", "Accuracy", "% of validation images", "Share of the validation images that the network gets right, each time it is evaluated"],
-    ["loss", "Training loss", "smoothed; thin: each batch", "How far the network is from what it is trained towards; it jumps when weights go and falls when training repairs"],
+    ["accuracy", phrase("monitor.face.accuracy"), phrase("monitor.face.accuracy_unit"), phrase("monitor.face.accuracy_tip")],
+    ["loss", phrase("monitor.face.loss"), phrase("monitor.face.loss_unit"), phrase("monitor.face.loss_tip")],
   ],
   [
-    ["sparsity", "Sparsity", "% of all weights; dashed: schedule", "Share of all prunable weights that are zero, beside the schedule"],
-    ["layers", "Each layer", "% of its weights; click to select", "Share of each layer's weights that are zero; the selected layer is the strong line"],
+    ["sparsity", phrase("monitor.face.sparsity"), phrase("monitor.face.sparsity_unit"), phrase("monitor.face.sparsity_tip")],
+    ["layers", phrase("monitor.face.layers"), phrase("monitor.face.layers_unit"), phrase("monitor.face.layers_tip")],
   ],
   [
-    ["latency", "Latency", "ms, measured on the sparse engine", "Median time of one batch with the weights of that moment, measured while training waits"],
-    ["stored", "Stored size", "kB, zeros left out", "The network as a file that holds only the weights that are not zero, and a bit for each weight that says whether it is there"],
+    ["latency", phrase("monitor.face.latency"), phrase("monitor.face.latency_unit"), phrase("monitor.face.latency_tip")],
+    ["stored", phrase("monitor.face.stored"), phrase("monitor.face.stored_unit"), phrase("monitor.face.stored_tip")],
   ],
 ];
 const SHARE_STEP = 0.01;
@@ -28,31 +28,31 @@ const RATE_LABEL_Y = 118; // pixels from the top: at the right end the learning 
 const LIMITS = { epochs: [0.1, 1000], stabilise: [0, 0.9], ramp: [0, 1] };
 
 function render({ model, el, signal }) {
-  const root = section(el, "Prune", "se-card se-run", 4);
+  const root = section(el, phrase("monitor.name"), "se-card se-run", 4);
   const title = make("small", {});
-  const fields = { epochs: field("epochs", "Epochs", "How often the run sees all training images") };
+  const fields = { epochs: field("epochs", phrase("monitor.field.epochs"), phrase("monitor.field.epochs_tip")) };
   const more = make("div", { class: "se-more", id: `se-more-${Math.random().toString(36).slice(2)}`, hidden: true });
   for (const [name, label, help] of MORE) {
     fields[name] = field(name, label, help);
     more.append(fields[name].parentElement);
   }
-  const expand = button("Settings", () => {
+  const expand = button(phrase("monitor.settings"), () => {
     more.hidden = !more.hidden;
     setOne(expand, "aria-expanded", String(!more.hidden));
-  }, signal, { "aria-expanded": "false", "aria-controls": more.id, title: "Learning rate, schedule and seed of the next run" });
-  const start = button("Start pruning", () => model.send({ do: "start", options: typed() }), signal, { class: "se-primary" });
-  const pause = button("Pause", () => model.send({ do: pause.dataset.act }), signal, { title: "Hold the training after its present step, and go on later" });
-  const stop = button("Stop", () => model.send({ do: "stop" }), signal, { title: "End the run after its present step; what it has reached is kept" });
+  }, signal, { "aria-expanded": "false", "aria-controls": more.id, title: phrase("monitor.settings_tip") });
+  const start = button(phrase("monitor.start"), () => model.send({ do: "start", options: typed() }), signal, { class: "se-primary" });
+  const pause = button(phrase("monitor.pause"), () => model.send({ do: pause.dataset.act }), signal, { title: phrase("monitor.pause_tip") });
+  const stop = button(phrase("monitor.stop"), () => model.send({ do: "stop" }), signal, { title: phrase("monitor.stop_tip") });
   const charts = FACES.map(figureOf);
   const hint = make("p", { class: "se-hint" });
-  const reader = make("input", { type: "range", min: 0, max: 100, step: 1, class: "se-reader", "aria-label": "Read all charts at one epoch", title: "Arrow keys read all charts at one epoch" });
+  const reader = make("input", { type: "range", min: 0, max: 100, step: 1, class: "se-reader", "aria-label": phrase("monitor.reader"), title: phrase("monitor.reader_tip") });
   root.append(make("div", { class: "se-head" },
-    make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "4"), "Prune"), title,
+    make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "4"), phrase("monitor.name")), title,
     make("div", { class: "se-push" }, fields.epochs.parentElement, expand, start, pause, stop)),
     more, make("div", { class: "se-trio" }, ...charts.map((one) => one.figure)), make("div", { class: "se-below" }, hint, reader));
 
   function field(name, label, help) {
-    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: "default", name });
+    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: phrase("monitor.default"), name });
     input.addEventListener("change", () => model.send({ do: "options", options: typed() }), { signal });
     input.addEventListener("input", update, { signal });
     make("label", { class: "se-field-label", title: help }, label, input);
@@ -64,7 +64,7 @@ function render({ model, el, signal }) {
 
   function figureOf(faces, i) {
     const one = { face: 0, host: make("div", { class: "se-plot" }), cross: make("div", { class: "se-cross", hidden: true }), read: make("div", { class: "se-read", hidden: true }), spot: make("div", { class: "se-spot", hidden: true }), unit: make("span", {}), draw: null };
-    const group = make("div", { class: "se-seg se-seg-small", role: "group", "aria-label": `Chart ${i + 1} shows` });
+    const group = make("div", { class: "se-seg se-seg-small", role: "group", "aria-label": phrase("monitor.chart.shows", { number: i + 1 }) });
     faces.forEach(([, name, , help], face) => group.append(button(name, () => { one.face = face; update(); }, signal, { title: help })));
     one.buttons = [...group.children];
     one.stage = make("div", { class: "se-stage" }, one.host, one.cross, one.spot, one.read);
@@ -77,8 +77,8 @@ function render({ model, el, signal }) {
   // The schedule: two handles on the chart of the sparsity. What they say stands in the fields, which are the one place where it is kept.
 
   const handles = [
-    handle("End of stabilise", "begins", (share) => ({ stabilise: limited(share, 0, Math.min(LIMITS.stabilise[1], bounds()[1])), end: bounds()[1] })),
-    handle("End of prune", "ends", (share) => ({ stabilise: bounds()[0], end: limited(share, bounds()[0], 1) })),
+    handle(phrase("monitor.handle.stabilise"), "begins", (share) => ({ stabilise: limited(share, 0, Math.min(LIMITS.stabilise[1], bounds()[1])), end: bounds()[1] })),
+    handle(phrase("monitor.handle.prune"), "ends", (share) => ({ stabilise: bounds()[0], end: limited(share, bounds()[0], 1) })),
   ];
   charts[1].stage.append(...handles.map((one) => one.knob));
 
@@ -167,13 +167,13 @@ function render({ model, el, signal }) {
     setOne(start, "title", view.why ?? null);
     pause.hidden = stop.hidden = !active;
     pause.dataset.act = view.paused ? "resume" : "pause";
-    say(pause, view.paused ? "Resume" : "Pause");
+    say(pause, view.paused ? phrase("monitor.resume") : phrase("monitor.pause"));
     stop.disabled = run?.status === "stopping";
-    say(stop, run?.status === "stopping" ? "Stopping" : "Stop");
+    say(stop, run?.status === "stopping" ? phrase("monitor.stopping") : phrase("monitor.stop"));
     for (const [name, input] of Object.entries(fields)) {
       input.disabled = active;
       const usual = view.defaults?.[name];
-      setOne(input, "placeholder", usual === undefined ? "default" : String(usual));
+      setOne(input, "placeholder", usual === undefined ? phrase("monitor.default") : String(usual));
     }
     say(title, view.title ?? "");
     say(hint, view.hint ?? "");
@@ -183,7 +183,7 @@ function render({ model, el, signal }) {
       one.buttons.forEach((face, k) => setOne(face, "aria-pressed", String(k === one.face)));
       const [key, name, unit] = FACES[i][one.face];
       setOne(one.figure, "data-chart", key);
-      const note = scene.isNext && i === 1 && one.face === 0 ? "% of all weights; dashed: next run" : unit;
+      const note = scene.isNext && i === 1 && one.face === 0 ? phrase("monitor.face.sparsity_unit_next") : unit;
       say(one.unit, note);
       setOne(one.unit, "title", note);
       paint(one, PAINTERS[key](scene), name);
@@ -216,8 +216,8 @@ function render({ model, el, signal }) {
     return {
       view, run, active, isNext, epochs, planned, steps, layerSteps, now, peak, due, grid, toEpochs,
       begin, end,
-      x: { domain: [0, epochs], ticks: ticks(0, epochs, Math.min(6, Math.max(2, Math.ceil(epochs)))).map((v) => [v, String(v)]), label: "epochs of training" },
-      bands: [{ from: 0, to: a, label: "stabilise" }, { from: a, to: b, label: "prune", shade: true }, { from: b, to: planned, label: "fine-tune" }],
+      x: { domain: [0, epochs], ticks: ticks(0, epochs, Math.min(6, Math.max(2, Math.ceil(epochs)))).map((v) => [v, String(v)]), label: phrase("monitor.axis") },
+      bands: [{ from: 0, to: a, label: phrase("monitor.phase.stabilise") }, { from: a, to: b, label: phrase("monitor.phase.prune"), shade: true }, { from: b, to: planned, label: phrase("monitor.phase.fine_tune") }],
     };
   }
 
@@ -232,11 +232,11 @@ function render({ model, el, signal }) {
     const high = all.length ? Math.min(100, Math.ceil(Math.max(...all) + 1.2)) : 100;
     return {
       y: [low, high],
-      rules: dense === null ? [] : [{ y: 100 * dense, label: `dense ${words.percent(dense)}`, dash: "5 4", colour: "var(--se-mute)", left: true }],
+      rules: dense === null ? [] : [{ y: 100 * dense, label: phrase("monitor.rule.dense_accuracy", { accuracy: words.percent(dense) }), dash: "5 4", colour: "var(--se-mute)", left: true }],
       lines: [{ points, colour: "var(--se-good)", width: 2.4, dots: 3 }],
       marks: last(points, "var(--se-good)", (v) => `${v.toFixed(1)} %`),
       reads: (at) => told(valueAt(points, at), (v) => `${v.toFixed(1)} %`),
-      waiting: all.length ? "" : "starts with the run",
+      waiting: all.length ? "" : phrase("monitor.waiting.run"),
     };
   }
 
@@ -249,7 +249,7 @@ function render({ model, el, signal }) {
       lines: [{ points, colour: "var(--se-mute)", width: 1, opacity: 0.45 }, { points: smooth, colour: "var(--se-ink)", width: 2.2 }],
       marks: last(smooth, "var(--se-ink)", words.small),
       reads: (at) => told(valueAt(smooth, at), words.small),
-      waiting: points.length ? "" : "starts with the run",
+      waiting: points.length ? "" : phrase("monitor.waiting.run"),
     };
   }
 
@@ -274,8 +274,10 @@ function render({ model, el, signal }) {
       reads: (at) => {
         const rate = rateAt(scene, at);
         const value = valueAt(grown, at);
-        const found = value === null ? told(final === null ? null : 100 * final * due(at), (v) => `planned ${v.toFixed(1)} %`) : told(value, (v) => `${v.toFixed(1)} %`);
-        return rate === null ? found : { ...found, text: `${found.text}${found.text ? ", " : ""}learning rate ${rate.toPrecision(2)}` };
+        const found = value === null ? told(final === null ? null : 100 * final * due(at), (v) => phrase("monitor.read.planned", { sparsity: v.toFixed(1) })) : told(value, (v) => `${v.toFixed(1)} %`);
+        if (rate === null) return found;
+        const shown = rate.toPrecision(2);
+        return { ...found, text: found.text ? phrase("monitor.read.with_rate", { value: found.text, rate: shown }) : phrase("monitor.rate", { rate: shown }) };
       },
       isSchedule: true,
     };
@@ -303,7 +305,7 @@ function render({ model, el, signal }) {
       layers: lines,
       reads: (at, y) => {
         const line = (y === undefined ? strong : nearestLayer(lines, at, y)) ?? strong;
-        return line ? told(valueAt(line.points, at), (v) => `${line.name} ${line.measured ? "" : "planned "}${v.toFixed(1)} %`) : told(null);
+        return line ? told(valueAt(line.points, at), (v) => (line.measured ? phrase("monitor.read.layer", { layer: line.name, sparsity: v.toFixed(1) }) : phrase("monitor.read.layer_planned", { layer: line.name, sparsity: v.toFixed(1) }))) : told(null);
       },
       isSchedule: true,
     };
@@ -316,13 +318,13 @@ function render({ model, el, signal }) {
     return {
       y: [0, Math.max(0, ...points.map(([, v]) => v), dense ?? 0, predicted ?? 0) * 1.15 || 1],
       rules: [
-        ...(dense === null ? [] : [{ y: dense, label: `dense ${words.ms(dense)} ms`, dash: "5 4", colour: "var(--se-mute)" }]),
-        ...(predicted === null ? [] : [{ y: predicted, label: `predicted ${words.ms(predicted)} ms`, dash: "2 4", colour: "var(--se-mute)", left: true }]),
+        ...(dense === null ? [] : [{ y: dense, label: phrase("monitor.rule.dense_latency", { latency: words.ms(dense) }), dash: "5 4", colour: "var(--se-mute)" }]),
+        ...(predicted === null ? [] : [{ y: predicted, label: phrase("monitor.rule.predicted_latency", { latency: words.ms(predicted) }), dash: "2 4", colour: "var(--se-mute)", left: true }]),
       ],
       lines: [{ points, colour: "var(--se-accent)", width: 2.4, dots: 3 }],
       marks: last(points, "var(--se-accent)", (v) => `${words.ms(v)} ms`),
       reads: (at) => told(valueAt(points, at), (v) => `${words.ms(v)} ms`),
-      waiting: dense === null && predicted === null ? "measured during the run" : "",
+      waiting: dense === null && predicted === null ? phrase("monitor.waiting.latency") : "",
     };
   }
 
@@ -331,11 +333,11 @@ function render({ model, el, signal }) {
     const kB = (v) => `${Math.round(v).toLocaleString("en")} kB`;
     return {
       y: [0, Math.max(0, ...points.map(([, v]) => v)) * 1.15 || 1],
-      rules: points.length ? [{ y: points[0][1], label: `as it came ${kB(points[0][1])}`, dash: "5 4", colour: "var(--se-mute)" }] : [],
+      rules: points.length ? [{ y: points[0][1], label: phrase("monitor.rule.stored", { size: kB(points[0][1]) }), dash: "5 4", colour: "var(--se-mute)" }] : [],
       lines: [{ points, colour: "var(--se-accent)", width: 2.4 }],
       marks: last(points, "var(--se-accent)", kB),
       reads: (at) => told(valueAt(points, at), kB),
-      waiting: points.length ? "" : "starts with the run",
+      waiting: points.length ? "" : phrase("monitor.waiting.run"),
     };
   }
 
@@ -347,11 +349,11 @@ function render({ model, el, signal }) {
     const { svg, place: toPixels } = chart({
       ...spec, width, height: HEIGHT, x: scene.x, bands: scene.bands,
       y: { domain: y, ticks: (y[1] === 100 && y[0] === 0 ? [0, 25, 50, 75, 100] : ticks(...y, 4)).map((v) => [v, String(v)]) },
-      name: `${name} over the epochs${now ? `, now ${now}` : ", no values yet"}`,
+      name: now ? phrase("monitor.chart.now", { face: name, value: now }) : phrase("monitor.chart.empty", { face: name }),
     });
     if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, waiting));
     if (spec.isSchedule && scene.peak && width > 300)
-      svg.append(draw("text", { x: width - PAD.right - 2, y: RATE_LABEL_Y, "text-anchor": "end", class: "se-halo se-quiet" }, `learning rate ${Number(scene.peak.toPrecision(3))}`));
+      svg.append(draw("text", { x: width - PAD.right - 2, y: RATE_LABEL_Y, "text-anchor": "end", class: "se-halo se-quiet" }, phrase("monitor.rate", { rate: Number(scene.peak.toPrecision(3)) })));
     one.host.replaceChildren(svg);
     Object.assign(one, { toPixels, width, spec });
   }
@@ -363,10 +365,12 @@ function render({ model, el, signal }) {
     for (const { knob, at, verb } of handles) {
       const epoch = (active ? (verb === "begins" ? scene.begin : scene.end) : at()) * planned;
       knob.style.left = `${pixel(1, epoch)}px`;
-      const what = `pruning ${verb} after ${epochWords(epoch)}`;
+      const epochs = epochWords(epoch);
+      const what = verb === "begins" ? phrase("monitor.handle.begins", { epochs }) : phrase("monitor.handle.ends", { epochs });
+      const how = !fixed ? phrase("monitor.handle.drag") : run?.active ? phrase("monitor.handle.fixed") : view.why ?? "";
       setAll(knob, {
         "aria-valuemax": Number(planned.toFixed(3)), "aria-valuenow": Number(epoch.toFixed(3)), "aria-valuetext": what, "aria-disabled": fixed ? "true" : null,
-        title: `${what[0].toUpperCase()}${what.slice(1)}. ${fixed ? (run?.active ? "The schedule can be moved before the start." : view.why ?? "") : "Drag it, or use the arrow keys."}`,
+        title: phrase("monitor.handle.tip", { what: `${what[0].toUpperCase()}${what.slice(1)}`, how }),
       });
     }
   }
@@ -413,9 +417,11 @@ function render({ model, el, signal }) {
       const right = left > one.host.clientWidth / 2;
       Object.assign(one.read.style, { left: `${left}px`, transform: right ? "translateX(calc(-100% - 6px))" : "translateX(6px)" });
       say(one.read, text);
-      heardWords.push(`${FACES[i][one.face][1]} ${text || "not known"}`);
+      heardWords.push(phrase("monitor.cross.value", { face: FACES[i][one.face][1], value: text || phrase("monitor.cross.unknown") }));
     });
-    if (!crossed || crossed.i === undefined) setOne(reader, "aria-valuetext", `after ${epochWords(crossed?.at ?? (reader.value / 100) * scene.epochs)}${heardWords.length ? `: ${heardWords.join("; ")}` : ""}`);
+    if (crossed && crossed.i !== undefined) return;
+    const epochs = epochWords(crossed?.at ?? (reader.value / 100) * scene.epochs);
+    setOne(reader, "aria-valuetext", heardWords.length ? phrase("monitor.cross.values", { epochs, values: heardWords.join("; ") }) : phrase("monitor.cross.after", { epochs }));
   }
 
   function nearestLayer(lines, at, y) {
@@ -446,7 +452,7 @@ function render({ model, el, signal }) {
 
 function epochWords(epoch) {
   const rounded = Number(epoch.toFixed(2));
-  return `${rounded} epoch${rounded === 1 ? "" : "s"}`;
+  return phrase("common.epochs", { count: rounded, epochs: rounded });
 }
 
 /** The line through `points` at `at`; null outside of it. */

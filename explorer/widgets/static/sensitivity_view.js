@@ -1,38 +1,38 @@
 // What pruning costs each layer, and what it gains in time, as measured: curves, a heat map, or bars at one sparsity.
 
 const KINDS = {
-  kl: { label: "KL", title: "Change of the outputs", unit: "KL to dense, nats, log scale" },
-  accuracy: { label: "Accuracy", title: "Accuracy, without training", unit: "accuracy on validation images (%)" },
-  loss: { label: "Loss", title: "Loss, without training", unit: "cross-entropy on validation images (nats)" },
+  kl: { label: phrase("sensitivity.kind.kl"), title: phrase("sensitivity.kind.kl_title"), unit: phrase("sensitivity.kind.kl_unit") },
+  accuracy: { label: phrase("sensitivity.kind.accuracy"), title: phrase("sensitivity.kind.accuracy_title"), unit: phrase("sensitivity.kind.accuracy_unit") },
+  loss: { label: phrase("sensitivity.kind.loss"), title: phrase("sensitivity.kind.loss_title"), unit: phrase("sensitivity.kind.loss_unit") },
 };
-const IMAGES = [[100, "Quick: 100 images"], [500, "500 images"], [2000, "Thorough: 2,000 images"]];
-const VIEWS = { curves: "Curves", heat: "Heat map", bars: "Bars" };
+const IMAGES = [[100, phrase("sensitivity.images.quick")], [500, phrase("sensitivity.images.usual")], [2000, phrase("sensitivity.images.thorough")]];
+const VIEWS = { curves: phrase("sensitivity.shape.curves"), heat: phrase("sensitivity.shape.heat"), bars: phrase("sensitivity.shape.bars") };
 const HEIGHT = 278;
 
 function render({ model, el, signal }) {
-  const root = section(el, "Sensitivity", "se-card se-sens", 2);
+  const root = section(el, phrase("sensitivity.name"), "se-card se-sens", 2);
   let shape = "curves";
   let level = 0.9; // of the bars
-  const shapes = make("div", { class: "se-seg", role: "group", "aria-label": "How it is drawn" }, ...Object.entries(VIEWS).map(([key, label]) =>
+  const shapes = make("div", { class: "se-seg", role: "group", "aria-label": phrase("sensitivity.shape.name") }, ...Object.entries(VIEWS).map(([key, label]) =>
     button(label, () => { shape = key; update(); }, signal, { "data-shape": key })));
-  const levelInput = make("input", { type: "range", min: 0, max: 99, step: 1, value: 90, "aria-label": "Sparsity at which layers are compared", title: "Sparsity at which layers are compared" });
+  const levelInput = make("input", { type: "range", min: 0, max: 99, step: 1, value: 90, "aria-label": phrase("sensitivity.level"), title: phrase("sensitivity.level") });
   levelInput.addEventListener("input", () => { level = Number(levelInput.value) / 100; update(); }, { signal });
   const atText = make("output", { class: "se-mute" });
   const atRow = make("span", { class: "se-at" }, levelInput, atText);
-  const measure = button("Measure", () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: "Prunes one layer at a time, at eight levels, and restores it; then times each level on the sparse engine." });
+  const measure = button(phrase("sensitivity.measure"), () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: phrase("sensitivity.measure_tip") });
   let kind = "kl";
-  const images = make("select", { "aria-label": "Images to measure on", title: "Validation images behind each point: more take longer and jitter less" }, ...IMAGES.map(([count, label]) => make("option", { value: count }, label)));
+  const images = make("select", { "aria-label": phrase("sensitivity.images.name"), title: phrase("sensitivity.images.tip") }, ...IMAGES.map(([count, label]) => make("option", { value: count }, label)));
   images.value = "500";
-  const seg = make("div", { class: "se-seg", role: "group", "aria-label": "Kind of loss" }, ...Object.entries(KINDS).map(([key, { label }]) =>
+  const seg = make("div", { class: "se-seg", role: "group", "aria-label": phrase("sensitivity.kind.name") }, ...Object.entries(KINDS).map(([key, { label }]) =>
     button(label, () => { kind = key; update(); }, signal, { "data-kind": key })));
   const left = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
   const right = make("figure", {}, make("figcaption"), make("div", { class: "se-plot" }));
   const plots = make("div", { class: "se-pair" }, left, right);
   const about = make("p", {});
-  const empty = make("div", { class: "se-empty" }, make("b", {}, "Not measured yet"), about);
+  const empty = make("div", { class: "se-empty" }, make("b", {}, phrase("sensitivity.empty")), about);
   const legend = make("p", { class: "se-hint se-key" });
   const source = make("p", { class: "se-hint se-source", hidden: true });
-  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), "Sensitivity"), make("div", { class: "se-push" }, images, measure)), make("div", { class: "se-shapes" }, shapes, seg, atRow), plots, legend, source, empty);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "2"), phrase("sensitivity.name")), make("div", { class: "se-push" }, images, measure)), make("div", { class: "se-shapes" }, shapes, seg, atRow), plots, legend, source, empty);
 
   for (const figure of [left, right]) {
     const host = figure.lastElementChild;
@@ -58,14 +58,14 @@ function render({ model, el, signal }) {
     // Their places are kept.
     seg.style.visibility = shapes.style.visibility = any ? "visible" : "hidden";
     atRow.style.visibility = any && shape === "bars" ? "visible" : "hidden";
-    say(atText, `at ${words.percent(level, 0)}`);
+    say(atText, phrase("sensitivity.level_at", { sparsity: words.percent(level, 0) }));
     setOne(levelInput, "aria-valuetext", words.percent(level, 0));
     for (const choice of shapes.children) setOne(choice, "aria-pressed", String(choice.dataset.shape === shape));
     say(about, view.ready
-      ? "Measuring prunes one layer at a time and looks how much the outputs change, then times each layer on the sparse engine. Nothing is trained, and every weight is put back."
-      : "There is no model yet.");
+      ? phrase("sensitivity.about")
+      : phrase("sensitivity.no_model"));
     const goesOn = any && !view.measured && !view.busy;
-    say(measure, goesOn ? "Continue" : any ? "Measure again" : "Measure");
+    say(measure, goesOn ? phrase("sensitivity.continue") : any ? phrase("sensitivity.measure_again") : phrase("sensitivity.measure"));
     setOne(measure, "class", any && !goesOn ? "se-measure" : "se-primary se-measure");
     images.disabled = Boolean(view.busy);
     measure.disabled = Boolean(view.busy) || !view.ready;
@@ -77,7 +77,7 @@ function render({ model, el, signal }) {
     for (const choice of seg.children) setOne(choice, "aria-pressed", String(choice.dataset.kind === kind));
     if (!any) return;
     const at = view.layers.indexOf(view.selected);
-    say(legend, shape !== "curves" ? LEGENDS[shape] : at >= 0 ? `${view.labels[at]} is drawn strong, with its place in the distribution${(model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? ", and a band where other images would put it, 95 times in 100" : ""}. A diamond marks the sparsity from which a layer gets faster. Point at a line to see its layer; click to choose it.` : "");
+    say(legend, shape !== "curves" ? LEGENDS[shape] : at < 0 ? "" : (model.get("bands") ?? {})[kind]?.[at]?.[0]?.length ? phrase("sensitivity.legend.curves_with_band", { layer: view.labels[at] }) : phrase("sensitivity.legend.curves", { layer: view.labels[at] }));
     const draws = { curves: paint, heat: paintHeat, bars: paintBars }[shape];
     draws(left, kind, curves, view);
     draws(right, "latency_ms", curves, view);
@@ -85,7 +85,11 @@ function render({ model, el, signal }) {
   }
 
   /** What a value is worth, in words. */
-  const told = (what, value) => (what === "latency_ms" ? `${words.ms(value)} ms` : what === "accuracy" ? `${(100 * value).toFixed(1)} % accurate` : `${what === "kl" ? "KL" : "loss"} ${words.small(value)}`);
+  const told = (what, value) =>
+    what === "latency_ms" ? `${words.ms(value)} ms`
+    : what === "accuracy" ? phrase("sensitivity.value.accuracy", { accuracy: (100 * value).toFixed(1) })
+    : what === "kl" ? phrase("sensitivity.value.kl", { harm: words.small(value) })
+    : phrase("sensitivity.value.loss", { loss: words.small(value) });
 
   /** Colour of a layer's value: the ramp for harm, the more of its dense time is left the stronger for time. */
   function shade(what, curve, value) {
@@ -101,7 +105,7 @@ function render({ model, el, signal }) {
     figure.place = place;
     figure.hit = hit;
     figure.width = Math.max(240, figure.children[1].clientWidth);
-    figure.firstElementChild.replaceChildren(make("b", {}, figureTitle(what)), " ", make("span", {}, what === "latency_ms" ? "ms, on the sparse engine" : KINDS[what].unit));
+    figure.firstElementChild.replaceChildren(make("b", {}, figureTitle(what)), " ", make("span", {}, what === "latency_ms" ? phrase("sensitivity.latency.unit") : KINDS[what].unit));
   }
 
   const rowsOf = (view, all, more) => all.map((curve, i) => ({ name: view.layers[i], label: view.labels[i], ...more(curve, i) }));
@@ -115,13 +119,13 @@ function render({ model, el, signal }) {
     const drawn = heatMap({
       width: Math.max(240, figure.children[1].clientWidth), height: HEIGHT, selected: view.selected, columns: levels.map((s) => String(Number((100 * s).toFixed(1)))),
       rows: rowsOf(view, all, (curve, i) => ({ colours: levels.map((_, j) => { const value = valueAt(i, j); return value === null ? null : shade(what, curve, value); }) })),
-      label: "sparsity of the layer (%)", name: `${figureTitle(what)}: a heat map, one row a layer, one column a sparsity`,
+      label: phrase("sensitivity.axis"), name: phrase("sensitivity.chart.heat", { title: figureTitle(what) }),
     });
     show(figure, what, drawn, (x, y) => {
       const cell = drawn.hit(x, y);
       if (!cell) return null;
       const [i, j] = cell;
-      return { at: drawn.place(i, j), name: view.layers[i], label: view.labels[i], text: `${words.percent(levels[j], 0)} sparse: ${told(what, valueAt(i, j))}` };
+      return { at: drawn.place(i, j), name: view.layers[i], label: view.labels[i], text: phrase("sensitivity.at", { sparsity: words.percent(levels[j], 0), value: told(what, valueAt(i, j)) }) };
     });
   }
 
@@ -139,13 +143,16 @@ function render({ model, el, signal }) {
         whole: what === "latency_ms" ? dense[i] : null,
         colour: what === "latency_ms" ? "var(--se-accent)" : values[i] === null ? "none" : shade(what, curve, values[i]),
       })),
-      label: what === "latency_ms" ? "ms of the layer; outline: dense" : KINDS[what].unit, name: `${figureTitle(what)} at ${words.percent(level, 0)} sparsity, one bar a layer`,
+      label: what === "latency_ms" ? phrase("sensitivity.latency.axis") : KINDS[what].unit, name: phrase("sensitivity.chart.bars", { title: figureTitle(what), sparsity: words.percent(level, 0) }),
     });
     show(figure, what, drawn, (x, y) => {
       const i = drawn.hit(x, y);
       if (i === null || values[i] === null) return null;
-      const gain = what === "latency_ms" && dense[i] ? `, ${(dense[i] / values[i]).toFixed(1)} × as fast as dense` : "";
-      return { at: drawn.place(i), name: view.layers[i], label: view.labels[i], text: `${words.percent(level, 0)} sparse: ${told(what, values[i])}${gain}` };
+      const [sparsity, value] = [words.percent(level, 0), told(what, values[i])];
+      const text = what === "latency_ms" && dense[i]
+        ? phrase("sensitivity.at_with_gain", { sparsity, value, times: (dense[i] / values[i]).toFixed(1) })
+        : phrase("sensitivity.at", { sparsity, value });
+      return { at: drawn.place(i), name: view.layers[i], label: view.labels[i], text };
     });
   }
 
@@ -173,11 +180,11 @@ function render({ model, el, signal }) {
     const here = chosen >= 0 && all[chosen] && at !== undefined ? between(all[chosen], at) : null;
     const marks = here === null || at < from ? [] : [{ x: at, y: shown(here), colour: "var(--se-accent)", r: 6, label: what === "latency_ms" ? `${words.ms(here)} ms` : what === "accuracy" ? words.percent(here) : words.small(here) }];
     const even = what === "latency_ms" && chosen >= 0 ? view.evens?.[chosen] ?? null : null;
-    if (even !== null && all[chosen]?.[0]?.length) marks.push({ x: even, y: between(all[chosen], even), colour: "var(--se-accent)", diamond: true, title: `sparse is faster from ${words.percent(even, 0)} on` });
+    if (even !== null && all[chosen]?.[0]?.length) marks.push({ x: even, y: between(all[chosen], even), colour: "var(--se-accent)", diamond: true, title: phrase("sensitivity.faster_from", { sparsity: words.percent(even, 0) }) });
     const band = (model.get("bands") ?? {})[what]?.[chosen];
     const areas = !band || chosen < 0 ? [] : [{ points: band[0].map((s, k) => [s, shown(band[1][k]), shown(band[2][k])]).filter(([s]) => s >= from), colour: "var(--se-accent)" }];
     const x = what === "kl" ? { ...compression, domain: [from, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
-    const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: "sparsity of the layer (%), scaled by compression" }, y, lines, areas, marks, name: `${figureTitle(what)}, one line a layer` };
+    const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: phrase("sensitivity.axis_by_compression") }, y, lines, areas, marks, name: phrase("sensitivity.chart.curves", { title: figureTitle(what) }) };
     const drawn = chart(spec);
     show(figure, what, drawn, (px, py) => {
       let best = null;
@@ -186,14 +193,14 @@ function render({ model, el, signal }) {
           const [x, y] = drawn.place(s, v);
           const distance = Math.hypot(x - px, y - py);
           if (distance < 28 && (!best || distance < best.distance))
-            best = { distance, at: [x, y], name: entry.name, label: entry.label, text: `${words.percent(s, 0)} sparse: ${told(what, what === "accuracy" ? v / 100 : v)}` };
+            best = { distance, at: [x, y], name: entry.name, label: entry.label, text: phrase("sensitivity.at", { sparsity: words.percent(s, 0), value: told(what, what === "accuracy" ? v / 100 : v) }) };
         }
       return best;
     });
   }
 
   function figureTitle(what) {
-    return what === "latency_ms" ? "Time of the layer" : KINDS[what].title;
+    return what === "latency_ms" ? phrase("sensitivity.latency.title") : KINDS[what].title;
   }
 
   function axis(what, values) {
@@ -222,8 +229,8 @@ function render({ model, el, signal }) {
 }
 
 const LEGENDS = {
-  heat: "Left: blue hardly minds, yellow minds most, on one scale for all layers. Right: how much of its dense time a layer still takes, from all of it to none. Point at a cell to read it; click to choose the layer.",
-  bars: "All layers pruned to the same sparsity, one at a time. Choose the sparsity with the slider; point at a bar to read it, click to choose the layer.",
+  heat: phrase("sensitivity.legend.heat"),
+  bars: phrase("sensitivity.legend.bars"),
 };
 
 export default { render };
