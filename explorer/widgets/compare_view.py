@@ -12,6 +12,7 @@ from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.contestants import of_results, of_session
 from explorer.widgets.metrics import is_noisy
 from explorer.widgets.runs import ORIGINS
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,12 +82,13 @@ class CompareView(StateView, Comparison):
         layers = {layer.name: layer.name or ROOT_LABEL for layer in state.layers}
         here = uniform = None
         if state.distribution is not None:
-            origin = ORIGINS.get(state.origin, "")
-            here = _on_page(state, "here", f"on the page, {origin}", state.distribution, state.prediction)
+            origin = ORIGINS.get(state.origin)
+            name = phrase("compare.here_from", origin=origin) if origin else phrase("compare.here")
+            here = _on_page(state, "here", name, state.distribution, state.prediction)
         # One that is the same as the distribution on the page would only be said twice.
         if state.ghost is not None and (here is None or dict(state.ghost) != here["sparsities"]):
             told = state.study.predict(state.ghost) if state.measured else None
-            uniform = _on_page(state, "uniform", "uniform", state.ghost, told)
+            uniform = _on_page(state, "uniform", phrase("compare.uniform"), state.ghost, told)
         return {
             "layers": [list(pair) for pair in layers.items()],
             "planned": [planned for planned in (here, uniform, *self._snapshots()) if planned is not None],
@@ -105,7 +107,7 @@ class CompareView(StateView, Comparison):
                 _on_page(
                     state,
                     f"kept-{snapshot.name}",
-                    f"kept: {snapshot.name}",
+                    phrase("compare.kept", name=snapshot.name),
                     snapshot.distribution,
                     state.study.predict(snapshot.distribution) if state.measured else None,
                 )
@@ -168,22 +170,16 @@ def _on_page(
 
 def _hint_of_results(runs: Sequence[Contestant]) -> str:
     """Say how the figures of files are to be read, and what keeps them from being compared."""
-    parts = ["Each speed-up is against the dense network as it was timed with that run."]
+    parts = [phrase("compare.hint.speedup")]
     untimed = [run.name for run in runs if run.latency_ms is None]
     if untimed:
-        parts.append(
-            f"Not timed, so not in the chart: {'; '.join(untimed)}. Folders of Study.save have latencies."
-        )
+        parts.append(phrase("compare.hint.untimed", runs="; ".join(untimed)))
     places = {run.timed_on for run in runs if run.timed_on}
     if len(places) > 1:
-        parts.append(
-            f"Timed in {len(places)} ways, so compare speed-ups rather than milliseconds: {'; '.join(sorted(places))}."
-        )
+        parts.append(phrase("compare.hint.places", count=len(places), places="; ".join(sorted(places))))
     noisy = [run.name for run in runs if run.latency_ms and is_noisy(run.latency_ms, run.spread_ms or 0.0)]
     if noisy:
-        parts.append(
-            f"The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
-        )
+        parts.append(phrase("compare.hint.noisy", runs="; ".join(noisy)))
     return " ".join(parts)
 
 
@@ -193,18 +189,12 @@ def _hint(state: ExplorerState) -> str:
         noisy = [
             run.name for run in state.runs if run.final is not None and is_noisy(*(run.latency or (1, 0)))
         ]
-        busy = (
-            f" The machine was busy while these were timed, so their times mean little: {'; '.join(noisy)}."
-            if noisy
-            else ""
-        )
-        return (
-            "Lines are evaluations on validation images while a run goes on; a large mark is its result, on the images that the table names, "
-            "and the stroke through it the spread of its time. "
-            f"Each speed-up is against the dense network as it was timed with that run.{busy}"
-        )
+        told = [phrase("compare.hint.runs"), phrase("compare.hint.speedup")]
+        if noisy:
+            told.append(phrase("compare.hint.noisy", runs="; ".join(noisy)))
+        return " ".join(told)
     if state.provenance:
-        return "This network cannot be trained here, so there will be no runs; distributions can be compared layer by layer."
+        return phrase("compare.hint.replay")
     if not state.measured:
-        return "The chart waits for the measurement of each layer, and then for a run."
-    return "No run yet. Start one: its accuracy and latency are drawn here while it goes on, and stay beside those of later runs."
+        return phrase("compare.hint.not_measured")
+    return phrase("compare.hint.no_run")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explorer.errors import FormatError
+from explorer.widgets.runs import images_of
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from explorer.widgets.runs import RunRecord
@@ -57,6 +59,8 @@ class Contestant:
         By layer: what there is when there is a result, else what was asked for.
     timed_on : str
         Processor, threads and batch behind the latency, where a file tells them.
+    short : str
+        The name where there is little room; empty for the name itself.
     """
 
     key: str
@@ -78,6 +82,7 @@ class Contestant:
     is_final: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
     timed_on: str = ""
+    short: str = ""
 
     def to_page(self) -> dict[str, Any]:
         """Return plain values."""
@@ -112,7 +117,9 @@ def of_run(run: RunRecord) -> Contestant:
         status=run.status,
         accuracy=_finite(run.accuracy),
         dense_accuracy=_finite(run.dense_accuracy),
-        images=f"{result.n_evaluated:,} {result.measured_on} images" if result else "validation images",
+        images=images_of(result.n_evaluated, result.measured_on)
+        if result
+        else phrase("compare.validation_images"),
         latency_ms=latency[0] if latency else None,
         spread_ms=latency[1] if latency else None,
         speedup=run.speedup,
@@ -124,6 +131,7 @@ def of_run(run: RunRecord) -> Contestant:
         points=trajectory(run),
         is_final=run.final is not None,
         sparsities=_achieved(result) if result is not None else dict(run.distribution),
+        short=run.short_name,
     )
 
 
@@ -159,18 +167,14 @@ def of_results(sources: Any) -> tuple[Contestant, ...]:
     if isinstance(sources, (str, os.PathLike)) or not isinstance(sources, Sequence):
         sources = [sources]
     if not sources:
-        raise FormatError("There is nothing to compare; give at least one result, or a folder of Study.save.")
+        raise FormatError(phrase("refusal.compare.nothing"))
     pairs = [_read(source, i + 1) for i, source in enumerate(sources)]
     first = pairs[0][1]
     for dense, run in pairs[1:]:
         if set(run.sparsities) != set(first.sparsities):
-            raise FormatError(
-                f"{run.name} and {first.name} have different layers, so they are not of one network; compare results of one network."
-            )
+            raise FormatError(phrase("refusal.compare.other_layers", one=run.name, other=first.name))
         if dense.size_bytes is not None and pairs[0][0].size_bytes not in (None, dense.size_bytes):
-            raise FormatError(
-                f"The dense networks of {run.name} and {first.name} differ in size, so they are not one network; compare results of one network."
-            )
+            raise FormatError(phrase("refusal.compare.other_sizes", one=run.name, other=first.name))
     return (next((dense for dense, _ in pairs if dense.is_final), pairs[0][0]), *(run for _, run in pairs))
 
 
@@ -179,20 +183,18 @@ def _read(source: Any, number: int) -> tuple[Contestant, Contestant]:
         return _of_folder(Path(source), number)
     if hasattr(source, "achieved") and hasattr(source, "dense_accuracy"):
         return _of_result(source, number)
-    raise FormatError(
-        f"{type(source).__name__} is no result; give a RunResult, such as run.finish() returns, or a folder of Study.save."
-    )
+    raise FormatError(phrase("refusal.compare.no_result", sent=type(source).__name__))
 
 
 def _of_result(result: Any, number: int) -> tuple[Contestant, Contestant]:
     """Return the dense network and the run of a `RunResult`, which knows no latency and no size."""
-    images = f"{result.n_evaluated:,} {result.measured_on} images"
+    images = images_of(result.n_evaluated, result.measured_on)
     settings = getattr(result, "settings", None)
     dense_accuracy = _finite(result.dense_accuracy)
     weights = {name: elements for name, (_, elements) in result.achieved.items()}
     run = Contestant(
         f"run-{number}",
-        f"result {number}",
+        phrase("compare.result", number=number),
         number,
         _ended(result.stopped, getattr(result, "failure", None)),
         accuracy=_finite(result.accuracy),
@@ -213,14 +215,14 @@ def _of_folder(folder: Path, number: int) -> tuple[Contestant, Contestant]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(
-            f"Cannot read {path}: {error.strerror or error}. Give a folder that Study.save has written."
+            phrase("refusal.compare.cannot_read", path=path, why=error.strerror or error)
         ) from error
     except ValueError as error:
-        raise FormatError(f"{path} is not JSON ({error}); save the result again with Study.save.") from error
+        raise FormatError(phrase("refusal.compare.no_json", path=path, why=error)) from error
     try:
         pruned, dense, layers = told["pruned"], told["dense"], told["layers"]
         on = told["accuracy_measured_on"]
-        images = f"{on['samples']:,} {on['part']} images"
+        images = images_of(on["samples"], str(on["part"]))
         sparsities = {name: float(layer["achieved"]) for name, layer in layers.items()}
         weights = {name: int(layer["n_params"]) for name, layer in layers.items()}
         predicted = told.get("predicted") or {}
@@ -246,7 +248,7 @@ def _of_folder(folder: Path, number: int) -> tuple[Contestant, Contestant]:
         return _dense_of(dense["accuracy"], images, sparsities, dense), run
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
-            f"{path} is not a result of Study.save ({type(error).__name__}: {error}); save the result again."
+            phrase("refusal.compare.no_result_file", path=path, kind=type(error).__name__, why=error)
         ) from error
 
 
@@ -257,7 +259,7 @@ def _dense_of(
     latency = timed.get("latency_ms")
     return Contestant(
         DENSE,
-        "dense",
+        phrase("compare.dense"),
         0,
         "dense",
         accuracy=accuracy,
@@ -283,7 +285,7 @@ def _dense_accuracy(state: ExplorerState, runs: Sequence[Contestant]) -> tuple[f
         return chosen.dense_accuracy, chosen.images
     curve = state.curves.of("accuracy", state.layers[0].name) if state.layers else ()
     if curve and curve[0][0] == 0:
-        return float(curve[0][1]), "the images of the sensitivity measurement"
+        return float(curve[0][1]), phrase("compare.measurement_images")
     return None, ""
 
 
@@ -297,12 +299,14 @@ def _dense_spread(state: ExplorerState, latency: float | None) -> float | None:
 
 
 def _timed_on(machine: Mapping[str, Any]) -> str:
-    parts = [
-        (machine.get("cpu"), "{}"),
-        (machine.get("threads"), "threads {}"),
-        (machine.get("batch_size"), "batch {}"),
-    ]
-    return ", ".join(form.format(value) for value, form in parts if value is not None)
+    parts = []
+    if machine.get("cpu") is not None:
+        parts.append(str(machine["cpu"]))
+    if machine.get("threads") is not None:
+        parts.append(phrase("compare.timed_on.threads", threads=machine["threads"]))
+    if machine.get("batch_size") is not None:
+        parts.append(phrase("compare.timed_on.batch", batch=machine["batch_size"]))
+    return ", ".join(parts)
 
 
 def _ended(stopped: bool, failure: Any) -> str:

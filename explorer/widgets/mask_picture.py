@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from explorer.widgets.texts import phrase
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -73,10 +75,24 @@ class MaskPicture:
 
     def describe(self, name: str) -> str:
         """Return in words what the picture shows."""
-        words = f"{name}: {100 * self.n_alive / self.n_weights:.1f} % of {self.n_weights:,} weights alive"
-        channel = " channel" if self.channels else ""
-        dead = _some(self.dead_outputs, self.n_outputs, f"output{channel}")
-        return f"{words}; {dead} entirely zero; {_some(self.unused_inputs, self.n_inputs, f'input{channel}')} unused."
+        some, total = f"{self.dead_outputs:,}", f"{self.n_outputs:,}"
+        if self.channels:
+            dead = phrase("mask.output_channels", count=self.n_outputs, some=some, total=total)
+        else:
+            dead = phrase("mask.outputs", count=self.n_outputs, some=some, total=total)
+        some, total = f"{self.unused_inputs:,}", f"{self.n_inputs:,}"
+        if self.channels:
+            unused = phrase("mask.input_channels", count=self.n_inputs, some=some, total=total)
+        else:
+            unused = phrase("mask.inputs", count=self.n_inputs, some=some, total=total)
+        return phrase(
+            "mask.picture",
+            layer=name,
+            share=f"{100 * self.n_alive / self.n_weights:.1f}",
+            weights=f"{self.n_weights:,}",
+            dead=dead,
+            unused=unused,
+        )
 
     @property
     def grouped(self) -> bool:
@@ -168,7 +184,3 @@ def _spans(length: int, span: int) -> NDArray[np.int64]:
     """Return the sizes of the parts of `length` that are cut every `span`."""
     starts = np.arange(0, length, span)
     return np.minimum(span, length - starts)
-
-
-def _some(count: int, total: int, what: str) -> str:
-    return f"{count:,} of {total:,} {what}{'' if total == 1 else 's'}"

@@ -13,6 +13,7 @@ import traitlets as t
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.mask_picture import MaskPicture, picture_of
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     import threading
@@ -112,24 +113,20 @@ class MaskView(StateView):
     def _text(self, found: MaskPicture | None) -> str:
         state = self.state
         if state.study is None:
-            return "Choose a model first: its masks are shown here."
+            return phrase("mask.no_model")
         if state.provenance:
-            return "There is no mask to show: the weights of this network are not bundled, only what others measured of it."
+            return phrase("mask.replay")
         name = state.selected or ROOT_LABEL
         if self.source == "bars":
             if self._failure:
-                return f"The mask of {name} cannot be shown: {self._failure}"
+                return phrase("mask.failed", layer=name, why=self._failure)
             if self._preview is None or found is None:
-                return f"The mask of {name} is being worked out."
+                return phrase("mask.working", layer=name)
             # A picture that is a moment late names its own layer.
             return found.describe(self._preview[0][1] or ROOT_LABEL)
         if not self._moments():
-            return "The run has not chosen its masks yet."
-        return (
-            found.describe(name)
-            if found is not None
-            else f"{name} is not pruned in this run: all its weights stay."
-        )
+            return phrase("mask.not_yet")
+        return found.describe(name) if found is not None else phrase("mask.not_pruned", layer=name)
 
     def _caption(self, run: RunRecord | None, moments: tuple[MaskMoment, ...], at: int) -> str:
         state = self.state
@@ -137,10 +134,15 @@ class MaskView(StateView):
             return ""
         if self.source == "bars":
             share = state.distribution.get(state.selected, 0.0) if state.distribution else 0.0
-            return f"What magnitude pruning at the bar's {100 * share:.1f} % would keep, before any training: the largest weights."
+            return phrase("mask.bars_caption", sparsity=f"{100 * share:.1f}")
         if run is None or not moments:
             return ""
-        return f"Run {run.number}, after {_epochs(run, moments[at]):g} of {run.epochs:g} epochs."
+        return phrase(
+            "mask.run_caption",
+            number=run.number,
+            epoch=f"{_epochs(run, moments[at]):g}",
+            epochs=f"{run.epochs:g}",
+        )
 
     # The mask that the bars ask for is worked out beside whatever goes on; the latest wish wins.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from explorer.widgets import assets
 from explorer.widgets.base import StateView
+from explorer.widgets.runs import images_of
 from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
@@ -187,7 +188,9 @@ def _accuracy(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
                 "note": dense,
                 "more": phrase("figures.accuracy.on_validation"),
             }
-        where = phrase("figures.accuracy.on", images=images_of(run.result))
+        where = phrase(
+            "figures.accuracy.on", images=images_of(run.result.n_evaluated, run.result.measured_on)
+        )
         return tile | {
             "label": phrase("figures.accuracy.after_run"),
             "value": f"{100 * run.accuracy:.1f}",
@@ -266,14 +269,6 @@ def _nothing(tile: dict[str, Any], note: str = "", more: str = "") -> dict[str, 
 
 def _joined(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
-
-
-def images_of(result: Any) -> str:
-    """Return which images a result was measured on, as in "10,000 test images"."""
-    shown = f"{result.n_evaluated:,}"
-    if result.measured_on == "test":
-        return phrase("common.images.test", count=result.n_evaluated, images=shown)
-    return phrase("common.images.validation", count=result.n_evaluated, images=shown)
 
 
 def _ms(value: float) -> str:

@@ -319,3 +319,20 @@ def renewed(runs: tuple[RunRecord, ...], run: RunRecord) -> tuple[RunRecord, ...
     if any(kept.number == run.number for kept in runs):
         return tuple(run if kept.number == run.number else kept for kept in runs)
     return (*(dataclasses.replace(kept, moments=()) for kept in runs), run)
+
+
+def images_of(number: int, part: str) -> str:
+    """Return which images something was measured on, as in "10,000 test images".
+
+    Parameters
+    ----------
+    number : int
+    part : str
+        Of the data: "test" or "validation"; a result in a file may name another.
+    """
+    shown = f"{number:,}"
+    if part == "test":
+        return phrase("common.images.test", count=number, images=shown)
+    if part == "validation":
+        return phrase("common.images.validation", count=number, images=shown)
+    return phrase("common.images.other", count=number, images=shown, part=part)

@@ -14,29 +14,33 @@ const SHAPES = [
   (r) => star(r * 1.35), // star
 ];
 const COLUMNS = [
-  ["number", "Run", "Number of the run, and where its distribution came from"],
-  ["status", "Status", "Whether the run is going on, is done, was stopped, or failed"],
-  ["epochs", "Epochs", "Epochs of training that were asked for"],
-  ["accuracy", "Accuracy, %", "Share of images that are classified correctly, in per cent: the latest that was measured"],
-  ["change", "Change, points", "Accuracy less that of the dense network on the same images, in percentage points"],
-  ["latency_ms", "Latency, ms", "Measured median of one batch, in milliseconds, with the interquartile half-range"],
-  ["speedup", "Speed-up, ×", "Time of the dense network over that of the pruned one, measured in turn"],
-  ["asked", "Asked, %", "Sparsity that was asked for, over all prunable weights, in per cent"],
-  ["sparsity", "Achieved, %", "Share of the prunable weights that are zero in the result, in per cent"],
-  ["size_bytes", "Size", "Weights with zeros left out"],
+  ["number", phrase("compare.column.run"), phrase("compare.column.run_tip")],
+  ["status", phrase("compare.column.status"), phrase("compare.column.status_tip")],
+  ["epochs", phrase("compare.column.epochs"), phrase("compare.column.epochs_tip")],
+  ["accuracy", phrase("compare.column.accuracy"), phrase("compare.column.accuracy_tip")],
+  ["change", phrase("compare.column.change"), phrase("compare.column.change_tip")],
+  ["latency_ms", phrase("compare.column.latency"), phrase("compare.column.latency_tip")],
+  ["speedup", phrase("compare.column.speedup"), phrase("compare.column.speedup_tip")],
+  ["asked", phrase("compare.column.asked"), phrase("compare.column.asked_tip")],
+  ["sparsity", phrase("compare.column.achieved"), phrase("compare.column.achieved_tip")],
+  ["size_bytes", phrase("compare.column.size"), phrase("compare.column.size_tip")],
 ];
+const STATUSES = {
+  dense: phrase("compare.status.dense"), running: phrase("run.status.running"), paused: phrase("run.status.paused"), stopping: phrase("run.status.stopping"),
+  done: phrase("run.status.done"), stopped: phrase("run.status.stopped"), failed: phrase("run.status.failed"),
+};
 const FIGURES = [
-  ["Accuracy", (one) => one.accuracy, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
-  ["Latency", (one) => one.latency_ms, (v) => `${words.ms(v)} ms`, (a, b) => factor(a, b, "faster", "slower")],
-  ["Speed-up", (one) => one.speedup, (v) => `${v.toFixed(2)} ×`, (a, b) => (signed(b - a, 2) === "0.00" ? "the same" : `${signed(b - a, 2)} ×`)],
-  ["Sparsity", (one) => one.sparsity ?? one.asked, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
-  ["Size", (one) => one.size_bytes, (v) => bytes(v), (a, b) => factor(a, b, "smaller", "larger")],
+  ["accuracy", phrase("compare.figure.accuracy"), (one) => one.accuracy, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
+  ["latency", phrase("compare.figure.latency"), (one) => one.latency_ms, (v) => `${words.ms(v)} ms`, (a, b) => factor(a, b, (times) => phrase("compare.faster", { times }), (times) => phrase("compare.slower", { times }))],
+  ["speedup", phrase("compare.figure.speedup"), (one) => one.speedup, (v) => `${v.toFixed(2)} ×`, (a, b) => (signed(b - a, 2) === "0.00" ? phrase("compare.same") : `${signed(b - a, 2)} ×`)],
+  ["sparsity", phrase("compare.figure.sparsity"), (one) => one.sparsity ?? one.asked, (v) => `${(100 * v).toFixed(2)} %`, (a, b) => points(100 * (b - a), 2)],
+  ["size", phrase("compare.figure.size"), (one) => one.size_bytes, (v) => bytes(v), (a, b) => factor(a, b, (times) => phrase("compare.smaller", { times }), (times) => phrase("compare.larger", { times }))],
 ];
 
 const change = (one) => (one.accuracy === null || one.dense_accuracy === null ? null : one.accuracy - one.dense_accuracy);
 const signed = (value, digits) => (Number(value.toFixed(digits)) === 0 ? (0).toFixed(digits) : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`);
-const points = (value, digits = 1) => `${signed(value, digits)} points`;
-const factor = (a, b, less, more) => (Math.max(a / b, b / a) < 1.005 ? "the same" : b < a ? `${(a / b).toFixed(2)} × ${less}` : `${(b / a).toFixed(2)} × ${more}`);
+const points = (value, digits = 1) => phrase("compare.points", { points: signed(value, digits) });
+const factor = (a, b, less, more) => (Math.max(a / b, b / a) < 1.005 ? phrase("compare.same") : b < a ? less((a / b).toFixed(2)) : more((b / a).toFixed(2)));
 const bytes = (value) => (value >= 1e5 ? `${(value / 1e6).toPrecision(3)} MB` : `${(value / 1e3).toPrecision(3)} kB`);
 const number = (value, digits = 0) => String(Number(value.toFixed(digits)));
 const colour = (one) => (one.number ? `var(--se-run-${(one.number - 1) % SHAPES.length})` : "var(--se-ink)");
@@ -60,22 +64,22 @@ function star(r) {
 }
 
 function render({ model, el, signal }) {
-  const root = section(el, "Compare", "se-card se-compare", 5);
+  const root = section(el, phrase("compare.name"), "se-card se-compare", 5);
   const hint = make("p", { class: "se-hint" });
-  const waiting = make("div", { class: "se-empty" }, make("b", {}, "Nothing to compare yet"), make("p", {}, "When a model is loaded, its runs and distributions stand here side by side."));
+  const waiting = make("div", { class: "se-empty" }, make("b", {}, phrase("compare.empty")), make("p", {}, phrase("compare.empty_help")));
 
   // The chart
   const host = make("div", { class: "se-plot" });
   const tip = make("div", { class: "se-tip", hidden: true });
-  const legend = make("div", { class: "se-legend", role: "group", "aria-label": "Runs in the chart: arrow keys walk along a run, Enter makes it stand out" });
+  const legend = make("div", { class: "se-legend", role: "group", "aria-label": phrase("compare.legend") });
   const spoken = make("p", { class: "se-hidden", role: "status" });
   const figure = make("figure", { class: "se-trade" },
-    make("figcaption", {}, make("b", {}, "Accuracy against latency"), " ", make("span", {}, "% of images; up and to the left is better")),
+    make("figcaption", {}, make("b", {}, phrase("compare.chart.title")), " ", make("span", {}, phrase("compare.chart.unit"))),
     make("div", { class: "se-trade-plot" }, host, tip), legend, spoken);
 
   // A beside B
   const picks = ["a", "b"].map((side) => {
-    const select = make("select", { "aria-label": `Compare, ${side.toUpperCase()}`, title: "The dense network, a run, or a distribution that was not trained" });
+    const select = make("select", { "aria-label": phrase("compare.pick", { side: side.toUpperCase() }), title: phrase("compare.pick_tip") });
     select.addEventListener("change", () => keep(side, select.value), { signal });
     return select;
   });
@@ -83,31 +87,31 @@ function render({ model, el, signal }) {
     const [a, b] = pair().map((one) => one.key);
     keep("a", b);
     keep("b", a);
-  }, signal, { class: "se-square", "aria-label": "Swap A and B", title: "Swap A and B" });
+  }, signal, { class: "se-square", "aria-label": phrase("compare.swap"), title: phrase("compare.swap") });
   const figures = make("tbody");
   const told = make("p", { class: "se-told" });
   const byLayer = make("tbody");
   const sides = make("div", { class: "se-ab" },
     make("div", { class: "se-picks" }, make("b", { "data-side": "a", "aria-hidden": "true" }, "A"), picks[0], swap, make("b", { "data-side": "b", "aria-hidden": "true" }, "B"), picks[1]),
-    make("table", { class: "se-figures" }, make("caption", { class: "se-hidden" }, "Figures of A and B"), make("thead", {}, heads(["", "A", "B", "B beside A"])), figures),
+    make("table", { class: "se-figures" }, make("caption", { class: "se-hidden" }, phrase("compare.figures")), make("thead", {}, heads(["", "A", "B", phrase("compare.b_beside_a")])), figures),
     told,
-    make("div", { class: "se-by-layer", tabindex: 0, role: "group", "aria-label": "Sparsity of each layer in A and B, scrollable" },
-      make("table", {}, make("caption", { class: "se-hidden" }, "Sparsity of each layer in A and B, in per cent"), make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Layer"), make("td", { class: "se-twin-head", "aria-hidden": "true" }), ...["A, %", "B, %", "B − A"].map((name) => make("th", { scope: "col", class: "se-num" }, name)))), byLayer)));
+    make("div", { class: "se-by-layer", tabindex: 0, role: "group", "aria-label": phrase("compare.layers_scrollable") },
+      make("table", {}, make("caption", { class: "se-hidden" }, phrase("compare.layers_caption")), make("thead", {}, make("tr", {}, make("th", { scope: "col" }, phrase("compare.layer")), make("td", { class: "se-twin-head", "aria-hidden": "true" }), ...["A, %", "B, %", "B − A"].map((name) => make("th", { scope: "col", class: "se-num" }, name)))), byLayer)));
 
   // The table
   const columns = COLUMNS.map(([key, name, help], i) => {
     const mark = make("span", { class: "se-sort", "aria-hidden": "true" });
-    const go = button("", () => sortBy(key), signal, { class: "se-plain", title: `${help}. Press to sort.` });
+    const go = button("", () => sortBy(key), signal, { class: "se-plain", title: phrase("compare.sort_tip", { help }) });
     go.append(name, mark);
     return { key, mark, head: make("th", { scope: "col", class: i > 1 ? "se-num" : null }, go) };
   });
   const lastHead = make("td", {});
   const body = make("tbody");
-  const table = make("div", { class: "se-scroll se-all", tabindex: 0, role: "group", "aria-label": "All runs, scrollable" },
-    make("table", {}, make("caption", { class: "se-hidden" }, "Runs and the dense network"), make("thead", {}, make("tr", {}, ...columns.map((column) => column.head), lastHead)), body));
+  const table = make("div", { class: "se-scroll se-all", tabindex: 0, role: "group", "aria-label": phrase("compare.runs_scrollable") },
+    make("table", {}, make("caption", { class: "se-hidden" }, phrase("compare.runs_caption")), make("thead", {}, make("tr", {}, ...columns.map((column) => column.head), lastHead)), body));
 
   const content = make("div", { class: "se-compare-body" }, make("div", { class: "se-compare-top" }, figure, sides), table);
-  root.append(make("div", { class: "se-head" }, make("h2", {}, "Compare"), make("small", {}, "runs and distributions side by side")), waiting, content, hint);
+  root.append(make("div", { class: "se-head" }, make("h2", {}, phrase("compare.name")), make("small", {}, phrase("compare.about"))), waiting, content, hint);
 
   let spots = []; // everything in the chart that can be pointed at: { one, x, y, title, lines }
   let width = 0;
@@ -172,21 +176,21 @@ function render({ model, el, signal }) {
     const pad = { left: 46, right: 16, top: 44, bottom: 40 };
     const { svg, place } = chart({
       width, height: HEIGHT, pad,
-      x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 62) : [], label: "measured latency, ms (log scale)", map: Math.log },
+      x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 62) : [], label: phrase("compare.axis"), map: Math.log },
       y: { domain: [bottom, top], ticks: ticks(bottom, top, 5).map((v) => [v, number(v, 1)]) },
-      name: `Accuracy in per cent against measured latency in milliseconds: ${runs} ${runs === 1 ? "run" : "runs"}${drawable.length > runs ? " and the dense network" : ""}. The table of runs has the figures.`,
+      name: drawable.length > runs ? phrase("compare.chart.runs_and_dense", { count: runs }) : phrase("compare.chart.runs", { count: runs }),
     });
     spots = [];
     upright.forEach((one, row) => {
       const [x] = place(one.latency_ms, bottom);
       const y = 12 + 15 * row;
-      const text = `${one.name}: ${words.ms(one.latency_ms)} ms predicted`;
+      const text = phrase("compare.planned.label", { name: one.name, latency: words.ms(one.latency_ms) });
       const room = text.length * 6.2;
       const back = x + room > width - 4;
       svg.append(
         draw("line", { x1: x, x2: x, y1: y + 5, y2: HEIGHT - pad.bottom, "data-planned": one.key, class: "se-upright" }),
         draw("text", { x: back ? Math.max(x - 6, Math.min(room, width - 4)) : x + 6, y: y + 4, "text-anchor": back ? "end" : "start", class: "se-halo" }, text));
-      spots.push({ one, x, y: HEIGHT / 2, upright: true, title: one.name, lines: [`${words.ms(one.latency_ms)} ms predicted${one.speedup ? `, ${one.speedup.toFixed(2)} ×` : ""}`, "Accuracy is known only after training."] });
+      spots.push({ one, x, y: HEIGHT / 2, upright: true, title: one.name, lines: [foretold(one), phrase("compare.planned.no_accuracy")] });
     });
     const chosen = model.get("chosen");
     const labels = [];
@@ -215,7 +219,7 @@ function render({ model, el, signal }) {
     }
     const taken = spots.filter((spot) => !spot.upright).map(({ x, y }) => [x - 5, y - 5, x + 5, y + 5]);
     for (const { one, x, y } of labels) {
-      const text = one.number && one.name.startsWith("run ") ? one.name.split(",")[0] : one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
+      const text = one.short ? one.short : one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
       const w = 6.6 * text.length;
       const boxes = [[x + 12, y - 8], [x - 12 - w, y - 8], [x - w / 2, y - 28], [x - w / 2, y + 12], [x + 10, y + 10], [x - 10 - w, y + 10]].map(([bx, by]) => [bx, by, bx + w, by + 16]);
       const clear = (box) => box[0] > pad.left && box[2] < width && box[1] > pad.top - 6 && box[3] < HEIGHT - pad.bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
@@ -223,8 +227,13 @@ function render({ model, el, signal }) {
       taken.push(box);
       svg.append(draw("text", { x: box[0], y: box[1] + 12, class: "se-strong se-halo", style: `fill:${colour(one)}` }, text));
     }
-    if (!xs.length) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, "no latency was measured yet"));
+    if (!xs.length) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, phrase("compare.no_latency")));
     host.replaceChildren(svg);
+  }
+
+  function foretold(one) {
+    const latency = words.ms(one.latency_ms);
+    return one.speedup ? phrase("compare.planned.latency_and_speedup", { latency, speedup: one.speedup.toFixed(2) }) : phrase("compare.planned.latency", { latency });
   }
 
   /** Points of a contestant as [ms, accuracy, epoch], the result last. */
@@ -238,9 +247,9 @@ function render({ model, el, signal }) {
     const spread = isResult && one.spread_ms !== null ? ` ± ${one.spread_ms.toPrecision(2)}` : "";
     const times = isResult ? one.speedup : null;
     const lines = [`${(100 * accuracy).toFixed(2)} %, ${words.ms(ms)}${spread} ms${times && one.number ? `, ${times.toFixed(2)} ×` : ""}`];
-    if (isResult && one.number && change(one) !== null) lines.push(`${points(100 * change(one), 2)} beside dense`);
-    if (isResult) lines.push(one.images ? `on ${one.images}` : "");
-    else lines.push(`after ${number(epoch, 1)} epochs, on validation images`);
+    if (isResult && one.number && change(one) !== null) lines.push(phrase("compare.point.beside_dense", { difference: points(100 * change(one), 2) }));
+    if (isResult) lines.push(one.images ? phrase("compare.point.on", { images: one.images }) : "");
+    else lines.push(phrase("compare.point.after", { count: Number(number(epoch, 1)), epochs: number(epoch, 1) }));
     return lines.filter(Boolean);
   }
 
@@ -257,7 +266,7 @@ function render({ model, el, signal }) {
     setOne(host, "data-over", spot?.one.number ? "yes" : null);
     if (!spot) return;
     const hidden = new Set(spots.filter((other) => !other.upright && other.one !== spot.one && Math.hypot(other.x - spot.x, other.y - spot.y) < 5).map((other) => other.title));
-    const lines = hidden.size ? [...spot.lines, `Also here: ${[...hidden].join("; ")}`] : spot.lines;
+    const lines = hidden.size ? [...spot.lines, phrase("compare.also_here", { others: [...hidden].join("; ") })] : spot.lines;
     tip.replaceChildren(make("b", {}, spot.title), ...lines.map((line) => make("div", {}, line)));
     const scale = host.clientWidth / width;
     Object.assign(tip.style, { left: `${spot.x * scale}px`, top: `${spot.y}px`, transform: spot.x > width / 2 ? "translate(calc(-100% - 12px), -50%)" : "translate(12px, -50%)" });
@@ -281,7 +290,7 @@ function render({ model, el, signal }) {
   }
 
   function legendEntry(key, one) {
-    const entry = button("", () => choose(key), signal, { class: "se-run-key", title: "Makes this run stand out; arrow keys walk along its evaluations" });
+    const entry = button("", () => choose(key), signal, { class: "se-run-key", title: phrase("compare.legend_tip") });
     entry.append(swatch(one), make("span", {}));
     let at = -1;
     const own = () => spots.filter((spot) => spot.one.key === key);
@@ -345,13 +354,13 @@ function render({ model, el, signal }) {
   }
 
   function makeRow(one) {
-    const name = one.number ? button("", () => choose(one.key), signal, { class: "se-name", title: "Makes this run stand out in the chart" }) : make("span", { class: "se-name" });
+    const name = one.number ? button("", () => choose(one.key), signal, { class: "se-name", title: phrase("compare.choose_tip") }) : make("span", { class: "se-name" });
     name.append(swatch(one), make("span", {}));
     const actions = make("td", { class: "se-acts" });
     if (one.number)
       actions.append(
-        button("Use its distribution", () => model.send({ do: "use", run: one.number }), signal, { "aria-label": `Use its distribution: run ${one.number}`, title: "Puts the sparsities of this run into the equalizer; Undo takes them away" }),
-        button("Download", () => model.send({ do: "pack", run: one.number }), signal, { "aria-label": `Download run ${one.number}` }));
+        button(phrase("compare.use"), () => model.send({ do: "use", run: one.number }), signal, { "aria-label": phrase("compare.use_run", { number: one.number }), title: phrase("compare.use_tip") }),
+        button(phrase("compare.download"), () => model.send({ do: "pack", run: one.number }), signal, { "aria-label": phrase("compare.download_run", { number: one.number }) }));
     return make("tr", { "data-run": one.key }, make("th", { scope: "row" }, name), ...COLUMNS.slice(1).map((_, i) => make("td", { class: i ? "se-num" : null })), actions);
   }
 
@@ -364,7 +373,7 @@ function render({ model, el, signal }) {
     setOne(name.lastElementChild, "title", one.name);
     if (one.number) setOne(name, "aria-pressed", String(isOn));
     const texts = [
-      one.status === "dense" ? "as it came" : one.status,
+      STATUSES[one.status],
       write(one.epochs, (v) => number(v, 1)),
       write(one.accuracy, (v) => (100 * v).toFixed(2)),
       one.number ? write(change(one), (v) => signed(100 * v, 2)) : "–",
@@ -375,14 +384,14 @@ function render({ model, el, signal }) {
       write(one.size_bytes, bytes),
     ];
     texts.forEach((text, i) => say(line.children[i + 1], text));
-    setOne(line.children[3], "title", one.images ? `On ${one.images}` : null);
+    setOne(line.children[3], "title", one.images ? phrase("compare.measured_on", { images: one.images }) : null);
     const actions = line.lastElementChild;
     actions.hidden = !view.actions;
     const download = actions.lastElementChild;
     if (!download) return;
     const has = ["done", "stopped", "failed"].includes(one.status) && one.sparsity !== null;
     download.disabled = view.busy || !has;
-    setOne(download, "title", has ? "Weights (safetensors), recipe (YAML) and measurements (JSON) of this run in one zip file" : "There is a file when the run has a result");
+    setOne(download, "title", has ? phrase("compare.download_tip") : phrase("compare.download_later"));
   }
 
   // A beside B
@@ -413,9 +422,12 @@ function render({ model, el, signal }) {
       const key = [a, b][i].key;
       if (select.value !== key) select.value = key;
     });
-    rewrite(figures, FIGURES.map(([name, of, text, between]) => {
+    rewrite(figures, FIGURES.map(([figure, name, of, text, between]) => {
       const [v, w] = [of(a) ?? null, of(b) ?? null];
-      const cell = (one, value) => (value === null ? (name === "Accuracy" && one.status === "planned" ? "after training" : "–") : `${text(value)}${one.status === "planned" && name !== "Sparsity" ? ", predicted" : ""}`);
+      const cell = (one, value) => {
+        if (value === null) return figure === "accuracy" && one.status === "planned" ? phrase("compare.planned.accuracy_later") : "–";
+        return one.status === "planned" && figure !== "sparsity" ? phrase("compare.planned.figure", { value: text(value) }) : text(value);
+      };
       return [name, cell(a, v), cell(b, w), v === null || w === null ? "–" : between(v, w)];
     }), (cells) => cells);
     const lines = view.layers.map(([key, label]) => [label, a.sparsities[key] ?? null, b.sparsities[key] ?? null]);
@@ -436,17 +448,18 @@ function render({ model, el, signal }) {
   }
 
   function inWords(a, b, lines) {
-    if (a.key === b.key) return "A and B are the same; choose two that differ.";
+    if (a.key === b.key) return phrase("compare.told.same");
     const differ = lines.filter(([, v, w]) => v !== null && w !== null).map(([label, v, w]) => [label, 100 * (w - v)]);
     const more = differ.filter(([, d]) => d >= 0.05).sort((p, q) => q[1] - p[1]);
     const less = differ.filter(([, d]) => d <= -0.05).sort((p, q) => p[1] - q[1]);
     const same = differ.length - more.length - less.length;
-    const count = (n) => `${n} ${n === 1 ? "layer" : "layers"}`;
     const parts = [];
-    if (more.length) parts.push(`sparser in ${count(more.length)}, most in ${more[0][0]} (${points(more[0][1])})`);
-    if (less.length) parts.push(`less sparse in ${count(less.length)}, most in ${less[0][0]} (${points(less[0][1])})`);
-    if (!parts.length) return "A and B have the same sparsity in every layer.";
-    return `B is ${parts.join(", and ")}${same ? `; ${count(same)} the same` : ""}.`;
+    if (more.length) parts.push(phrase("compare.told.sparser", { count: more.length, layer: more[0][0], difference: points(more[0][1]) }));
+    if (less.length) parts.push(phrase("compare.told.less_sparse", { count: less.length, layer: less[0][0], difference: points(less[0][1]) }));
+    const [first, second] = parts;
+    if (first === undefined) return phrase("compare.told.nowhere");
+    if (second === undefined) return same ? phrase("compare.told.one_way_some_same", { how: first, count: same }) : phrase("compare.told.one_way", { how: first });
+    return same ? phrase("compare.told.both_ways_some_same", { first, second, count: same }) : phrase("compare.told.both_ways", { first, second });
   }
 }
 

@@ -5,28 +5,28 @@ const LONGEST = 6; // times as long as it is thin: more than that, and a cell is
 const AHEAD = 4; // bytes in front of the cells: rows and columns
 
 function render({ model, el, signal }) {
-  const root = section(el, "Mask", "se-card se-mask");
+  const root = section(el, phrase("mask.name"), "se-card se-mask");
   const canvas = make("canvas", { role: "img" });
   const tip = make("div", { class: "se-tip", hidden: true });
   const waiting = make("p", { class: "se-hint" });
   const plot = make("div", { class: "se-mask-plot" }, canvas, waiting, tip);
-  const layer = make("select", { title: "The layer whose weights are shown; the same as in the other parts of the page" });
-  const bars = button("Bars", () => set("source", "bars"), signal, { title: "What magnitude pruning would keep at the sparsity of the bar, before any training" });
-  const run = button("Run", () => set("source", "run"), signal, { title: "What the latest run keeps, over time" });
-  const time = make("input", { type: "range", min: 0, max: 0, step: 1, "aria-label": "Moment of the run", title: "Masks at earlier moments of the run; the right end follows the run" });
+  const layer = make("select", { title: phrase("mask.layer_tip") });
+  const bars = button(phrase("mask.bars"), () => set("source", "bars"), signal, { title: phrase("mask.bars_tip") });
+  const run = button(phrase("mask.run"), () => set("source", "run"), signal, { title: phrase("mask.run_tip") });
+  const time = make("input", { type: "range", min: 0, max: 0, step: 1, "aria-label": phrase("mask.moment"), title: phrase("mask.moment_tip") });
   const told = make("output", {});
   const text = make("p", { class: "se-mask-text" });
   const caption = make("p", { class: "se-hint se-mask-caption" });
   root.append(
-    make("div", { class: "se-head" }, make("h2", {}, "Mask"), make("small", {}, "which weights of a layer are alive: rows are outputs, columns inputs"),
-      make("div", { class: "se-push" }, make("div", { class: "se-seg", role: "group", "aria-label": "Masks of" }, bars, run))),
+    make("div", { class: "se-head" }, make("h2", {}, phrase("mask.name")), make("small", {}, phrase("mask.about")),
+      make("div", { class: "se-push" }, make("div", { class: "se-seg", role: "group", "aria-label": phrase("mask.source") }, bars, run))),
     make("div", { class: "se-mask-body" },
       make("figure", {}, plot),
       make("div", { class: "se-mask-side" },
-        make("label", {}, "Layer", layer),
-        make("div", { class: "se-mask-time" }, make("label", {}, "Moment of the run"), time, told),
+        make("label", {}, phrase("mask.layer"), layer),
+        make("div", { class: "se-mask-time" }, make("label", {}, phrase("mask.moment")), time, told),
         text, caption,
-        make("p", { class: "se-hint se-mask-key" }, make("span", { class: "se-mask-ramp", "aria-hidden": "true" }), "none to all weights of a cell alive"))));
+        make("p", { class: "se-hint se-mask-key" }, make("span", { class: "se-mask-ramp", "aria-hidden": "true" }), phrase("mask.key")))));
 
   function set(name, value) {
     model.set(name, value);
@@ -51,9 +51,9 @@ function render({ model, el, signal }) {
   follow(model, ["view", "picture"], update, signal);
 
   function tell(epoch) {
-    const words = epoch === undefined ? "" : `${epoch} epoch${epoch === 1 ? "" : "s"}`;
-    say(told, words);
-    setOne(time, "aria-valuetext", words ? `after ${words}` : null);
+    const epochs = epoch === undefined ? "" : phrase("common.epochs", { count: epoch, epochs: epoch });
+    say(told, epochs);
+    setOne(time, "aria-valuetext", epochs ? phrase("mask.moment_after", { epochs }) : null);
   }
 
   function update() {
@@ -65,7 +65,7 @@ function render({ model, el, signal }) {
     layer.disabled = !labels.length;
     setOne(bars, "aria-pressed", String(view.source === "bars"));
     setOne(run, "aria-pressed", String(view.source === "run"));
-    say(run, view.run ? `Run ${view.run}` : "Run");
+    say(run, view.run ? phrase("mask.run_number", { number: view.run }) : phrase("mask.run"));
     run.disabled = !view.run;
     const times = view.source === "run" ? view.times : [];
     time.disabled = times.length < 2;
@@ -127,20 +127,24 @@ function render({ model, el, signal }) {
     const column = at(event.clientX - box.left, box.width, picture.columns);
     const first = column * cell.columns;
     const last = Math.min(cell.weights, first + cell.columns) - 1;
-    const outputs = span("output", row * cell.rows, Math.min(cell.outputs, (row + 1) * cell.rows) - 1);
-    const inputs = span("input", Math.floor(first / cell.kernel), Math.floor(last / cell.kernel));
+    const outputs = outputsOf(row * cell.rows, Math.min(cell.outputs, (row + 1) * cell.rows) - 1);
+    const inputs = inputsOf(Math.floor(first / cell.kernel), Math.floor(last / cell.kernel));
     const alive = picture.cells[row * picture.columns + column] / 255;
     tip.replaceChildren(
-      make("b", {}, `${outputs}, ${inputs}${cell.grouped ? " of its group" : ""}`),
-      cell.rows * cell.columns === 1 ? (alive ? "alive" : "zero") : `${(100 * alive).toFixed(0)} % of its weights alive`);
+      make("b", {}, cell.grouped ? phrase("mask.cell.place_in_group", { outputs, inputs }) : phrase("mask.cell.place", { outputs, inputs })),
+      cell.rows * cell.columns > 1 ? phrase("mask.cell.alive_share", { share: (100 * alive).toFixed(0) }) : alive ? phrase("mask.cell.alive") : phrase("mask.cell.zero"));
     tip.hidden = false;
     const outer = plot.getBoundingClientRect();
     const [x, y] = [event.clientX - outer.left, event.clientY - outer.top];
     Object.assign(tip.style, { left: `${x}px`, top: `${y}px`, transform: `translate(${x > outer.width / 2 ? "calc(-100% - 12px)" : "12px"}, ${y > outer.height / 2 ? "calc(-100% - 6px)" : "6px"})` });
   }
 
-  function span(word, first, last) {
-    return first === last ? `${word} ${first}` : `${word}s ${first}–${last}`;
+  function outputsOf(first, last) {
+    return first === last ? phrase("mask.cell.output", { number: first }) : phrase("mask.cell.outputs", { first, last });
+  }
+
+  function inputsOf(first, last) {
+    return first === last ? phrase("mask.cell.input", { number: first }) : phrase("mask.cell.inputs", { first, last });
   }
 
   function onWidth(host, redraw) {

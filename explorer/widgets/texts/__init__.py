@@ -89,7 +89,7 @@ def phrase(key: str, /, **values: Any) -> str:
 
     Examples
     --------
-    >>> phrase("mask.epochs", count=1, epochs="1"), phrase("mask.epochs", count=2.5, epochs="2.5")
+    >>> phrase("common.epochs", count=1, epochs="1"), phrase("common.epochs", count=2.5, epochs="2.5")
     ('1 epoch', '2.5 epochs')
     """
     return current().phrase(key, **values)
