@@ -9,7 +9,9 @@ import traitlets as t
 from explorer.widgets import assets
 from explorer.widgets.base import ROOT_LABEL, StateView
 from explorer.widgets.metrics import is_noisy
+from explorer.widgets.runs import images_of
 from explorer.widgets.sharing import MAX_FILE
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from explorer.widgets.runs import RunRecord
@@ -63,50 +65,62 @@ class ResultPanel(StateView):
         result = run.result
         latency = run.latency
         dense = run.dense
-        stopped = ", stopped early" if run.status == "stopped" else ""
+        images = images_of(result.n_evaluated, result.measured_on)
         rows = [
             [
-                "Accuracy",
+                phrase("result.figure.accuracy"),
                 f"{100 * result.dense_accuracy:.2f} %",
                 f"{100 * result.accuracy:.2f} %",
-                f"{100 * (result.accuracy - result.dense_accuracy):+.2f} points",
+                phrase("result.points", points=f"{100 * (result.accuracy - result.dense_accuracy):+.2f}"),
             ],
-            ["Sparsity", "0 %", f"{100 * result.sparsity:.2f} %", f"asked {100 * run.asked:.2f} %"],
+            [
+                phrase("result.figure.sparsity"),
+                "0 %",
+                f"{100 * result.sparsity:.2f} %",
+                phrase("result.asked", sparsity=f"{100 * run.asked:.2f}"),
+            ],
         ]
         if latency is not None and dense is not None:
             value, spread = latency
             rows.append(
                 [
-                    "Latency",
+                    phrase("result.figure.latency"),
                     f"{dense[1]:.3f} ms",
                     f"{value:.3f} ± {spread:.3f} ms",
-                    f"{dense[1] / value:.2f} × faster"
+                    phrase("result.faster", times=f"{dense[1] / value:.2f}")
                     if value <= dense[1]
-                    else f"{value / dense[1]:.2f} × slower",
+                    else phrase("result.slower", times=f"{value / dense[1]:.2f}"),
                 ]
             )
         if run.sizes is not None:
             before, after = run.sizes
             rows.append(
                 [
-                    "Weights, zeros left out",
+                    phrase("result.figure.size"),
                     f"{before / 1e6:.2f} MB",
                     f"{after / 1e6:.2f} MB",
-                    f"{before / after:.1f} × smaller",
+                    phrase("result.smaller", times=f"{before / after:.1f}"),
                 ]
             )
         return base | {
             "downloadable": not state.job.busy,
             "note": self._note(run),
-            "title": f"run {run.number}{stopped}, {result.n_evaluated:,} {result.measured_on} images",
-            "columns": ["", "Dense", "Pruned", "Change"],
+            "title": phrase("result.title_stopped", number=run.number, images=images)
+            if run.status == "stopped"
+            else phrase("result.title", number=run.number, images=images),
+            "columns": [
+                "",
+                phrase("result.column.dense"),
+                phrase("result.column.pruned"),
+                phrase("result.column.change"),
+            ],
             "rows": rows,
             "layers": [
                 [
                     name or ROOT_LABEL,
                     f"{100 * run.distribution[name]:.2f} %",
                     f"{100 * zeros / elements:.2f} %",
-                    f"{zeros:,} of {elements:,}",
+                    phrase("result.zeros_of", zeros=f"{zeros:,}", total=f"{elements:,}"),
                 ]
                 for name, (zeros, elements) in result.achieved.items()
             ],
@@ -116,9 +130,9 @@ class ResultPanel(StateView):
         """Return why a file cannot be saved or loaded now, by what it is; empty where it can."""
         state = self.state
         if state.study is None:
-            return dict.fromkeys(("recipe", "measurements", "report", "load"), "There is no model yet")
-        going_on = f"{state.job.text} is going on" if state.job.busy else ""
-        nothing = "Nothing has been measured yet" if getattr(state.study, "table", None) is None else ""
+            return dict.fromkeys(("recipe", "measurements", "report", "load"), phrase("files.no_model"))
+        going_on = phrase("common.going_on", job=state.job.text) if state.job.busy else ""
+        nothing = phrase("files.not_measured") if getattr(state.study, "table", None) is None else ""
         return {
             "recipe": "",
             "measurements": going_on or nothing,
@@ -130,9 +144,7 @@ class ResultPanel(StateView):
         """Say what dense means, and whether the machine was too busy for the times to mean much."""
         parts = []
         if run.dense is not None and run.dense[0]:
-            parts.append(f"Dense is the fastest of those tried: {run.dense[0]}.")
+            parts.append(phrase("result.note.dense", dense=run.dense[0]))
         if run.latency is not None and is_noisy(*run.latency):
-            parts.append(
-                "The machine was busy while it was timed: half of the times lie further apart than a tenth of the median."
-            )
+            parts.append(phrase("result.note.noisy"))
         return " ".join(parts)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from explorer.errors import DistributionError, FormatError
 from explorer.widgets.targets import KINDS
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from explorer.distribution import SparsityDistribution
@@ -114,12 +115,8 @@ class Shared:
             If the text is anything else, is cut short or damaged, or of a later version.
         """
         if not text.startswith(PREFIX):
-            raise FormatError(
-                f'The address ends in "#{text[:40]}", which is no distribution of this page; it was not used.'
-            )
-        damaged = FormatError(
-            "The distribution in the address is damaged, perhaps cut short on its way; ask for the link again. It was not used."
-        )
+            raise FormatError(phrase("refusal.address.foreign", text=text[:40]))
+        damaged = FormatError(phrase("refusal.address.damaged"))
         body = text.removeprefix(PREFIX)
         if len(text) > MAX_ADDRESS:
             raise damaged
@@ -128,9 +125,7 @@ class Shared:
         except (binascii.Error, ValueError):
             raise damaged from None
         if content and content[0] != _VERSION:
-            raise FormatError(
-                f"The distribution in the address has version {content[0]}, and this page reads version {_VERSION}; it was not used. Save it as a recipe there, and load that here."
-            )
+            raise FormatError(phrase("refusal.address.version", version=content[0], ours=_VERSION))
         if len(content) < _HEAD.size + 2:
             raise damaged
         _, model, layers, kind, target, count, has_groups = _HEAD.unpack_from(content)
@@ -171,7 +166,7 @@ class Shared:
 
         if len(names) != len(self.sparsities) or layers_key(names) != self.layers:
             raise DistributionError(
-                f"The distribution in the address is for a model of {len(self.sparsities)} layers that is not the one on the page, which has {len(names)}. It was not used; choose its model first, then open the link again."
+                phrase("refusal.address.other_layers", count=len(self.sparsities), here=len(names))
             )
         groups = [
             [name for name, number in zip(names, self.groups, strict=True) if number == wanted]
@@ -216,25 +211,30 @@ def read_recipe(
     from explorer.formats import read_distribution
 
     if len(text) > MAX_FILE:
-        raise FormatError(
-            f"The file has {len(text) / 1e6:.1f} million characters; a recipe has a few thousand. Choose a recipe.yaml."
-        )
+        raise FormatError(phrase("refusal.file.too_long", millions=f"{len(text) / 1000000.0:.1f}"))
     found, recipe = read_distribution(text)
-    theirs = f", made for the model {recipe.model!r}," if recipe is not None and recipe.model != model else ""
+    file = (
+        phrase("refusal.file.for_model", model=repr(recipe.model))
+        if recipe is not None and recipe.model != model
+        else phrase("refusal.file.plain")
+    )
     unknown = [name for name in found if name not in set(names)]
     missing = [name for name in names if name not in found]
     if unknown:
         raise DistributionError(
-            f"The file{theirs} does not fit {model!r} on the page, which has no layer {_listed(unknown)}. Choose its model on top of the page first."
+            phrase("refusal.file.no_fit", file=file, model=repr(model), layers=_listed(unknown))
         )
     if missing:
-        raise DistributionError(
-            f"The file{theirs} gives no sparsity for {_listed(missing)}. Add a line for each, with 0 to leave the layer dense."
-        )
+        raise DistributionError(phrase("refusal.file.lacks", file=file, layers=_listed(missing)))
     for name in names:
         if found[name] > highest + 1e-9:
             raise DistributionError(
-                f"{name!r} has sparsity {found[name]:g} in the file; the page takes at most {highest:g}. Lower it and load the file again."
+                phrase(
+                    "refusal.file.too_sparse",
+                    layer=repr(name),
+                    sparsity=f"{found[name]:g}",
+                    highest=f"{highest:g}",
+                )
             )
     ordered: Mapping[str, float] = {name: found[name] for name in names}
     return SparsityDistribution(ordered, found.locked, found.groups), recipe
@@ -243,4 +243,4 @@ def read_recipe(
 def _listed(names: Sequence[str]) -> str:
     """Return a few names, and how many more there are."""
     shown = ", ".join(repr(name[:60]) for name in names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+    return phrase("refusal.file.and_more", names=shown, count=len(names) - 4) if len(names) > 4 else shown

@@ -29,9 +29,10 @@ from explorer.history import History
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
-from explorer.widgets.runs import MAX_RUNS, RunRecord, RunRecorder, renewed
+from explorer.widgets.runs import MAX_RUNS, ORIGINS, STATUSES, RunRecord, RunRecorder, renewed
 from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
 from explorer.widgets.targets import KINDS, TargetKind
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     import threading
@@ -88,10 +89,10 @@ class Choice:
 
 
 DEMO_CHOICES = (
-    Choice("Fashion ResNet, bundled images", "demo:fashion-resnet", "demo:fashion"),
-    Choice("Fashion ResNet, all of Fashion-MNIST", "demo:fashion-resnet", "fashion-mnist"),
-    Choice("ResNet-50 on ImageNet, published losses", "replay:resnet50-imagenet", ""),
-    Choice("MobileNetV1 on ImageNet, published losses", "replay:mobilenet-imagenet", ""),
+    Choice(phrase("choice.fashion_bundled"), "demo:fashion-resnet", "demo:fashion"),
+    Choice(phrase("choice.fashion_all"), "demo:fashion-resnet", "fashion-mnist"),
+    Choice(phrase("choice.resnet50"), "replay:resnet50-imagenet", ""),
+    Choice(phrase("choice.mobilenet"), "replay:mobilenet-imagenet", ""),
 )
 
 _REPLAY = "replay:"
@@ -344,7 +345,7 @@ class ExplorerState(t.HasTraits):
 
     def _load(self, index: int, shared: Shared | None = None) -> None:
         if not 0 <= index < len(self.choices):
-            raise ExplorerError(f"There is no choice {index}; there are {len(self.choices)}.")
+            raise ExplorerError(phrase("refusal.no_choice", number=index, total=len(self.choices)))
         choice = self.choices[index]
 
         def finished(study: Any) -> None:
@@ -354,7 +355,9 @@ class ExplorerState(t.HasTraits):
                 self._take_shared(shared)
             self._grant()
 
-        self._start("load", f"Loading {choice.label}", lambda _stop: self._open_study(choice), finished)
+        self._start(
+            "load", phrase("job.load", choice=choice.label), lambda _stop: self._open_study(choice), finished
+        )
 
     @_guarded
     def select(self, name: str) -> None:
@@ -371,10 +374,10 @@ class ExplorerState(t.HasTraits):
         study = self._need_study()
         self._n_images = n_images
         if n_images < 1:
-            raise ExplorerError(f"The number of images is {n_images}; give at least 1.")
+            raise ExplorerError(phrase("refusal.images", number=n_images))
         self._start(
             "measure",
-            "Measuring how each layer reacts",
+            phrase("job.measure"),
             lambda stop: self._measure(study, n_images, stop),
             lambda _: self._measured(study),
         )
@@ -434,7 +437,7 @@ class ExplorerState(t.HasTraits):
         for name, value in changed.items():
             if name in distribution.locked:
                 raise DistributionError(
-                    f"{name} is locked at {distribution[name]:.1%}; unlock it to change it."
+                    phrase("refusal.locked", layer=name, sparsity=f"{distribution[name]:.1%}")
                 )
             distribution = distribution.set(name, _checked_sparsity(value))
         if changed:
@@ -450,7 +453,7 @@ class ExplorerState(t.HasTraits):
     def type_sparsity(self, names: Sequence[str], text: str) -> None:
         """Take a sparsity for some layers that was typed, in per cent."""
         self._check_layers(names)
-        number = _number(text.replace("%", ""), "a sparsity in per cent between 0 and 99")
+        number = _number(text.replace("%", ""), phrase("refusal.sparsity_accepted"))
         self.edit(dict.fromkeys(names, _checked_sparsity(number / 100)), final=True)
 
     @_guarded
@@ -472,8 +475,8 @@ class ExplorerState(t.HasTraits):
         distribution = self._need_distribution()
         unknown = [name for name in names if name not in distribution]
         if unknown or not names:
-            told = ", ".join(map(repr, unknown)) or "no name"
-            raise DistributionError(f"There is no layer {told}; layers are {', '.join(distribution)}.")
+            told = ", ".join(map(repr, unknown)) or phrase("refusal.no_name")
+            raise DistributionError(phrase("refusal.no_layer", layer=told, layers=", ".join(distribution)))
         return distribution
 
     def _change(self, distribution: Any) -> None:
@@ -494,18 +497,19 @@ class ExplorerState(t.HasTraits):
         known = {snapshot.name for snapshot in self.snapshots}
         name = " ".join(str(name).split())
         if len(name) > MAX_NAME:
-            raise DistributionError(f"The name has {len(name)} characters; give at most {MAX_NAME}.")
+            raise DistributionError(phrase("refusal.name_too_long", count=len(name), limit=MAX_NAME))
         if len(known) >= MAX_SNAPSHOTS and name not in known:
-            raise DistributionError(f"{MAX_SNAPSHOTS} distributions are kept already; forget one first.")
+            raise DistributionError(phrase("refusal.too_many_kept", limit=MAX_SNAPSHOTS))
         self._remember()
         self._history.snapshot(name or _unused(self._described(), known))
         self._refresh_snapshots()
 
     def _described(self) -> str:
-        word = {"solved": "solved", "uniform": "uniform"}.get(self.origin, "by hand")
+        origin = ORIGINS.get(self.origin, ORIGINS["mine"])
         if self.prediction is not None and self.prediction.speedup is not None:
-            return f"{word}, {self.prediction.speedup:.2f} ×"
-        return f"{word}, {_mean_sparsity(self.layers, self.distribution):.1%}"
+            return phrase("kept.at_speedup", origin=origin, speedup=f"{self.prediction.speedup:.2f}")
+        sparsity = _mean_sparsity(self.layers, self.distribution)
+        return phrase("kept.at_sparsity", origin=origin, sparsity=f"{sparsity:.1%}")
 
     @_guarded
     def take_snapshot(self, name: str) -> None:
@@ -522,7 +526,7 @@ class ExplorerState(t.HasTraits):
     def compare_with(self, name: str) -> None:
         """Draw a kept distribution behind the bars; with an empty name the uniform one."""
         if name and name not in self._history.snapshots:
-            raise DistributionError(f"No distribution is kept as {name!r}.")
+            raise DistributionError(phrase("refusal.not_kept", name=repr(name)))
         self.compared = name
 
     def _refresh_snapshots(self) -> None:
@@ -535,7 +539,7 @@ class ExplorerState(t.HasTraits):
     def choose_target(self, kind: str) -> None:
         """Solve for another kind of target from now on; what the distribution on the page has of it stands there first."""
         if kind not in KINDS:
-            raise DistributionError(f"There is no target {kind!r}; there are {', '.join(KINDS)}.")
+            raise DistributionError(phrase("refusal.no_target", target=repr(kind), targets=", ".join(KINDS)))
         self.target_kind = kind
         self._refresh_target()
 
@@ -567,17 +571,26 @@ class ExplorerState(t.HasTraits):
         """Return the target that was typed, in the unit of the page."""
         kind, limits = KINDS[self.target_kind], self.target_limits()
         if limits is None:
-            within = f"of at least {kind.words(kind.least)}"
+            within = phrase("refusal.target.at_least", least=kind.words(kind.least))
         elif self.target_kind == "speedup":
-            within = f"between {limits[0]:.1f} and {limits[1]:.1f}"
+            within = phrase("refusal.target.between", low=f"{limits[0]:.1f}", high=f"{limits[1]:.1f}")
         else:
-            within = f"between {kind.words(limits[0])} and {kind.words(limits[1])}"
-        number = _number(str(text).removesuffix(kind.unit), f"a {kind.label} {within}")
+            within = phrase("refusal.target.between", low=kind.words(limits[0]), high=kind.words(limits[1]))
+        number = _number(
+            str(text).removesuffix(kind.unit),
+            phrase("refusal.target.accepted", kind=kind.label, within=within),
+        )
         if not self.measured:
-            raise DistributionError(f"A {kind.label} is solved from measured curves; press Measure first.")
+            raise DistributionError(phrase("refusal.target.measure_first", kind=kind.label))
         if not kind.least <= number <= kind.most:
             raise DistributionError(
-                f"The {kind.label} asked for is {number:g} {kind.unit}; give a number {within}."
+                phrase(
+                    "refusal.target.out_of_range",
+                    kind=kind.label,
+                    number=f"{number:g}",
+                    unit=kind.unit,
+                    within=within,
+                )
             )
         return number
 
@@ -629,7 +642,7 @@ class ExplorerState(t.HasTraits):
             self._take(solved, "solved")
             self._say(f"Solved for {words}: predicted {self.prediction.speedup:.2f} ×.")
 
-        self._start("solve", f"Solving for {words}", work, finished)
+        self._start("solve", phrase("job.solve", target=words), work, finished)
 
     @_guarded
     def make_uniform(self) -> None:
@@ -684,9 +697,7 @@ class ExplorerState(t.HasTraits):
             return
         keys = [model_key(choice.model, choice.data) for choice in self.choices]
         if shared.model not in keys:
-            raise DistributionError(
-                "The distribution in the address is for a model that this page does not offer; it was not used."
-            )
+            raise DistributionError(phrase("refusal.address.other_model"))
         self._load(keys.index(shared.model), shared)
 
     def _take_shared(self, shared: Shared) -> None:
@@ -716,7 +727,7 @@ class ExplorerState(t.HasTraits):
 
         self._start(
             "read",
-            "Reading the recipe",
+            phrase("job.read"),
             lambda _stop: read_recipe(text, names, MAX_SPARSITY, model),
             finished,
         )
@@ -755,14 +766,14 @@ class ExplorerState(t.HasTraits):
         """Prune the model to the distribution on the page while it trains, with `settings` as they were typed, of which wrong ones start nothing; or begin a `PruningRun` that was `given`, whose distribution comes onto the page."""
         study = self._need_study()
         if given is not None and given.state != "ready":
-            raise RunError(f"This run is {given.state}; show one that has not begun.")
+            raise RunError(phrase("refusal.run.begun", status=STATUSES.get(given.state, given.state)))
         if settings is not None:
             self.options = _checked_options(settings)
         if given is not None and not self.job.busy:
             self._take(self._need_distribution().replace(given.asked), "mine")
         distribution = self._need_distribution()
         if getattr(study, "data", None) is None:
-            raise RunError("This study has no data to train on; make it with Study(model, data).")
+            raise RunError(phrase("refusal.no_data"))
         number = self.run.number + 1 if self.run else 1
         asked = _mean_sparsity(self.layers, distribution)
         options = self.options if given is None else _options_of(given.settings)
@@ -786,7 +797,7 @@ class ExplorerState(t.HasTraits):
                 f"Run {last.number} {words}: accuracy {_percent(last.accuracy)}, sparsity {last.sparsity:.1%}."
             )
 
-        self._start("prune", f"Pruning, run {number}", work, finished)
+        self._start("prune", phrase("job.prune", number=number), work, finished)
         if self.job.kind == "prune":
             self.run = record
 
@@ -823,9 +834,7 @@ class ExplorerState(t.HasTraits):
         finally:
             self._pruning = None
         last = recorder.record
-        self._publisher.post(
-            "job", functools.partial(self._tell, "Timing the result beside the dense network")
-        )
+        self._publisher.post("job", functools.partial(self._tell, phrase("job.time")))
         return dataclasses.replace(
             last, final=study.final_latency(last.result), sizes=_sizes(study, last.result)
         )
@@ -853,8 +862,8 @@ class ExplorerState(t.HasTraits):
         for run in self.runs:
             if run.number == number:
                 return run
-        told = ", ".join(str(run.number) for run in self.runs) or "none yet"
-        raise RunError(f"There is no run {number} on the page; the runs are {told}.")
+        told = ", ".join(str(run.number) for run in self.runs) or phrase("refusal.run.none_yet")
+        raise RunError(phrase("refusal.run.unknown", number=number, runs=told))
 
     @_guarded
     def use_run(self, number: int) -> None:
@@ -911,9 +920,9 @@ class ExplorerState(t.HasTraits):
         study = self._need_study()
         run = self.run if number is None else self._kept_run(number)
         if run is None:
-            raise RunError("There is no result yet; start a run and let it finish, or stop it.")
+            raise RunError(phrase("refusal.run.no_result"))
         if run.result is None:
-            raise RunError(f"Run {run.number} has no result yet; let it finish, or stop it.")
+            raise RunError(phrase("refusal.run.no_result_of", number=run.number))
         result, number, times = run.result, run.number, run.final
         filename = f"{_file_name(study.model.name)}-run{number}.zip"
 
@@ -940,13 +949,10 @@ class ExplorerState(t.HasTraits):
         def finished(packed: tuple[str, bytes | None]) -> None:
             folder, content = packed
             if content is None:
-                raise ExplorerError(
-                    f"The result is larger than {MAX_DOWNLOAD >> 20} MiB, the most that is sent through this page. "
-                    f"It is in the folder {folder} of the machine that runs the kernel; copy it from there."
-                )
+                raise ExplorerError(phrase("refusal.too_large", size=MAX_DOWNLOAD >> 20, folder=folder))
             self._offer(filename, content)
 
-        self._start("pack", "Packing the result", work, finished)
+        self._start("pack", phrase("job.pack"), work, finished)
 
     @_guarded
     def save(self, what: str) -> None:
@@ -960,10 +966,10 @@ class ExplorerState(t.HasTraits):
             self._offer(f"{begin}-{kind}.yaml", _recipe_text(study, distribution, settings).encode())
         elif what == "measurements":
             if study.table is None:
-                raise ExplorerError("Nothing has been measured yet; press Measure first.")
+                raise ExplorerError(phrase("refusal.not_measured"))
             self._start(
                 "pack",
-                "Writing the measurements",
+                phrase("job.write_measurements"),
                 lambda _stop: _measurements(study),
                 lambda text: self._offer(f"{begin}-measurements.csv", text.encode()),
             )
@@ -976,12 +982,12 @@ class ExplorerState(t.HasTraits):
             run = next(of_these, None)
             self._start(
                 "pack",
-                "Writing the report",
+                phrase("job.write_report"),
                 lambda _stop: _report(study, run, distribution, settings),
                 lambda content: self._offer(f"{begin}-report.html", content),
             )
         else:
-            raise ExplorerError(f"There is no file {what!r}; there are recipe, measurements and report.")
+            raise ExplorerError(phrase("refusal.no_file", file=repr(what)))
 
     def _offer(self, filename: str, content: bytes) -> None:
         self.package = Package((self.package.number if self.package else 0) + 1, filename, content)
@@ -1018,10 +1024,9 @@ class ExplorerState(t.HasTraits):
         # torch says the same in an error of its own.
         short_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         self.error = (
-            "There was not enough memory for this. Measure on fewer images or take a smaller model; whoever started the app can give each "
-            "user more with --memory-per-user."
+            phrase("refusal.memory")
             if short_of_memory
-            else f"Something unexpected happened ({type(error).__name__}: {error}). The log below has the details."
+            else phrase("refusal.unexpected", kind=type(error).__name__, error=error)
         )
         for line in "".join(traceback.format_exception(error)).splitlines():
             self._say(line)
@@ -1044,9 +1049,7 @@ class ExplorerState(t.HasTraits):
         finished: Callable[[Any], None],
     ) -> None:
         if self._jobs.running:
-            raise ExplorerError(
-                f"{self.job.text or 'A job'} is still going on; stop it or let it finish first."
-            )
+            raise ExplorerError(phrase("refusal.busy", job=self.job.text or phrase("job.some")))
         self.error = ""
         # It shares the worker: what is asked for comes first.
         self._idle_jobs.stop()
@@ -1165,9 +1168,7 @@ class ExplorerState(t.HasTraits):
     def adopt_worthwhile(self, index: int) -> None:
         """Adopt a distribution of the frontier."""
         if not 0 <= index < len(self.frontier):
-            raise DistributionError(
-                f"The frontier has {len(self.frontier)} distributions; there is no number {index}."
-            )
+            raise DistributionError(phrase("refusal.no_point", count=len(self.frontier), number=index))
         chosen = self.frontier[index]
         # The uniform one to compare with is worked out when there is time: a slider does not wait.
         self.ghost = None
@@ -1256,7 +1257,7 @@ class ExplorerState(t.HasTraits):
         """Adopt what the search has found."""
         found = self.search
         if found is None or found.distribution == self.distribution:
-            raise DistributionError("The search has not found a better distribution yet.")
+            raise DistributionError(phrase("refusal.nothing_better"))
         self._idle_jobs.stop()
         # What it leads to is not searched again, with the same networks.
         self._searched = found.distribution
@@ -1281,7 +1282,7 @@ class ExplorerState(t.HasTraits):
 
     def _need_study(self) -> Any:
         if self.study is None:
-            raise ExplorerError("There is no model on the page yet; choose one first.")
+            raise ExplorerError(phrase("refusal.no_model"))
         return self.study
 
     def _need_distribution(self) -> Any:
@@ -1332,12 +1333,12 @@ class ExplorerState(t.HasTraits):
     def _refresh_facts(self) -> None:
         study = self.study
         threads = study.threads
-        parts = [study.model.name, f"{len(study.layers)} layers"]
+        parts = [study.model.name, phrase("common.layers", count=len(study.layers))]
         if getattr(study, "data", None) is not None:
             parts.insert(1, study.data.name)
-        parts.append(f"batch {study.batch_size}")
+        parts.append(phrase("common.batch", size=study.batch_size))
         if threads:
-            parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+            parts.append(phrase("common.threads", count=threads))
         self.facts = " · ".join(parts)
 
 
@@ -1374,25 +1375,43 @@ def _number(value: Any, accepted: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise DistributionError(f'"{value}" is not a number; give {accepted}.')
+        raise DistributionError(phrase("refusal.not_a_number", given=value, accepted=accepted))
     return number
 
 
 def _checked_sparsity(value: float) -> float:
     if not 0 <= value <= MAX_SPARSITY + 1e-9:
         raise DistributionError(
-            f"{value:.1%} is out of range; give a sparsity between 0 and {MAX_SPARSITY:.0%}."
+            phrase("refusal.sparsity_range", given=f"{value:.1%}", highest=f"{MAX_SPARSITY:.0%}")
         )
     return min(float(value), MAX_SPARSITY)
 
 
-_OPTION_LIMITS: dict[str, tuple[float, float, bool, str]] = {
-    "epochs": (0.1, 1000, False, "epochs between 0.1 and 1000"),
-    "learning_rate": (1e-6, 10, False, "a peak learning rate between 0.000001 and 10"),
-    "stabilise": (0, 0.9, False, "a share of the run between 0 and 0.9"),
-    "ramp": (0, 1, False, "a share of the run between 0 and 1"),
-    "update_every": (1, 100_000, True, "a whole number of steps, at least 1"),
-    "seed": (0, 2**31 - 1, True, "a whole number, at least 0"),
+_OPTION_LIMITS: dict[str, tuple[float, float, bool, str, str]] = {
+    "epochs": (0.1, 1000, False, phrase("refusal.option.epochs"), phrase("refusal.option.epochs_accepted")),
+    "learning_rate": (
+        1e-6,
+        10,
+        False,
+        phrase("refusal.option.learning_rate"),
+        phrase("refusal.option.learning_rate_accepted"),
+    ),
+    "stabilise": (
+        0,
+        0.9,
+        False,
+        phrase("refusal.option.stabilise"),
+        phrase("refusal.option.stabilise_accepted"),
+    ),
+    "ramp": (0, 1, False, phrase("refusal.option.ramp"), phrase("refusal.option.ramp_accepted")),
+    "update_every": (
+        1,
+        100_000,
+        True,
+        phrase("refusal.option.update_every"),
+        phrase("refusal.option.update_every_accepted"),
+    ),
+    "seed": (0, 2**31 - 1, True, phrase("refusal.option.seed"), phrase("refusal.option.seed_accepted")),
 }
 
 
@@ -1401,21 +1420,23 @@ def _checked_options(given: Mapping[str, Any]) -> RunOptions:
     values: dict[str, Any] = {}
     for name, text in given.items():
         if name not in _OPTION_LIMITS:
-            raise RunError(f"There is no setting {name!r}; there are {', '.join(_OPTION_LIMITS)}.")
+            raise RunError(
+                phrase("refusal.option.unknown", option=repr(name), options=", ".join(_OPTION_LIMITS))
+            )
         if text is None or str(text).strip() == "":
             continue
-        low, high, whole, accepted = _OPTION_LIMITS[name]
+        low, high, whole, shown, accepted = _OPTION_LIMITS[name]
         try:
             number = float(str(text).strip().replace(",", "."))
         except ValueError:
             number = math.nan
         if not (low <= number <= high) or (whole and number != int(number)):
-            raise RunError(f'{name.replace("_", " ")} is "{text}"; give {accepted}.')
+            raise RunError(phrase("refusal.option.wrong", option=shown, given=text, accepted=accepted))
         values[name] = int(number) if whole else number
     options = RunOptions(**values)
     if options.stabilise + options.ramp > 1:
         raise RunError(
-            f"stabilise {options.stabilise:g} and ramp {options.ramp:g} are shares of one run and add up to more than 1; lower one."
+            phrase("refusal.option.shares", stabilise=f"{options.stabilise:g}", ramp=f"{options.ramp:g}")
         )
     return options
 

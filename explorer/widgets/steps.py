@@ -19,6 +19,7 @@ from explorer.widgets.pareto_strip import ParetoStrip
 from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.state import ExplorerState
+from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,9 +45,7 @@ def state_of(source: Any) -> ExplorerState:
     if isinstance(source, ExplorerState):
         return source
     if not _is_study(source):
-        raise ExplorerError(
-            f"{source!r} is no study; give explorer.Study(model, data), or explorer.Study.replay(name)."
-        )
+        raise ExplorerError(phrase("refusal.no_study", given=repr(source)))
     state = _STATES.get(id(source))
     if state is None or state.study is not source:
         state = _STATES[id(source)] = ExplorerState(source, scheduler=kernel_scheduler())
@@ -141,9 +140,7 @@ class RunMonitor(Step):
     def __init__(self, source: Any) -> None:
         run = source if hasattr(source, "total_steps") else None
         if run is not None and getattr(run, "study", None) is None:
-            raise ExplorerError(
-                "This run was not made by Study.prune, so there is nothing to time it beside; show RunMonitor(study), and start it there."
-            )
+            raise ExplorerError(phrase("refusal.foreign_run"))
         super().__init__(source if run is None else run.study)
         if run is not None:
             self.state.start_run(run)

@@ -1,9 +1,9 @@
 // Files of what there is now, to take along, and a recipe to bring back.
 
 const SAVES = [
-  ["recipe", "Save recipe", "The sparsity of each layer and how to train, as YAML: load it here again, or run it with sparsity-explorer prune --recipe"],
-  ["measurements", "Save measurements", "Every measured point as CSV: layer, sparsity, kind, value, spread"],
-  ["report", "Save report", "Figures, charts and recipe as one HTML file that opens anywhere, without this page"],
+  ["recipe", phrase("files.recipe"), phrase("files.recipe_tip")],
+  ["measurements", phrase("files.measurements"), phrase("files.measurements_tip")],
+  ["report", phrase("files.report"), phrase("files.report_tip")],
 ];
 
 function bytes(size) {
@@ -14,25 +14,25 @@ function bytes(size) {
 /** Make the row. Returns its element and `update(view)`. */
 function filesRow(model, signal) {
   const saves = SAVES.map(([what, label, help]) => [what, help, button(label, () => model.send({ do: "save", what }), signal)]);
-  const input = make("input", { type: "file", accept: ".yaml,.yml,.json,application/yaml,application/json", hidden: true, "aria-label": "Recipe file" });
-  const load = button("Load a recipe", () => input.click(), signal);
-  const limit = `YAML or JSON, at most ${bytes(model.get("max_file"))}`;
+  const input = make("input", { type: "file", accept: ".yaml,.yml,.json,application/yaml,application/json", hidden: true, "aria-label": phrase("files.recipe_file") });
+  const load = button(phrase("files.load"), () => input.click(), signal);
+  const limit = phrase("files.limit", { size: bytes(model.get("max_file")) });
   const hint = make("span", { class: "se-hint" }, limit);
   // Its own place, so that nothing moves when it speaks.
   const said = make("p", { class: "se-hint se-files-said", role: "alert" });
-  const element = make("div", { class: "se-files", role: "group", "aria-label": "Files" }, ...saves.map(([, , one]) => one), make("span", { class: "se-files-load" }, load, input, hint), said);
+  const element = make("div", { class: "se-files", role: "group", "aria-label": phrase("files.name") }, ...saves.map(([, , one]) => one), make("span", { class: "se-files-load" }, load, input, hint), said);
 
   async function send(file) {
     say(said, "");
     const most = model.get("max_file");
     if (file.size > most) {
-      say(said, `${file.name} has ${bytes(file.size)}, and at most ${bytes(most)} are sent. A recipe is a short text: choose the recipe.yaml of a result, or a file that Save recipe made.`);
+      say(said, phrase("files.too_large", { file: file.name, size: bytes(file.size), limit: bytes(most) }));
       return;
     }
     try {
       model.send({ do: "load_recipe", text: await file.text() });
     } catch {
-      say(said, `${file.name} could not be read; check that it is still there, and choose it again.`);
+      say(said, phrase("files.unreadable", { file: file.name }));
     }
   }
   input.addEventListener("change", () => {
@@ -45,11 +45,11 @@ function filesRow(model, signal) {
     const why = view.files ?? {};
     for (const [what, help, one] of saves) {
       one.disabled = Boolean(why[what]);
-      setOne(one, "title", why[what] ? `${help}. ${why[what]}.` : help);
+      setOne(one, "title", why[what] ? phrase("files.tip_not_now", { help, why: why[what] }) : help);
     }
     load.disabled = Boolean(why.load);
-    const help = "Take the bars and the settings of a run from a recipe, or the bars from a distribution; Undo brings the present ones back";
-    setOne(load, "title", why.load ? `${help}. ${why.load}.` : help);
+    const help = phrase("files.load_tip");
+    setOne(load, "title", why.load ? phrase("files.tip_not_now", { help, why: why.load }) : help);
   }
   return { element, update };
 }

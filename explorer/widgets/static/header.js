@@ -1,19 +1,20 @@
 // The top of the page: what it is about, the five steps, the theme.
 
-const STEPS = ["Model", "Sensitivity", "Distribution", "Prune", "Result"];
+const STEPS = [phrase("header.step.model"), phrase("header.step.sensitivity"), phrase("header.step.distribution"), phrase("header.step.prune"), phrase("header.step.result")];
+const STATES = { done: phrase("header.state.done"), now: phrase("header.state.now"), later: phrase("header.state.later") };
 const BEAT_MS = 20000;
 
 function render({ model, el, signal }) {
   dress();
-  const root = make("div", { class: "se se-header" });
+  const root = make("div", { class: "se se-header", lang: LANGUAGE });
   el.replaceChildren(root);
   // The page around us cannot give its own box a role, so the first widget does: one main landmark, named.
   const app = el.closest(".se-app");
-  if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": "Sparsity Explorer" });
-  if (document.body.dataset.voila !== undefined) document.title = "Sparsity Explorer";
+  if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": phrase("header.name") });
+  if (document.body.dataset.voila !== undefined) document.title = phrase("header.name");
 
   const list = make("ol", {});
-  const nav = make("nav", { "aria-label": "Steps" }, list);
+  const nav = make("nav", { "aria-label": phrase("header.steps") }, list);
   STEPS.forEach((step, i) => {
     const go = button("", () => {
       const target = app?.querySelector(`[data-se-step="${i + 1}"]`);
@@ -23,7 +24,7 @@ function render({ model, el, signal }) {
     go.append(make("span", { class: "se-dot", "aria-hidden": "true" }), step, make("span", { class: "se-hidden" }));
     list.append(make("li", {}, go));
   });
-  const choice = make("select", { "aria-label": "Model and data", title: "Model and data. Loading another one starts afresh." });
+  const choice = make("select", { "aria-label": phrase("header.choice"), title: phrase("header.choice_tip") });
   choice.addEventListener("change", () => model.send({ do: "load", index: choice.selectedIndex }), { signal });
   const toggle = button("", () => {
     const next = theme() === "dark" ? "light" : "dark";
@@ -34,16 +35,16 @@ function render({ model, el, signal }) {
     }
     document.documentElement.dataset.seTheme = next;
     dressed();
-  }, signal, { class: "se-square se-plain", title: "Light or dark" });
+  }, signal, { class: "se-square se-plain", title: phrase("header.theme_tip") });
   function dressed() {
     const dark = document.documentElement.dataset.seTheme === "dark";
     say(toggle, dark ? "☀" : "☾");
-    setOne(toggle, "aria-label", dark ? "Use light colours" : "Use dark colours");
+    setOne(toggle, "aria-label", dark ? phrase("header.light") : phrase("header.dark"));
   }
   dressed();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dress(); dressed(); }, { signal });
 
-  const title = make("div", { class: "se-title" }, logo(), make("h1", {}, "Sparsity Explorer"));
+  const title = make("div", { class: "se-title" }, logo(), make("h1", {}, phrase("header.name")));
   root.append(title, nav, make("div", { class: "se-head-right" }, choice, toggle));
 
   follow(model, ["view"], () => {
@@ -57,7 +58,7 @@ function render({ model, el, signal }) {
       const go = list.children[i].firstElementChild;
       setOne(go, "data-state", state);
       setOne(go, "aria-current", state === "now" ? "step" : null);
-      say(go.lastElementChild, { done: " (done)", now: " (current)", later: " (later)" }[state] ?? "");
+      say(go.lastElementChild, STATES[state] ? ` ${STATES[state]}` : "");
     });
   }, signal);
 

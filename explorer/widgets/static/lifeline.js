@@ -10,8 +10,8 @@ function lifeline(signal) {
   if (document.body.dataset.voila === undefined || config === null) return { sent() {}, answered() {} };
   const { baseUrl, kernelId } = JSON.parse(config.textContent);
   const text = make("p", {});
-  const again = button("Reload", () => location.reload(), signal, { class: "se-primary" });
-  const notice = make("div", { class: "se se-lifeline" }, make("div", { role: "alert" }, text), again);
+  const again = button(phrase("lifeline.reload"), () => location.reload(), signal, { class: "se-primary" });
+  const notice = make("div", { class: "se se-lifeline", lang: LANGUAGE }, make("div", { role: "alert" }, text), again);
   notice.hidden = true;
   document.body.append(notice);
   const server = { unheard: 0 };
@@ -20,11 +20,11 @@ function lifeline(signal) {
 
   function show() {
     const words = ended
-      ? "The kernel of this page has ended, for example because memory ran out. What stands here can be read, but what was not downloaded is lost. Reload to start again."
+      ? phrase("lifeline.ended")
       : server.unheard > 1
-        ? "The server of the app does not answer: it was ended, or the connection is lost. The page goes on by itself if it comes back within half a minute."
+        ? phrase("lifeline.unheard")
         : unanswered >= MISSED_BEATS
-          ? "The kernel of this page has not answered for a minute. Wait, or reload to start again; what was not downloaded is then lost."
+          ? phrase("lifeline.unanswered")
           : "";
     notice.hidden = words === "";
     say(text, words);
