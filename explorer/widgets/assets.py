@@ -3,8 +3,8 @@
 A widget's module is one file of `static/` behind the shared ones that it uses; its style sheet stands behind the shared theme. They
 are read once, when the widget's class is made, and travel to the page with the widget: nothing is fetched from anywhere.
 
-Where a module says ``phrase("equalizer.lock.tip")`` the page gets ``phrase("A locked layer ...")``, in the chosen language: no module
-carries sentences that it does not use, and a key that does not exist is found here, before there is a page.
+Where a module says ``phrase("equalizer.lock_tip")`` the page gets the sentence itself, in the chosen language: no module carries sentences
+that it does not use, and a key that does not exist is found here, before there is a page.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import re
 from functools import cache
 from importlib.resources import files
 
-from explorer.widgets.texts import Texts, current
+from explorer.widgets.texts import Texts, current, placeholders
 
 _COMMENT = re.compile(r"//.*|/\*[^*]*(\*(?!/)[^*]*)*\*/")
 """A line that is nothing but a comment: they travel with each widget that shares a source, and there are a dozen."""
 
 
-_PHRASE = re.compile(r"""(?<!function )\bphrase\((?:"([^"]*)")?""")
-"""Where a module uses a sentence, and its key."""
+_PHRASE = re.compile(r"""(?<!function )\bphrase\((?:"([^"]*)"(\))?)?""")
+"""Where a module uses a sentence: its key, and the end of the call where no values follow."""
 
 
 @cache
@@ -43,18 +43,37 @@ def keys_of(source: str) -> list[str]:
     ValueError
         If one is worked out while the page runs; then nobody could tell which sentences have to travel.
     """
-    keys = _PHRASE.findall(source)
+    keys = [found[1] or "" for found in _PHRASE.finditer(source)]
     if "" in keys:
         raise ValueError('A module asks for a sentence by a key that is no literal; write phrase("...").')
     return keys
 
 
 def worded(source: str, texts: Texts) -> str:
-    """Return the source of a module with its sentences in place of their keys."""
+    """Return the source of a module with its sentences in place of their keys; one without placeholders stands there by itself.
+
+    Raises
+    ------
+    KeyError
+        If there is no such sentence.
+    ValueError
+        If a key is worked out, or a sentence with placeholders is given no values.
+    """
     keys_of(source)
-    return _PHRASE.sub(
-        lambda found: f"phrase({json.dumps(texts.sentence(found[1]), ensure_ascii=False)}", source
-    )
+    return _PHRASE.sub(lambda found: _sentence(found[1], bool(found[2]), texts), source)
+
+
+def _sentence(key: str, is_whole: bool, texts: Texts) -> str:
+    """Return what stands in a module for ``phrase("key")`` when it `is_whole`, else for its beginning up to the key."""
+    sentence = texts.sentence(key)
+    literal = json.dumps(sentence, ensure_ascii=False)
+    if not is_whole:
+        return f"phrase({literal}"
+    if placeholders(sentence):
+        raise ValueError(
+            f"A module gives the text {key!r} no values; it has {', '.join(sorted(placeholders(sentence)))}."
+        )
+    return literal
 
 
 def module(name: str, *shared: str) -> str:

@@ -39,7 +39,7 @@ function say(element, text) {
 const plurals = new Intl.PluralRules(LANGUAGE);
 
 /**
- * A sentence of the page. In the source its key stands here, see explorer/widgets/texts; the page gets the sentence itself.
+ * A sentence of the page. In the source its key stands here, see explorer/widgets/texts; the page gets the sentence itself, see assets.py.
  * `values` fill its placeholders; where it has plural forms, `values.count` chooses one.
  */
 function phrase(sentence, values = {}) {

@@ -2,7 +2,7 @@
 
 /** Make the row. Returns its element and `update(view)`. */
 function keptRow(gesture, signal) {
-  const name = make("input", { type: "text", size: 14, maxlength: 40, placeholder: phrase("kept.placeholder"), "aria-label": phrase("kept.name") });
+  const name = make("input", { type: "text", size: 17, maxlength: 40, placeholder: phrase("kept.placeholder"), "aria-label": phrase("kept.name") });
   const keep = button(phrase("kept.keep"), () => { gesture("keep", { name: name.value }); name.value = ""; }, signal, { title: phrase("kept.keep_tip") });
   name.addEventListener("keydown", (event) => { if (event.key === "Enter") keep.click(); }, { signal });
   const chips = make("div", { class: "se-chips", role: "group", "aria-label": phrase("kept.all") });

@@ -49,7 +49,7 @@ class Texts:
     language : str
         A tag such as "de" or "pt-BR".
     sentences : mapping of str to Sentence
-        By key, as in "equalizer.lock.tip".
+        By key, as in "equalizer.lock_tip".
     """
 
     language: str
@@ -116,7 +116,7 @@ def read_texts(language: str, folder: Path = _FOLDER) -> Texts:
     Raises
     ------
     ExplorerError
-        If there is no such file, or it is not of the form of `en.json`: the message names file and key.
+        If there is no such file or language, or the file is not of the form of `en.json`: the message names file and key.
 
     Examples
     --------
@@ -133,6 +133,7 @@ def read_texts(language: str, folder: Path = _FOLDER) -> Texts:
             f"There are no texts for the language {language!r} in {folder}; there are {', '.join(known)}. "
             "Set SPARSITY_EXPLORER_LANGUAGE to one of them, or SPARSITY_EXPLORER_TEXTS to the folder that has the file."
         )
+    _plural_form(language)
     translated = _flat(_load(path), path)
     for key, sentence in translated.items():
         _check(key, sentence, english, path)
@@ -164,14 +165,20 @@ def fill(sentence: Sentence, key: str, values: Mapping[str, Any], language: str)
     return _PLACEHOLDER.sub(lambda found: str(values[found[1]]), form)
 
 
+@cache
 def _plural_form(language: str) -> Callable[[float], str]:
     """Return which plural form a number takes in a language."""
     if language == ENGLISH:
         return lambda number: "one" if number == 1 else OTHER
     # The rules of all languages; imported late, because English needs none of them.
-    from babel import Locale
+    from babel import Locale, UnknownLocaleError
 
-    return Locale(language.split("-", maxsplit=1)[0]).plural_form
+    try:
+        return Locale(language.split("-", maxsplit=1)[0]).plural_form
+    except UnknownLocaleError:
+        raise ExplorerError(
+            f"{language!r} is no language whose plural forms are known; name the file by a tag such as de or pt-BR."
+        ) from None
 
 
 def _check(key: str, sentence: Sentence, english: Mapping[str, Sentence], path: Path) -> None:
