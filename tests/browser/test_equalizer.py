@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from explorer.distribution import PredictionTables, SparsityDistribution, predic
 from explorer.models import PrunableLayer
 from explorer.sensitivity import SensitivityPoint, SensitivityTable
 from explorer.sensitivity.points import WHOLE_NETWORK
+from explorer.widgets import assets
 
 pytestmark = pytest.mark.browser
-
-STATIC = Path(__file__).parents[2] / "explorer" / "widgets" / "static"
 
 
 def bar(page: Page, name: str):
@@ -51,8 +49,7 @@ def test_the_page_predicts_what_the_kernel_predicts(page: Page) -> None:
     tables = PredictionTables.of(layers, table, other_params=7).to_page(digits=15)
     assert {*tables["curves"]} == {"kl", "loss", "accuracy", "latency_ms"}
     page.goto("about:blank")
-    for part in ("dom.js", "predict.js"):
-        page.add_script_tag(content=(STATIC / part).read_text(encoding="utf-8"))
+    page.add_script_tag(content=assets.module("predict"))
     for _ in range(20):
         values = [round(float(v), 3) for v in random.choice([0.0, 0.3, 0.5, 0.873, 0.99, 0.955], 3)]
         got = page.evaluate("([tables, values]) => predict(tables, values)", [tables, values])

@@ -99,6 +99,7 @@ def test_in_another_language_nothing_is_left_in_english_and_nothing_overflows(
     page.get_by_role("slider", name="block3.conv2").wait_for(timeout=60_000)
     assert set(page.locator(".se[lang]").evaluate_all("all => all.map((one) => one.lang)")) == {LANGUAGE}
     assert page.locator(".se:not([lang])").count() == 0
+    expect(page.locator("html")).to_have_attribute("lang", LANGUAGE)
     check("before anything is measured")
     page.locator(".se-measure").click()
     expect(page.locator(".se-now")).to_contain_text("Next: drag the bars", timeout=30_000)

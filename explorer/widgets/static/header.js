@@ -11,7 +11,10 @@ function render({ model, el, signal }) {
   // The page around us cannot give its own box a role, so the first widget does: one main landmark, named.
   const app = el.closest(".se-app");
   if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": phrase("header.name") });
-  if (document.body.dataset.voila !== undefined) document.title = phrase("header.name");
+  if (document.body.dataset.voila !== undefined) {
+    document.title = phrase("header.name");
+    document.documentElement.lang = LANGUAGE;
+  }
 
   const list = make("ol", {});
   const nav = make("nav", { "aria-label": phrase("header.steps") }, list);
