@@ -41,9 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("engines", "prediction", "scan", "distributions"),
+        choices=("engines", "kernels", "prediction", "scan", "distributions"),
         default="engines",
         help="engines: time networks in every engine (default); "
+        "kernels: how near the loop over nonzeros comes to the peak of a core; "
         "prediction: compare predicted with measured speed-ups of many distributions; "
         "scan: the sensitivity scan against a naive one; "
         "distributions: solved ones against those of the literature, after training",
@@ -170,6 +171,8 @@ def run(options: argparse.Namespace) -> int:
         return _prediction(options)
     if options.what == "scan":
         return _scan(options)
+    if options.what == "kernels":
+        return _kernels(options)
     if options.what == "distributions":
         return _distributions(options)
     _refuse(options, ("images", *_TRAINED_ONLY))
@@ -353,6 +356,25 @@ def _scan(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         return _INTERRUPTED
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, *_TRAINED_ONLY, "images", "data", "sparsity"))
+    from explorer.inference.native import why_torch
+
+    if why_torch() is not None:
+        raise ExplorerError(f"There are no kernels to time: {why_torch()}")
+    from explorer.bench.kernels import measure_loops, table
+    from explorer.bench.surroundings import summary
+    from explorer.inference.peak import machine_peak
+
+    peak = machine_peak()
+    print(f"{summary()}, {peak.isa}, peak of one core {peak.gflops:.0f} GFLOP/s", flush=True)
+    print(
+        "The loop over nonzeros with its operands in the L1 cache, share of that peak, of 256 output channels:"
+    )
+    print(table(measure_loops((4, 6, 7, 8), (4, 8, 16, 32, 64))))
     return 0
 
 

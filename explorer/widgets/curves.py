@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,14 +45,7 @@ class Curves:
         tolerance : float
             A layer counts as faster when it takes less than ``1 - tolerance`` of its dense time; timing noise is no gain.
         """
-        curve = self.of("latency_ms", layer)
-        if len(curve) < 2 or curve[0][0] > 0:
-            return None
-        # The table's own rule, so that page, figures and solver agree. Imported late: it brings torch, which is there once anything was measured.
-        from explorer.sensitivity import SensitivityPoint, SensitivityTable
-
-        points = [SensitivityPoint(layer, s, "latency_ms", ms) for s, ms in curve]
-        return SensitivityTable.from_points(points, layers=[layer]).break_even(layer, tolerance)
+        return _break_even(self.of("latency_ms", layer), tolerance)
 
     @property
     def harm_kind(self) -> str:
@@ -93,6 +87,18 @@ class Curves:
             for kind in KINDS
             if kind in self.series
         }
+
+
+@lru_cache(maxsize=4096)
+def _break_even(curve: Series, tolerance: float) -> float | None:
+    """`Curves.break_even` of a latency curve. Kept: views ask for every layer each time they draw, and a curve stays what it is."""
+    if len(curve) < 2 or curve[0][0] > 0:
+        return None
+    # The table's own rule, so that page, figures and solver agree. Imported late: it brings torch, which is there once anything was measured.
+    from explorer.sensitivity import SensitivityPoint, SensitivityTable
+
+    points = [SensitivityPoint("layer", s, "latency_ms", ms) for s, ms in curve]
+    return SensitivityTable.from_points(points, layers=["layer"]).break_even("layer", tolerance)
 
 
 class CurveBuilder:

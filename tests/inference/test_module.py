@@ -394,6 +394,37 @@ def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
         assert relative_error(engine(x, y)["image"], doubled(x, y)["image"]) < 1e-5
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_large_batch_of_one_input_takes_the_short_way_and_gives_the_same(
+    stride: int, pooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)] if pooled else []
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), *head).eval()
+    x = torch.randn(6, 3, 17, 40)
+    engine = explorer.compile(network, x, threads=2)
+    assert engine._plan.images < 6
+    assert engine._straight is not None
+    before = x.clone()
+    for batch in (x, x[:4], x[:3], x[:1], x.to(memory_format=torch.channels_last), x.flip(0), x[::2]):
+        with torch.no_grad():
+            wanted = network(batch)
+        got = engine(batch)
+        assert got.shape == wanted.shape
+        assert got.is_contiguous()
+        assert relative_error(got, wanted) < 1e-5
+    # What a call returned is the caller's: the next call leaves it alone.
+    first = engine(x)
+    kept = first.clone()
+    engine(torch.randn_like(x))
+    assert torch.equal(first, kept)
+    assert torch.equal(x, before)
+    with pytest.raises(EngineError, match=r"compiled for \(6, 3, 17, 40\)"):
+        engine(torch.randn(8, 3, 17, 40))
+
+
 def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,207 @@
+"""How near the loop over nonzeros comes to the peak of a core, with operands in the L1 cache: what no layout, plan or cache can exceed.
+
+One tile of pixels and one K block, as a sparse convolution meets them, again and again in native code. Between the shares found here and those of a
+profile (`SparseModule.profile`) lies what a network adds: lanes without a pixel, packing, and operands that come from further away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from explorer.inference.kernels import conv
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
+from explorer.inference.layout import widest_pair_tile
+from explorer.inference.memory import Memory, address
+from explorer.inference.native import Isa, current_isa, l1_bytes, machine_code
+from explorer.inference.pack import SparseWeights, sparse_entries, weight_words
+from explorer.inference.peak import peak_of
+
+__all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
+
+CHANNELS_OUT = 256
+_FILLED = 13 / 16
+"""Of the L1 cache by operands: what the engine gives a K block."""
+
+_REPEATS = 50
+_TURNS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpeed:
+    """The best of a few short runs on one core.
+
+    Attributes
+    ----------
+    tile : int
+        Vectors of pixels that a nonzero is multiplied with.
+    nonzeros : float
+        Of a row of weights in the K block, on average.
+    pairs : bool
+        Whether two output channels share their pattern.
+    gflops : float
+        Products and sums of nonzeros, in 1e9 per second.
+    share : float
+        Of the measured peak of the core.
+    """
+
+    tile: int
+    nonzeros: float
+    pairs: bool
+    gflops: float
+    share: float
+
+
+class Loop:
+    """The sparse loop over one K block in the L1 cache, ready to run.
+
+    Parameters
+    ----------
+    tile : int
+        Vectors of pixels.
+    nonzeros : float
+        Of a row, on average: each weight is kept with the same probability, as uniform pruning of random weights leaves them.
+    pairs : bool
+    """
+
+    def __init__(self, tile: int, nonzeros: float, *, pairs: bool = False) -> None:
+        self.isa = isa = current_isa()
+        self.tile, self.nonzeros, self.pairs = tile, nonzeros, pairs
+        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, True, pairs=pairs)
+        row_bytes = tile * isa.width
+        depth = max(int(l1_bytes() * _FILLED) // row_bytes, int(nonzeros))
+        self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
+        weights = SparseWeights.of(self.weight, None, kernel.channels)
+        offsets, words, rows, groups, _ = sparse_entries(
+            weights,
+            weights.columns * row_bytes,
+            np.zeros_like(weights.columns),
+            1,
+            kernel.unroll,
+            lambda values: weight_words(values, isa),
+        )
+        offsets = np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32))
+        self._memory = memory = Memory()
+        pixels = tile * isa.lanes
+        self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
+        self.x[:] = np.random.default_rng(1).normal(size=self.x.shape)
+        self.out = memory.zeros(CHANNELS_OUT * pixels).reshape(CHANNELS_OUT, pixels)
+        block = np.zeros(len(conv.BLOCK.fields), np.int64)
+        _set(
+            conv.BLOCK.index,
+            block,
+            stage=conv.FIRST_BLOCK | conv.LAST_BLOCK,
+            offsets=memory.put(offsets),
+            weights=memory.put(words),
+            rows=memory.put(rows * np.int32(kernel.channels)),
+            groups=memory.put(groups),
+            n_groups=len(groups),
+        )
+        low, high = np.array([-np.inf, np.inf], np.float32).view(np.int32).tolist()
+        arguments = np.zeros(len(conv.ARGUMENTS.fields), np.int64)
+        _set(
+            conv.ARGUMENTS.index,
+            arguments,
+            x=address(self.x),
+            out=address(self.out),
+            out_plane=row_bytes,
+            bias=address(memory.zeros(CHANNELS_OUT)),
+            low=low,
+            high=high,
+            tiles=1,
+            parts=1,
+            blocks=memory.put(block),
+            n_blocks=1,
+        )
+        self._arguments = memory.put(arguments)
+        self._scratch = address(memory.zeros(kernel.scratch_bytes(CHANNELS_OUT, isa) // 4 + 1, np.float32))
+        self._kernel = machine_code(isa, repr(kernel), lambda: kernel.build(isa))
+        repeat = machine_code(isa, "repeat a kernel", lambda: _repeating(isa))
+        self._repeat = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(repeat)
+        self.operations = 2 * isa.lanes * tile * np.count_nonzero(self.weight)
+
+    def run(self, times: int) -> None:
+        """Compute `out` so many times, in one native call."""
+        self._repeat(self._kernel, self._arguments, self._scratch, times)
+
+
+def _pruned(depth: int, density: float, channels: int) -> NDArray[np.float32]:
+    """Random weights, so many neighbouring output channels alike in their pattern."""
+    draw = np.random.default_rng(0)
+    kept = np.repeat(draw.random((CHANNELS_OUT // channels, depth)) < density, channels, axis=0)
+    return (draw.normal(size=kept.shape) * kept).astype(np.float32)
+
+
+def _set(index: Callable[[str], int], row: NDArray[np.int64], **values: int) -> None:
+    for name, value in values.items():
+        row[index(name)] = value
+
+
+def _repeating(isa: Isa) -> tuple[Value, str]:
+    """Calls a kernel again and again for its first job: (kernel, arguments, scratch, times)."""
+    module = ir.Module("repeat")
+    f = Function(module, "repeat", VOID, [I64, PTR, PTR, I64], isa)
+    kernel, arguments, scratch, times = f.arguments
+    type_ = ir.FunctionType(VOID, [PTR, I64, PTR]).as_pointer()
+
+    def once(_: Value) -> None:
+        f.b.call(f.b.inttoptr(kernel, type_), [arguments, I64(0), scratch])
+
+    f.loop(times, once)
+    f.b.ret_void()
+    return module, "repeat"
+
+
+def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[KernelSpeed]:
+    """Measure every combination, and pairs of channels where their sums fit the registers, in turn; the best of some turns of each.
+
+    Parameters
+    ----------
+    tiles : sequence of int
+        Vectors of pixels.
+    nonzeros : sequence of float
+        Of a row and K block.
+    """
+    widest = widest_pair_tile(current_isa())
+    loops = [
+        Loop(tile, count, pairs=pairs)
+        for pairs in (False, True)
+        for tile in tiles
+        if not pairs or tile <= widest
+        for count in nonzeros
+    ]
+    best = [float("inf")] * len(loops)
+    for _ in range(_TURNS):
+        for i, loop in enumerate(loops):
+            loop.run(2)
+            start = time.perf_counter()
+            loop.run(_REPEATS)
+            best[i] = min(best[i], (time.perf_counter() - start) / _REPEATS)
+    peak = peak_of(current_isa()).gflops
+    return [
+        KernelSpeed(
+            loop.tile,
+            loop.nonzeros,
+            loop.pairs,
+            loop.operations / seconds / 1e9,
+            loop.operations / seconds / 1e9 / peak,
+        )
+        for loop, seconds in zip(loops, best, strict=True)
+    ]
+
+
+def table(speeds: Sequence[KernelSpeed]) -> str:
+    """The shares of the peak as lines of text: a row for each tile, a column for each number of nonzeros."""
+    counts = sorted({speed.nonzeros for speed in speeds})
+    lines = ["nonzeros a row:        " + "".join(f"{count:>8g}" for count in counts)]
+    for pairs, tile in sorted({(speed.pairs, speed.tile) for speed in speeds}):
+        shares = {s.nonzeros: s.share for s in speeds if (s.pairs, s.tile) == (pairs, tile)}
+        name = f"{tile} vectors{', pairs' if pairs else ''}"
+        lines.append(f"{name:<23}" + "".join(f"{shares[count]:>8.0%}" for count in counts))
+    return "\n".join(lines)
