@@ -100,7 +100,7 @@ def current() -> Texts:
     """Return the texts that the environment asks for; read once, because they have travelled to the page by then."""
     language = os.environ.get("SPARSITY_EXPLORER_LANGUAGE", "").strip() or ENGLISH
     folder = os.environ.get("SPARSITY_EXPLORER_TEXTS", "").strip()
-    return read_texts(language, Path(folder) if folder else _FOLDER)
+    return read_texts(language, Path(folder).expanduser() if folder else _FOLDER)
 
 
 def read_texts(language: str, folder: Path = _FOLDER) -> Texts:
