@@ -227,6 +227,11 @@ def _add_target(parser: argparse.ArgumentParser, *, every: bool) -> None:
 def _add_app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    parser.add_argument(
+        "--weights-folder",
+        metavar="FOLDER",
+        help="safetensors files in it can be opened on the page without being sent",
+    )
     others = parser.add_argument_group("other people")
     others.add_argument(
         "--host",
@@ -864,7 +869,7 @@ def _app(options: argparse.Namespace) -> int:
     )
     address = serving.address(options.host, options.port, token)
     print(f"The app is at {address} ; Ctrl-C ends it.\n{serving.describe(limits)}", flush=True)
-    environment = serving.server_environment(os.environ, token)
+    environment = serving.server_environment(os.environ, token, options.weights_folder)
     with subprocess.Popen(command, env=environment) as server:  # noqa: S603 - our own Python with arguments of ours
         # A service manager ends this process, not the server: pass it on, or the server and its kernels stay behind.
         if threading.current_thread() is threading.main_thread():

@@ -55,6 +55,7 @@ from explorer.formats import (
     Recipe,
     ReportContent,
     dense_bytes,
+    load_weights,
     packed_bytes,
     result_document,
     save_weights,
@@ -233,6 +234,42 @@ class Study:
         )
         study._table = study._published
         return study
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that a file of weights for this model must hold, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.module.state_dict().items()}
+
+    def with_weights(self, path: str | os.PathLike[str], *, name: str | None = None) -> Study:
+        """Return a new study of the same architecture and data, with other weights; this one stays as it is.
+
+        Parameters
+        ----------
+        path : path
+            A safetensors file, such as `save_weights` or `Study.save` writes. Weights that are zero in it stay weights like any others.
+        name : str, optional
+            What tables and files call the model; default: its name and that of the file.
+
+        Raises
+        ------
+        FormatError
+            If the file cannot be read, is not of this architecture, or holds NaN or infinite values.
+        ModelError
+            If losses of this study were published by others: they belong to weights that are not here.
+
+        Examples
+        --------
+        >>> other = study.with_weights("runs/3x/model.safetensors")  # doctest: +SKIP
+        """
+        if self._published is not None:
+            raise ModelError(
+                f"The losses of {self.model.name} were published for other people's weights, and say nothing about those in {path}. Make a study of your own network and data."
+            )
+        module = copy.deepcopy(self.model.module)
+        load_weights(module, path)
+        called = name or f"{self.model.name}, {Path(path).name}"
+        model = load_model(module, self.model.example_input, name=called)
+        return Study(model, self.data, threads=self.threads, batch_size=self.batch_size)
 
     @property
     def provenance(self) -> str | None:

@@ -14,8 +14,8 @@ import torch
 import explorer.inference
 from explorer.data import LoadedData, load_data
 from explorer.distribution import SparsityDistribution
-from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, RunError
-from explorer.formats import Recipe, load_weights
+from explorer.errors import DataError, DistributionError, FormatError, InfeasibleTarget, ModelError, RunError
+from explorer.formats import Recipe, load_weights, save_weights
 from explorer.inference import Benchmark
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, load_model
@@ -344,6 +344,37 @@ def test_what_a_study_cannot_do_it_says(model: LoadedModel, data: LoadedData) ->
                 (torch.zeros(8, 3, 8, 8), torch.zeros(8).long()),
             ),
         )
+
+
+def test_other_weights_make_a_study_of_their_own_and_leave_the_first_alone(
+    measured: Study, tmp_path: Path
+) -> None:
+    torch.manual_seed(7)
+    other = TinyNet().eval()
+    save_weights(other, tmp_path / "other.safetensors")
+    before = {name: value.clone() for name, value in measured.model.module.state_dict().items()}
+    study = measured.with_weights(tmp_path / "other.safetensors")
+    assert study.weight_shapes == {name: tuple(value.shape) for name, value in other.state_dict().items()}
+    found = study.model.module.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in other.state_dict().items())
+    now = measured.model.module.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    assert study.model.name == f"{measured.model.name}, other.safetensors"
+    assert (study.data, study.threads, study.batch_size) == (
+        measured.data,
+        measured.threads,
+        measured.batch_size,
+    )
+    assert study.table is None
+    assert measured.table is not None
+    save_weights(torch.nn.Linear(2, 2), tmp_path / "foreign.safetensors")
+    with pytest.raises(FormatError, match=r"does not belong to this TinyNet"):
+        measured.with_weights(tmp_path / "foreign.safetensors")
+
+
+def test_published_losses_belong_to_their_weights(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="published for other people's weights"):
+        Study.replay("resnet18-imagenet").with_weights(tmp_path / "any.safetensors")
 
 
 def test_a_module_takes_its_example_input_from_the_data(data: LoadedData) -> None:

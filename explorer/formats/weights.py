@@ -13,12 +13,16 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from explorer.atomic import write_atomically
 from explorer.errors import FormatError
 
 _ALIASES = "sparsity-explorer.tied"
+
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How a file of torch.save begins: a zip archive, or a bare pickle."""
 
 
 def save_weights(
@@ -71,6 +75,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = Path(path)
     if not source.is_file():
         raise FormatError(f"There is no file {source}; pass a safetensors file.")
+    _refuse_pickle(source)
     try:
         with safetensors.safe_open(str(source), framework="pt") as file:
             header = file.metadata() or {}
@@ -93,7 +98,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     FormatError
-        If the file cannot be read, or names or shapes differ; the module is then unchanged.
+        If the file cannot be read, names or shapes differ, or a value is NaN or infinite; the module is then unchanged.
     """
     found = read_weights(path)
     expected = module.state_dict()
@@ -110,7 +115,31 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{name!r} has shape {tuple(found[name].shape)} in {path} and {tuple(tensor.shape)} in this {type(module).__name__}; "
                 "load the file into the architecture that it was saved from."
             )
+    _refuse_not_finite(found, path)
     module.load_state_dict(found)
+
+
+def _refuse_pickle(path: Path) -> None:
+    """A pickle can run anything when it is opened, so it is not."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if begin.startswith(_PICKLES):
+        raise FormatError(
+            f"{path.name} was made by torch.save, and opening such a file can run any program; it was not opened. If you trust it, convert it first: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, map_location='cpu', weights_only=True), {path.stem + '.safetensors'!r})"
+        )
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise FormatError(
+                f"{name!r} in {path} has {wrong} of {tensor.numel()} values that are NaN or infinite; the training that made the file went wrong. "
+                "Load a file of an earlier step."
+            )
 
 
 def _some(names: list[str]) -> str:

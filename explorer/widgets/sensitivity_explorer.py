@@ -11,6 +11,7 @@ from explorer.widgets.layer_table import LayerTable
 from explorer.widgets.mask_view import MaskView
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
+from explorer.widgets.open_weights import OpenWeights
 from explorer.widgets.pareto_strip import ParetoStrip
 from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
@@ -47,6 +48,7 @@ class SensitivityExplorer(StatePage):
         self.header = Header(state)
         self.notice = Notice(state)
         self.metrics = Metrics(state)
+        self.weights = OpenWeights(state)
         self.layers = LayerTable(state)
         self.sensitivity = SensitivityView(state)
         self.equalizer = Equalizer(state)
@@ -62,6 +64,7 @@ class SensitivityExplorer(StatePage):
             self.header,
             self.notice,
             self.metrics,
+            self.weights,
             self.layers,
             self.sensitivity,
             self.equalizer,

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from explorer.errors import ExplorerError
 from explorer.widgets.page_template import with_template
+from explorer.widgets.weights_desk import FOLDER_VARIABLE
 
 CONFIG = Path(__file__).parent / "jupyter" / "config"
 """Folder of the configuration."""
@@ -261,9 +262,25 @@ def server_command(
     return command
 
 
-def server_environment(environment: Mapping[str, str], token: str = "") -> dict[str, str]:
-    """Return `environment` with what the server needs: the folder of the page's template, and the token."""
+def server_environment(
+    environment: Mapping[str, str], token: str = "", weights_folder: str | None = None
+) -> dict[str, str]:
+    """Return `environment` with what the server needs: the folder of the page's template, the token, and the folder of weights.
+
+    Raises
+    ------
+    ExplorerError
+        If the folder of weights is none.
+    """
     served = with_template(environment)
+    if weights_folder is not None:
+        # Kernels have a working folder of their own.
+        folder = Path(weights_folder).resolve()
+        if not folder.is_dir():
+            raise ExplorerError(
+                f"There is no folder {weights_folder}; name one that holds safetensors files."
+            )
+        served[FOLDER_VARIABLE] = str(folder)
     for name in ("JUPYTER_TOKEN", "JUPYTER_TOKEN_FILE"):
         served.pop(name, None)
     return {**served, "JUPYTER_TOKEN": token} if token else served

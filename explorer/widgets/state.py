@@ -33,6 +33,7 @@ from explorer.widgets.runs import MAX_RUNS, ORIGINS, STATUSES, RunRecord, RunRec
 from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
 from explorer.widgets.targets import KINDS, TargetKind
 from explorer.widgets.texts import phrase
+from explorer.widgets.weights_desk import WeightsDesk
 
 if TYPE_CHECKING:
     import threading
@@ -308,6 +309,7 @@ class ExplorerState(t.HasTraits):
         self._wish = ""
         if study is not None:
             self.adopt(study)
+        self.weights = WeightsDesk(self)
 
     # What the page is about
 
@@ -358,6 +360,16 @@ class ExplorerState(t.HasTraits):
         self._start(
             "load", phrase("job.load", choice=choice.label), lambda _stop: self._open_study(choice), finished
         )
+
+    def make_study(self, text: str, make: Callable[[], Any], shown: Callable[[Any], None]) -> None:
+        """Have `make` make a study, in the background, and give it to `shown`."""
+        self._start("load", text, lambda _stop: make(), shown)
+
+    def adopt_again(self, study: Any, distribution: Any = None, origin: str = "") -> None:
+        """Put a study of the same model on the page, with what it knows already, and the bars of `distribution`."""
+        self.adopt(study, key=self._model_key)
+        if distribution is not None:
+            self._take(distribution, origin)
 
     @_guarded
     def select(self, name: str) -> None:

@@ -15,6 +15,7 @@ from explorer.widgets import compare_view, layer_table, mask_view, run_monitor, 
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.metrics import Metrics
 from explorer.widgets.notice import Notice
+from explorer.widgets.open_weights import OpenWeights
 from explorer.widgets.pareto_strip import ParetoStrip
 from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
@@ -98,14 +99,14 @@ class Step(StatePage):
 
 
 class LayerTable(Step):
-    """The layers that can be pruned: shapes, weights, multiply-adds, dense milliseconds and share of the time.
+    """The layers that can be pruned: shapes, weights, multiply-adds, dense milliseconds and share of the time; and other weights to open.
 
     Examples
     --------
     >>> explorer.LayerTable(study)  # doctest: +SKIP
     """
 
-    parts = (layer_table.LayerTable,)
+    parts = (layer_table.LayerTable, OpenWeights)
 
 
 class SensitivityView(Step):

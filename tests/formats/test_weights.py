@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,31 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(FormatError, match="folder exists"):
         write_atomically(tmp_path / "no" / "file", b"new")
+
+
+def test_a_file_of_torch_save_is_not_opened_and_the_error_says_how_to_convert_it(tmp_path: Path) -> None:
+    module = network()
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(module.state_dict(), tmp_path / "w.pth", **options)
+        with pytest.raises(FormatError, match="can run any program") as refused:
+            read_weights(tmp_path / "w.pth")
+        # What it says works as it stands.
+        command = str(refused.value).partition("convert it first: ")[2]
+        script = f"import os, torch, safetensors.torch\nos.chdir({str(tmp_path)!r})\n{command}"
+        subprocess.run([sys.executable, "-c", script], check=True)
+        again = network()
+        load_weights(again, tmp_path / "w.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+        (tmp_path / "w.safetensors").unlink()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_and_change_nothing(tmp_path: Path, wrong: float) -> None:
+    broken, module = network(), network()
+    first = next(iter(broken.parameters()))
+    first.data.view(-1)[:2] = wrong
+    save_weights(broken, tmp_path / "w.safetensors")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(FormatError, match=r"has 2 of \d+ values that are NaN or infinite"):
+        load_weights(module, tmp_path / "w.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())

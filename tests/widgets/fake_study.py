@@ -198,6 +198,22 @@ class FakeStudy:
             for name, shape, pixels in LAYERS
         )
 
+    provenance: str | None = None
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"{layer.name}.weight": layer.weight_shape for layer in self.layers}
+
+    def with_weights(self, path: Path, *, name: str | None = None) -> FakeStudy:
+        from explorer.errors import FormatError
+        from explorer.formats import read_weights
+
+        found = {key: tuple(tensor.shape) for key, tensor in read_weights(path).items()}
+        if found != self.weight_shapes:
+            raise FormatError("The file does not belong to this network.")
+        model = SimpleNamespace(name=name or self.model.name, module=self.model.module)
+        return FakeStudy(self.pause_s, self.steps_per_epoch, model=model)
+
     def ms(self, layer: Layer, sparsity: float) -> float:
         dense = layer.macs / 2.4e7
         return dense if sparsity < 0.5 else dense * (1.75 * (1 - sparsity) + 0.06)

@@ -1,0 +1,283 @@
+"""Weights that are brought to the page: sent by it piece by piece, or picked from a folder of the server.
+
+A file that comes in goes to a temporary file, and is opened only when all of it is there. What was on the page before stays within reach: `back` brings it again
+with everything that was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import traitlets as t
+
+from explorer.errors import ExplorerError, FormatError
+from explorer.widgets.texts import phrase
+
+if TYPE_CHECKING:
+    from explorer.widgets.state import ExplorerState
+
+MOST_BYTES = 1 << 30
+"""Largest file that a page sends; larger ones are picked from a folder of the server."""
+
+FOLDER_VARIABLE = "SPARSITY_EXPLORER_WEIGHTS_FOLDER"
+"""Names the folder of the server for the kernels of the app, see `sparsity-explorer app --weights-folder`."""
+
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFile:
+    """A file of weights in the server's folder; `modified` in seconds since 1970."""
+
+    name: str
+    size: int
+    modified: float
+
+
+class IncomingFile:
+    """A file that arrives in pieces, in order.
+
+    Parameters
+    ----------
+    folder : path
+        Where it is kept.
+    name : str
+        What the sender calls it; never used as a path.
+    size : int
+        Bytes in all.
+    """
+
+    def __init__(self, folder: Path, name: str, size: int) -> None:
+        self.name, self.size, self.received = name, size, 0
+        number, path = tempfile.mkstemp(SUFFIX, dir=folder)
+        self.path = Path(path)
+        self._file = os.fdopen(number, "wb")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it is there."""
+        return self.received == self.size
+
+    def add(self, offset: int, piece: bytes) -> None:
+        """Append the piece that begins at `offset`.
+
+        Raises
+        ------
+        FormatError
+            If it is not the next one, or is longer than what is missing.
+        """
+        if offset != self.received or len(piece) > self.size - self.received or not piece:
+            raise FormatError(phrase("weights.out_of_order", name=self.name))
+        self._file.write(piece)
+        self.received += len(piece)
+        if self.is_complete:
+            self._file.close()
+
+    def discard(self) -> None:
+        """Remove it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Former:
+    """What was on the page before other weights came."""
+
+    study: Any
+    distribution: Any
+    origin: str
+    current: str
+
+
+class WeightsDesk(t.HasTraits):
+    """Brings weights of the architecture on the page.
+
+    Parameters
+    ----------
+    state : ExplorerState
+    folder : path, optional
+        Files of the server that may be picked; by default what `FOLDER_VARIABLE` names.
+    """
+
+    current = t.Unicode("")
+    """Name of the file whose weights are on the page; empty for those that the model came with."""
+    name = t.Unicode("")
+    """Name of the file that is being sent, or waits to be opened."""
+    received = t.Int(0)
+    """Bytes of it that are there."""
+    size = t.Int(0)
+    """Bytes of it in all."""
+    is_waiting = t.Bool(False)
+    """Whether all of it is there and it is not open: something else was going on."""
+    can_return = t.Bool(False)
+    """Whether what was on the page before can be brought back."""
+    files = t.Tuple()
+    """Tuple of `ServerFile`, by name."""
+
+    def __init__(self, state: ExplorerState, folder: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self._state = weakref.ref(state)
+        found = folder if folder is not None else os.environ.get(FOLDER_VARIABLE)
+        self.folder = Path(found) if found else None
+        self._incoming: IncomingFile | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._former: _Former | None = None
+        self._mine: Any = state.study
+        self.list_files()
+        state.observe(self._study_changed, names=["study"])
+
+    @property
+    def state(self) -> ExplorerState:
+        """The state of the page."""
+        state = self._state()
+        assert state is not None
+        return state
+
+    # What the page sends
+
+    def begin(self, name: str, size: int) -> None:
+        """Make ready for a file; one that was on its way is forgotten.
+
+        Raises
+        ------
+        ExplorerError
+            If nothing can be opened now, or the file is too large.
+        """
+        self._need_study()
+        self.cancel()
+        if size > MOST_BYTES or size < 1:
+            raise FormatError(phrase("weights.too_large", name=name, size=_mb(size), limit=_mb(MOST_BYTES)))
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="sparsity-explorer-weights-")
+        free = shutil.disk_usage(self._temporary.name).free
+        # It is read into memory too, but memory has a limit and an error of its own.
+        if size > free:
+            raise ExplorerError(phrase("weights.no_room", name=name, size=_mb(size), free=_mb(free)))
+        self._incoming = IncomingFile(Path(self._temporary.name), name, size)
+        self.name, self.size, self.received = name, size, 0
+
+    def add(self, offset: int, piece: bytes) -> int:
+        """Take the next piece, and return how many bytes are there; the last one opens the file, if nothing else goes on."""
+        incoming = self._incoming
+        if incoming is None:
+            raise FormatError(phrase("weights.none_on_its_way"))
+        try:
+            incoming.add(offset, piece)
+        except (OSError, FormatError):
+            self.cancel()
+            raise
+        self.received = incoming.received
+        if incoming.is_complete:
+            self.is_waiting = True
+            if not self.state.job.busy:
+                self.open()
+        return incoming.received
+
+    def cancel(self) -> None:
+        """Forget the file that is on its way or waits."""
+        if self._incoming is not None:
+            self._incoming.discard()
+        self._incoming = None
+        self.name, self.size, self.received, self.is_waiting = "", 0, 0, False
+
+    def open(self) -> None:
+        """Put the weights of the file that waits on the page."""
+        incoming = self._incoming
+        if incoming is None or not incoming.is_complete:
+            raise FormatError(phrase("weights.none_on_its_way"))
+        self._need_study()
+        # From here on the file is the worker's.
+        self._incoming = None
+        self.cancel()
+        self._show(incoming.path, incoming.name, passing=True)
+
+    # What the server has
+
+    def list_files(self) -> None:
+        """Look at the folder of the server again."""
+        found = []
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder is not None else []:
+            if self._is_inside(path):
+                about = path.stat()
+                found.append(ServerFile(path.name, about.st_size, about.st_mtime))
+        self.files = tuple(found)
+
+    def pick(self, name: str) -> None:
+        """Put the weights of a file of the server on the page.
+
+        Raises
+        ------
+        FormatError
+            If the folder has no such file.
+        """
+        self.list_files()
+        if self.folder is None or name not in {file.name for file in self.files}:
+            raise FormatError(phrase("weights.not_there", name=name))
+        self._show(self.folder / name, name)
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether it is a file of the folder itself, and no link to somewhere else."""
+        assert self.folder is not None
+        return path.is_file() and path.resolve().parent == self.folder.resolve()
+
+    # Showing them
+
+    def back(self) -> None:
+        """Bring back what was on the page before, with everything that was measured of it."""
+        former = self._former
+        if former is None:
+            return
+        state = self.state
+        self._need_study()
+        self._former, self._mine = None, former.study
+        state.adopt_again(former.study, former.distribution, former.origin)
+        self.current, self.can_return = former.current, False
+
+    def _show(self, path: Path, name: str, *, passing: bool = False) -> None:
+        """Open a file; one that is `passing` is removed then, whether it fits or not."""
+        state = self.state
+        before = self._need_study()
+        former = _Former(before, state.distribution, state.origin, self.current)
+
+        def make() -> Any:
+            try:
+                return before.with_weights(path, name=_named(before, name))
+            finally:
+                if passing:
+                    path.unlink(missing_ok=True)
+
+        def finished(study: Any) -> None:
+            self._former, self._mine = former, study
+            state.adopt_again(study)
+            self.current, self.can_return = name, True
+
+        state.make_study(phrase("job.weights", name=name), make, finished)
+
+    def _need_study(self) -> Any:
+        state = self.state
+        if state.study is None:
+            raise ExplorerError(phrase("refusal.no_model"))
+        if state.job.busy:
+            raise ExplorerError(phrase("refusal.busy", job=state.job.text or phrase("job.some")))
+        return state.study
+
+    def _study_changed(self, _change: object) -> None:
+        """Forget what belonged to another model."""
+        if self.state.study is not self._mine:
+            self._former, self._mine = None, self.state.study
+            self.current, self.can_return = "", False
+
+
+def _named(study: Any, name: str) -> str:
+    """What the model with the weights of a file is called; the name of an earlier file goes."""
+    return f"{study.model.name.partition(' · ')[0]} · {name}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
