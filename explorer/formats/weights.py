@@ -21,6 +21,8 @@ from explorer.errors import FormatError
 
 _ALIASES = "sparsity-explorer.tied"
 
+_WRAPPER, _UNREAD = "module.", "num_batches_tracked"
+
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How a file of torch.save begins: a zip archive, or a bare pickle."""
 
@@ -75,12 +77,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     source = Path(path)
     if not source.is_file():
         raise FormatError(f"There is no file {source}; pass a safetensors file.")
-    _refuse_pickle(source)
+    if source.stat().st_size == 0:
+        raise FormatError(f"{source} is empty; save it again.")
     try:
         with safetensors.safe_open(str(source), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (safetensors.SafetensorError, OSError) as error:
+        _refuse_pickle(source)
         raise FormatError(
             f"{source} is not a safetensors file ({error}); it may be cut short. Save it again."
         ) from error
@@ -98,12 +102,18 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     FormatError
-        If the file cannot be read, names or shapes differ, or a value is NaN or infinite; the module is then unchanged.
+        If the file cannot be read, names, shapes or kinds of numbers differ, or values are NaN, infinite, or a negative variance; the module is then unchanged.
     """
     found = read_weights(path)
     expected = module.state_dict()
+    # A count that old files do not have, and that nothing here reads.
+    found = {n: t for n, t in expected.items() if n.endswith(_UNREAD)} | found
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
+    if found and all(name.startswith(_WRAPPER) for name in found if not name.endswith(_UNREAD)):
+        raise FormatError(
+            f"Every name in {path} begins with {_WRAPPER!r}: it was saved from a model inside DataParallel. Save its .module.state_dict() instead."
+        )
     if missing or unexpected:
         raise FormatError(
             f"{path} does not belong to this {type(module).__name__}: missing {_some(missing)}, unexpected {_some(unexpected)}. "
@@ -115,25 +125,41 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{name!r} has shape {tuple(found[name].shape)} in {path} and {tuple(tensor.shape)} in this {type(module).__name__}; "
                 "load the file into the architecture that it was saved from."
             )
-    _refuse_not_finite(found, path)
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            raise FormatError(
+                f"{name!r} is {_dtype(found[name])} in {path} and {_dtype(tensor)} in this {type(module).__name__}; quantised weights cannot be loaded. "
+                "Save the weights in float32 or float16."
+            )
+    # As the module will hold them: what fits float64 may be infinite in float32.
+    found = {name: found[name].to(tensor.dtype) for name, tensor in expected.items()}
+    _refuse_no_numbers(found, path)
     module.load_state_dict(found)
 
 
 def _refuse_pickle(path: Path) -> None:
-    """A pickle can run anything when it is opened, so it is not."""
+    """Say of a file that is no safetensors file, and begins like one of torch.save, why it is not opened: a pickle can run anything."""
     with path.open("rb") as file:
-        begin = file.read(4)
-    if begin.startswith(_PICKLES):
+        begin = file.read(9)
+    if begin.startswith(_PICKLES) and begin[8:9] != b"{":
         raise FormatError(
             f"{path.name} was made by torch.save, and opening such a file can run any program; it was not opened. If you trust it, convert it first: "
             f"safetensors.torch.save_file(torch.load({path.name!r}, map_location='cpu', weights_only=True), {path.stem + '.safetensors'!r})"
         )
 
 
-def _refuse_not_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _refuse_no_numbers(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise FormatError(
+                f"{name!r} in {path} is a variance and has negative values; save the file again."
+            )
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:
             raise FormatError(

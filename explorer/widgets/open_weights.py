@@ -24,7 +24,7 @@ class OpenWeights(StateView):
 
     _esm = assets.module("open_weights", "safetensors")
     _css = assets.style("open_weights")
-    watches = ("study", "job", "runs")
+    watches = ("study", "job", "runs", "measured")
     gestures = {
         "cancel": lambda state, _: state.weights.cancel(),
         "open": lambda state, _: state.weights.open(),
@@ -73,7 +73,7 @@ class OpenWeights(StateView):
                 for file in desk.files
             ],
             "has_folder": desk.folder is not None,
-            "runs": len(state.runs),
+            "used": state.measured or bool(state.runs),
             "why_not": self._why_not(),
         }
 

@@ -365,9 +365,14 @@ class ExplorerState(t.HasTraits):
         """Have `make` make a study, in the background, and give it to `shown`."""
         self._start("load", text, lambda _stop: make(), shown)
 
-    def adopt_again(self, study: Any, distribution: Any = None, origin: str = "") -> None:
-        """Put a study of the same model on the page, with what it knows already, and the bars of `distribution`."""
-        self.adopt(study, key=self._model_key)
+    @property
+    def key(self) -> int:
+        """Number that an address tells the model and its weights by."""
+        return self._model_key
+
+    def adopt_again(self, study: Any, key: int, distribution: Any = None, origin: str = "") -> None:
+        """Put a study of the same architecture on the page, with what it knows already, and the bars of `distribution`."""
+        self.adopt(study, key=key)
         if distribution is not None:
             self._take(distribution, origin)
 

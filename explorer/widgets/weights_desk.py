@@ -6,7 +6,9 @@ with everything that was measured.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from explorer.errors import ExplorerError, FormatError
+from explorer.widgets.sharing import model_key
 from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ FOLDER_VARIABLE = "SPARSITY_EXPLORER_WEIGHTS_FOLDER"
 """Names the folder of the server for the kernels of the app, see `sparsity-explorer app --weights-folder`."""
 
 SUFFIX = ".safetensors"
+
+_NOT_PLAIN = re.compile(r"[^\w. ()+-]|^\.+")
+_LONGEST_NAME = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +54,16 @@ class IncomingFile:
     folder : path
         Where it is kept.
     name : str
-        What the sender calls it; never used as a path.
+        What the sender calls it, a plain name.
     size : int
         Bytes in all.
     """
 
     def __init__(self, folder: Path, name: str, size: int) -> None:
         self.name, self.size, self.received = name, size, 0
-        number, path = tempfile.mkstemp(SUFFIX, dir=folder)
-        self.path = Path(path)
-        self._file = os.fdopen(number, "wb")
+        # In a folder of its own under the name that the user knows, which errors tell.
+        self.path = Path(tempfile.mkdtemp(dir=folder)) / name
+        self._file = self.path.open("wb")
 
     @property
     def is_complete(self) -> bool:
@@ -82,7 +88,12 @@ class IncomingFile:
     def discard(self) -> None:
         """Remove it."""
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that came in, and the folder that it has to itself."""
+    shutil.rmtree(path.parent, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +101,12 @@ class _Former:
     """What was on the page before other weights came."""
 
     study: Any
+    key: int
     distribution: Any
     origin: str
     current: str
+    runs: tuple[Any, ...]
+    run: Any
 
 
 class WeightsDesk(t.HasTraits):
@@ -151,10 +165,11 @@ class WeightsDesk(t.HasTraits):
         """
         self._need_study()
         self.cancel()
+        name = _plain(name)
         if size > MOST_BYTES or size < 1:
             raise FormatError(phrase("weights.too_large", name=name, size=_mb(size), limit=_mb(MOST_BYTES)))
         if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="sparsity-explorer-weights-")
+            self._temporary = _temporary_folder()
         free = shutil.disk_usage(self._temporary.name).free
         # It is read into memory too, but memory has a limit and an error of its own.
         if size > free:
@@ -203,9 +218,11 @@ class WeightsDesk(t.HasTraits):
         """Look at the folder of the server again."""
         found = []
         for path in sorted(self.folder.glob(f"*{SUFFIX}")) if self.folder is not None else []:
-            if self._is_inside(path):
-                about = path.stat()
-                found.append(ServerFile(path.name, about.st_size, about.st_mtime))
+            # Others may take files away, or the right to look, at any moment.
+            with contextlib.suppress(OSError):
+                if self._is_inside(path):
+                    about = path.stat()
+                    found.append(ServerFile(path.name, about.st_size, about.st_mtime))
         self.files = tuple(found)
 
     def pick(self, name: str) -> None:
@@ -236,25 +253,29 @@ class WeightsDesk(t.HasTraits):
         state = self.state
         self._need_study()
         self._former, self._mine = None, former.study
-        state.adopt_again(former.study, former.distribution, former.origin)
+        state.adopt_again(former.study, former.key, former.distribution, former.origin)
+        state.runs, state.run = former.runs, former.run
         self.current, self.can_return = former.current, False
 
     def _show(self, path: Path, name: str, *, passing: bool = False) -> None:
         """Open a file; one that is `passing` is removed then, whether it fits or not."""
         state = self.state
         before = self._need_study()
-        former = _Former(before, state.distribution, state.origin, self.current)
+        former = _Former(
+            before, state.key, state.distribution, state.origin, self.current, state.runs, state.run
+        )
+        called = f"{before.model.name.removesuffix(_addition(self.current))}{_addition(name)}"
 
         def make() -> Any:
             try:
-                return before.with_weights(path, name=_named(before, name))
+                return before.with_weights(path, name=called)
             finally:
                 if passing:
-                    path.unlink(missing_ok=True)
+                    remove(path)
 
         def finished(study: Any) -> None:
             self._former, self._mine = former, study
-            state.adopt_again(study)
+            state.adopt_again(study, model_key(str(former.key), name))
             self.current, self.can_return = name, True
 
         state.make_study(phrase("job.weights", name=name), make, finished)
@@ -274,9 +295,37 @@ class WeightsDesk(t.HasTraits):
             self.current, self.can_return = "", False
 
 
-def _named(study: Any, name: str) -> str:
-    """What the model with the weights of a file is called; the name of an earlier file goes."""
-    return f"{study.model.name.partition(' · ')[0]} · {name}"
+def _addition(name: str) -> str:
+    """What the name of a file adds to that of the model; nothing for the model's own weights."""
+    return f" · {name}" if name else ""
+
+
+def _plain(name: str) -> str:
+    """What is kept of a name that came from a page: no path, nothing that cannot be read, and not too long."""
+    return _NOT_PLAIN.sub("_", name.replace("\\", "/").rpartition("/")[2])[-_LONGEST_NAME:] or SUFFIX
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is such a process; True where that cannot be asked without harm."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for what comes in. A kernel may be ended at any moment: what others left, whose process is gone, is removed."""
+    prefix = "sparsity-explorer-weights-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        owner = left.name.removeprefix(prefix).partition("-")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-")
 
 
 def _mb(size: int) -> str:

@@ -31,9 +31,9 @@ function render({ model, el, signal }) {
     chosen = null;
     const most = model.get("most_bytes");
     if (file.size > most) return tell(phrase("weights.too_large", { name: file.name, size: megabytes(file.size), limit: megabytes(most) }), true);
-    let shapes;
+    let shapes, kinds;
     try {
-      shapes = await readShapes(file);
+      ({ shapes, kinds } = await readShapes(file));
     } catch (error) {
       // Ours are sentences for the user; the browser's own say nothing to him.
       const sentence = error.constructor === Error ? error.message : phrase("weights.unreadable", { name: file.name });
@@ -43,7 +43,7 @@ function render({ model, el, signal }) {
     if (why) return tell(phrase("weights.no_fit", { name: file.name, why }), true);
     const numbers = [...shapes.values()].reduce((sum, sizes) => sum + sizes.reduce((product, size) => product * size, 1), 0);
     chosen = file;
-    tell(phrase("weights.fits", { name: file.name, size: megabytes(file.size), tensors: shapes.size, numbers: words.count(numbers) }), false);
+    tell(phrase("weights.fits", { name: file.name, size: megabytes(file.size), tensors: shapes.size, numbers: words.count(numbers), kinds }), false);
   }
 
   function tell(text, wrong) {
@@ -129,7 +129,7 @@ function render({ model, el, signal }) {
     open.hidden = !waiting;
     stop.hidden = !chosen && !sending && !waiting;
     going.hidden = stop.hidden;
-    const costs = chosen && view.runs ? ` ${phrase("weights.costs", { count: view.runs })}` : "";
+    const costs = chosen && view.used ? ` ${phrase("weights.costs")}` : "";
     say(said, sending ? phrase("weights.sending", { name: sending.file.name, size: megabytes(sending.file.size) }) : waiting ? phrase("weights.waits", { name: view.name }) : `${about}${costs}`);
   }
   follow(model, ["view", "expected"], update, signal);

@@ -1,17 +1,19 @@
 // What is in a safetensors file: eight bytes with the length of a JSON text, that text with names and shapes, then the numbers.
 // Read here, so that a file that does not fit is not sent. The kernel looks again.
 
-const LONGEST_HEADER = 100e6;
+const LONGEST_HEADER = 10e6;
 const NAMED = 3;
 
-/** The shapes of a file's tensors by name; throws an error with a sentence for the user when it is no such file. */
+/** The shapes of a file's tensors by name, and their kinds of numbers in words; throws an error with a sentence for the user when it is no such file. */
 async function readShapes(file) {
   if (!file.size) throw new Error(phrase("weights.empty", { name: file.name }));
   const first = new Uint8Array(await file.slice(0, 8).arrayBuffer());
-  // A zip archive, or a pickle: what torch.save writes.
-  if ((first[0] === 0x50 && first[1] === 0x4b) || (first[0] === 0x80 && first[1] <= 5)) throw new Error(phrase("weights.pickle", { name: file.name }));
   const length = first.length < 8 ? Infinity : Number(new DataView(first.buffer).getBigUint64(0, true));
-  if (length > LONGEST_HEADER) throw new Error(phrase("weights.foreign", { name: file.name }));
+  if (length > LONGEST_HEADER) {
+    // A zip archive, or a pickle: what torch.save writes.
+    const saved = (first[0] === 0x50 && first[1] === 0x4b) || (first[0] === 0x80 && first[1] <= 5);
+    throw new Error(saved ? phrase("weights.pickle", { name: file.name }) : phrase("weights.foreign", { name: file.name }));
+  }
   if (8 + length > file.size) throw new Error(phrase("weights.cut", { name: file.name, size: megabytes(file.size), whole: megabytes(8 + length) }));
   let header;
   try {
@@ -20,12 +22,13 @@ async function readShapes(file) {
     header = null;
   }
   if (header === null || typeof header !== "object") throw new Error(phrase("weights.foreign", { name: file.name }));
-  const shapes = new Map();
+  const shapes = new Map(), kinds = new Set();
   let end = 0;
   for (const [name, about] of Object.entries(header)) {
     if (name === "__metadata__") continue;
     if (!Array.isArray(about?.shape) || !Array.isArray(about?.data_offsets)) throw new Error(phrase("weights.foreign", { name: file.name }));
     shapes.set(name, about.shape);
+    kinds.add(about.dtype);
     end = Math.max(end, about.data_offsets[1]);
   }
   if (8 + length + end > file.size) throw new Error(phrase("weights.cut", { name: file.name, size: megabytes(file.size), whole: megabytes(8 + length + end) }));
@@ -35,13 +38,14 @@ async function readShapes(file) {
   } catch {
     throw new Error(phrase("weights.foreign", { name: file.name }));
   }
-  return shapes;
+  return { shapes, kinds: [...kinds].join(", ") };
 }
 
 /** Why these tensors are not those of the architecture; empty when they are. */
 function whyNot(shapes, expected) {
-  const lacking = Object.keys(expected).filter((name) => !shapes.has(name));
-  const foreign = [...shapes.keys()].filter((name) => !(name in expected));
+  // Old files lack a count that nothing reads.
+  const lacking = Object.keys(expected).filter((name) => !shapes.has(name) && !name.endsWith("num_batches_tracked"));
+  const foreign = [...shapes.keys()].filter((name) => !Object.hasOwn(expected, name));
   const other = Object.keys(expected).filter((name) => shapes.has(name) && String(shapes.get(name)) !== String(expected[name]));
   const reasons = [];
   if (lacking.length) reasons.push(phrase("weights.lacks", { names: some(lacking) }));
