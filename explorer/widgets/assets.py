@@ -83,6 +83,10 @@ def module(name: str, *shared: str) -> str:
     return f"const LANGUAGE = {json.dumps(current().language)};{worded(source, current())}"
 
 
-def style(name: str) -> str:
-    """Return the style sheet `name`, with the theme in front of it."""
-    return f"{_text('theme.css')}\n{_text(f'{name}.css')}"
+def style(name: str, *, themed: bool = True) -> str:
+    """Return the style sheet `name`, with the theme in front of it.
+
+    A widget that never stands alone need not bring the theme, which is not `themed` then; its rules must hold whichever sheet comes first, and begin with `.se`.
+    """
+    own = _text(f"{name}.css")
+    return f"{_text('theme.css')}\n{own}" if themed else own

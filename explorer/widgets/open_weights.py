@@ -23,7 +23,7 @@ class OpenWeights(StateView):
     """Weights of the architecture on the page. The page looks into a file and says whether it fits before anything is sent."""
 
     _esm = assets.module("open_weights", "safetensors")
-    _css = assets.style("open_weights")
+    _css = assets.style("open_weights", themed=False)
     watches = ("study", "job", "runs", "measured")
     gestures = {
         "cancel": lambda state, _: state.weights.cancel(),

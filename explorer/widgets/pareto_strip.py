@@ -16,7 +16,7 @@ class ParetoStrip(StateView):
     """A curve to look at and to click, and a slider that walks along it."""
 
     _esm = assets.module("pareto_strip", "chart", "link")
-    _css = assets.style("pareto_strip")
+    _css = assets.style("pareto_strip", themed=False)
     watches = ("frontier", "prediction", "curves", "measured", "job")
     gestures = {"adopt": lambda state, said: state.adopt_worthwhile(int(said["index"]))}
 

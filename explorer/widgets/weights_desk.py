@@ -25,7 +25,7 @@ from explorer.widgets.texts import phrase
 if TYPE_CHECKING:
     from explorer.widgets.state import ExplorerState
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = 10**9
 """Largest file that a page sends; larger ones are picked from a folder of the server."""
 
 FOLDER_VARIABLE = "SPARSITY_EXPLORER_WEIGHTS_FOLDER"
@@ -329,4 +329,4 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

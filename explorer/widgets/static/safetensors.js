@@ -14,7 +14,7 @@ async function readShapes(file) {
     const saved = (first[0] === 0x50 && first[1] === 0x4b) || (first[0] === 0x80 && first[1] <= 5);
     throw new Error(saved ? phrase("weights.pickle", { name: file.name }) : phrase("weights.foreign", { name: file.name }));
   }
-  if (8 + length > file.size) throw new Error(phrase("weights.cut", { name: file.name, size: megabytes(file.size), whole: megabytes(8 + length) }));
+  if (8 + length > file.size) throw new Error(phrase("weights.cut", { name: file.name, missing: megabytes(8 + length - file.size) }));
   let header;
   try {
     header = JSON.parse(await file.slice(8, 8 + length).text());
@@ -31,7 +31,7 @@ async function readShapes(file) {
     kinds.add(about.dtype);
     end = Math.max(end, about.data_offsets[1]);
   }
-  if (8 + length + end > file.size) throw new Error(phrase("weights.cut", { name: file.name, size: megabytes(file.size), whole: megabytes(8 + length + end) }));
+  if (8 + length + end > file.size) throw new Error(phrase("weights.cut", { name: file.name, missing: megabytes(8 + length + end - file.size) }));
   // Tensors that are one and the same are stored once, see explorer/formats/weights.py.
   try {
     for (const [name, stored] of Object.entries(JSON.parse(header.__metadata__?.["sparsity-explorer.tied"] ?? "{}"))) if (shapes.has(stored)) shapes.set(name, shapes.get(stored));
@@ -64,5 +64,5 @@ function shape(sizes) {
 }
 
 function megabytes(size) {
-  return size >= 1e5 ? `${(size / 1e6).toFixed(1)} MB` : `${(size / 1e3).toFixed(1)} kB`;
+  return size >= 1e9 ? `${(size / 1e9).toFixed(1)} GB` : size >= 1e5 ? `${(size / 1e6).toFixed(1)} MB` : `${(size / 1e3).toFixed(1)} kB`;
 }
