@@ -195,8 +195,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="safetensors file of other weights for the model"
+    )
+
+
+def _opened(options: argparse.Namespace, model: str, data: str | None = None) -> Study:
+    """Return the study of a model and data, with the weights that were asked for."""
+    from explorer.study import Study
+
+    study = Study(model, data, threads=options.threads, batch_size=options.batch_size or 1)
+    return study if options.weights is None else study.with_weights(options.weights)
+
+
 def _add_study(parser: argparse.ArgumentParser, *, data: bool) -> None:
     parser.add_argument("--model", default="demo:fashion-resnet", help="default demo:fashion-resnet")
+    _add_weights(parser)
     if data:
         parser.add_argument("--data", default="demo:fashion", help="default demo:fashion, or fashion-mnist")
     parser.add_argument(
@@ -315,6 +330,7 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="such as demo:fashion-resnet")
+    _add_weights(parser)
     parser.add_argument("--data", help="such as demo:fashion")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="repeat a run from its recipe.yaml")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the result goes")
@@ -346,9 +362,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from explorer.study import Study
 
-    study = Study(options.model, threads=options.threads, batch_size=options.batch_size)
+    study = _opened(options, options.model)
     if not options.no_latency:
         _show_dense(study)
     rows = [
@@ -385,10 +400,9 @@ def _inspect(options: argparse.Namespace) -> int:
 def _sensitivity(options: argparse.Namespace) -> int:
     from explorer.atomic import write_atomically
     from explorer.sensitivity import stability
-    from explorer.study import Study
 
     _check_report(options.report)
-    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    study = _opened(options, options.model, options.data)
     if options.refine and options.kinds is not None and "kl" not in options.kinds:
         raise ExplorerError(
             "Curves are refined by their divergences; add kl to --kinds, or leave out --refine."
@@ -485,7 +499,6 @@ def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[s
     import dataclasses
 
     from explorer.formats import Recipe
-    from explorer.study import Study
 
     given = {
         "method": options.method,
@@ -507,21 +520,25 @@ def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[s
             raise ExplorerError(
                 "Give --model and --data, for instance --model demo:fashion-resnet --data demo:fashion."
             )
-        study = Study(
-            options.model, options.data, threads=options.threads, batch_size=options.batch_size or 1
-        )
-        return study, None, settings
+        return _opened(options, options.model, options.data), None, settings
     if targets or options.lock or options.score:
         raise ExplorerError(
             "A recipe has its own distribution; leave out --speedup, --latency-ms, --sparsity, --lock and --score."
         )
     recipe = Recipe.load(options.recipe)
-    study = Study(
-        options.model or recipe.model,
-        options.data or recipe.data,
-        threads=options.threads or recipe.threads,
-        batch_size=options.batch_size or recipe.batch_size,
-    )
+    options.threads = options.threads or recipe.threads
+    options.batch_size = options.batch_size or recipe.batch_size
+    if recipe.weights is not None and options.weights is None:
+        raise ExplorerError(
+            f"The recipe began with the weights of {recipe.weights['file']}; name the file with --weights."
+        )
+    study = _opened(options, options.model or recipe.model, options.data or recipe.data)
+    wanted = recipe.weights and recipe.weights["sha256"]
+    if wanted and (study.weights is None or study.weights["sha256"] != wanted):
+        raise ExplorerError(
+            f"{options.weights} is not the file that the recipe began with, which was called {(recipe.weights or {})['file']} (their SHA-256 differ). "
+            "Name that file, or take `weights` out of the recipe."
+        )
     return study, recipe, dataclasses.asdict(recipe.settings) | settings
 
 
@@ -550,7 +567,6 @@ def _solver_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _solve(options: argparse.Namespace) -> int:
     from explorer.atomic import write_atomically
-    from explorer.study import Study
 
     target = _target(options)
     if options.search is not None and "max_loss" in target:
@@ -561,7 +577,7 @@ def _solve(options: argparse.Namespace) -> int:
         raise ExplorerError(
             f"{options.out} is neither .yaml nor .json; name the file so that its format is known."
         )
-    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    study = _opened(options, options.model, options.data)
     _measured(study, levels=None, n_images=options.images, refresh=False, latency=True)
     least, most = study.feasible_speedups()
     print(f"within reach of these tables, without locks: {least:.2f} to {most:.2f} × faster")
@@ -633,10 +649,9 @@ def _forecast(study: Study, distribution: SparsityDistribution) -> str:
 
 def _compare(options: argparse.Namespace) -> int:
     from explorer.errors import InfeasibleTarget
-    from explorer.study import Study
 
     target = _target(options)
-    study = Study(options.model, options.data, threads=options.threads, batch_size=options.batch_size)
+    study = _opened(options, options.model, options.data)
     _measured(study, levels=None, n_images=options.images, refresh=False, latency=True)
     held: dict[str, Any] = {"locked": dict(options.lock) or None, "dense_first_last": not options.any_ends}
     rows, refused = [], []

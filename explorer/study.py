@@ -59,6 +59,7 @@ from explorer.formats import (
     packed_bytes,
     result_document,
     save_weights,
+    weights_digest,
     write_report,
     write_result,
 )
@@ -176,6 +177,8 @@ class Study:
         # What a recipe calls them: what loads them again, or the bare name of what was passed as an object.
         self.model_source = self.model.source or self.model.name
         self.data_source = self.data.name if self.data else ""
+        # Name and SHA-256 of the file whose weights these are; None when the model came with them.
+        self.weights: dict[str, str] | None = None
         self._layers = self.model.layers
         self._table: SensitivityTable | None = None
         self._published: SensitivityTable | None = None
@@ -268,8 +271,11 @@ class Study:
         module = copy.deepcopy(self.model.module)
         load_weights(module, path)
         called = name or f"{self.model.name}, {Path(path).name}"
-        model = load_model(module, self.model.example_input, name=called)
-        return Study(model, self.data, threads=self.threads, batch_size=self.batch_size)
+        model = dataclasses.replace(self.model, module=module, name=called)
+        study = Study(model, self.data, threads=self.threads, batch_size=self.batch_size)
+        study.model_source = self.model_source
+        study.weights = {"file": Path(path).name, "sha256": weights_digest(path)}
+        return study
 
     @property
     def provenance(self) -> str | None:
@@ -1190,6 +1196,7 @@ class Study:
             settings=settings,
             threads=self.threads,
             batch_size=self.batch_size,
+            weights=self.weights,
         )
 
     def save(

@@ -153,3 +153,14 @@ def test_a_limit_on_memory_that_the_system_does_not_keep_is_refused() -> None:
     with pytest.raises(ExplorerError, match="needs Linux"):
         limits_for(None, None, 2.0, machine_gb=8.0, cores=2, limits_memory=False)
     assert "memory that this system cannot limit" in serving.describe(UserLimits(1, None, None))
+
+
+def test_the_folder_of_weights_goes_to_the_kernels_and_must_be_there(tmp_path: Path) -> None:
+    served = serving.server_environment({}, weights_folder=str(tmp_path))
+    assert served["SPARSITY_EXPLORER_WEIGHTS_FOLDER"] == str(tmp_path.resolve())
+    assert "SPARSITY_EXPLORER_WEIGHTS_FOLDER" not in serving.server_environment({})
+    assert serving.kernel_environment(served, 1)["SPARSITY_EXPLORER_WEIGHTS_FOLDER"] == str(
+        tmp_path.resolve()
+    )
+    with pytest.raises(ExplorerError, match="There is no folder"):
+        serving.server_environment({}, weights_folder=str(tmp_path / "none"))

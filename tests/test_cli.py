@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import explorer.study
 from explorer import cli
 from explorer.data import LoadedData, load_data
 from explorer.distribution import SparsityDistribution
-from explorer.formats import Recipe, read_weights
+from explorer.formats import Recipe, read_weights, save_weights
 from explorer.models import LoadedModel, load_model
 from explorer.pruning import PruningRun, StepEvent
 from explorer.sensitivity import SensitivityTable
@@ -277,6 +278,36 @@ def test_prune_leaves_weights_recipe_and_result_and_its_recipe_repeats_it(
     ours, theirs = (read_weights(folder / "model.safetensors") for folder in (first, second))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert Recipe.load(second / "recipe.yaml") == recipe
+
+
+def test_other_weights_stand_in_the_recipe_and_are_asked_for_again(
+    tiny: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(9)
+    save_weights(TinyNet(), tmp_path / "mine.safetensors")
+    weights = ["--weights", str(tmp_path / "mine.safetensors")]
+    assert cli.main(["inspect", "--model", "tiny", "--no-latency", *weights]) == 0
+    first, second = tmp_path / "run", tmp_path / "run2"
+    arguments = [*ON_TINY, "--sparsity", "0.6", "--epochs", "1", *weights]
+    assert cli.main(["prune", *arguments, "--out", str(first)]) == 0
+    recipe = Recipe.load(first / "recipe.yaml")
+    digest = hashlib.sha256((tmp_path / "mine.safetensors").read_bytes()).hexdigest()
+    assert recipe.weights == {"file": "mine.safetensors", "sha256": digest}
+    assert recipe.model == "tiny"
+    again = ["prune", "--recipe", str(first / "recipe.yaml"), "--out", str(second)]
+    capsys.readouterr()
+    assert cli.main(again) == 2
+    assert (
+        "began with the weights of mine.safetensors; name the file with --weights" in capsys.readouterr().err
+    )
+    assert cli.main([*again, "--weights", str(first / "model.safetensors")]) == 2
+    assert "is not the file that the recipe began with" in capsys.readouterr().err
+    assert not list(second.glob("*"))
+    assert cli.main([*again, *weights]) == 0
+    ours, theirs = (read_weights(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert cli.main(["inspect", "--model", "tiny", "--weights", str(tmp_path / "none.safetensors")]) == 2
+    assert "There is no file" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_refused_before_anything_runs(

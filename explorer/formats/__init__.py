@@ -7,7 +7,7 @@ from explorer.formats.recipe import Recipe
 from explorer.formats.report import ReportContent, report_html, write_report
 from explorer.formats.result import FinalLatency, result_document, write_result
 from explorer.formats.size import dense_bytes, packed_bytes
-from explorer.formats.weights import load_weights, read_weights, save_weights
+from explorer.formats.weights import load_weights, read_weights, save_weights, weights_digest
 
 __all__ = [
     "FinalLatency",
@@ -21,6 +21,7 @@ __all__ = [
     "report_html",
     "result_document",
     "save_weights",
+    "weights_digest",
     "write_report",
     "write_result",
 ]

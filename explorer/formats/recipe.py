@@ -62,6 +62,8 @@ class Recipe:
         Method, schedule, optimiser and seed.
     threads, batch_size : int
         What latency is measured with.
+    weights : mapping of str to str, optional
+        "file" and "sha256" of the weights that the run began with; None for those that the model comes with.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class Recipe:
     settings: RunSettings = field(default_factory=RunSettings)
     threads: int = 1
     batch_size: int = 1
+    weights: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name, sparsity in self.distribution.items():
@@ -115,6 +118,8 @@ class Recipe:
             "method": self.settings.method,
             "seed": self.settings.seed,
         }
+        if self.weights is not None:
+            document["weights"] = dict(self.weights)
         for section, names in _SECTIONS.items():
             document[section] = {name: settings[name] for name in names}
         document["distribution"] = {
@@ -163,6 +168,7 @@ class Recipe:
             "seed",
             "distribution",
             "groups",
+            "weights",
             *_SECTIONS,
         }
         _refuse_unknown(document, known, "the recipe")
@@ -199,6 +205,11 @@ class Recipe:
             isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups
         ):
             raise FormatError(f"groups is {groups!r}; give a list of lists of layer names.")
+        weights = document.get("weights")
+        if weights is not None:
+            weights = _mapping(weights, "weights")
+            _refuse_unknown(weights, {"file", "sha256"}, "weights")
+            weights = {name: _text(weights, name) for name in ("file", "sha256")}
         latency = _mapping(document.get("latency", {}), "latency")
         _refuse_unknown(latency, {"threads", "batch_size"}, "latency")
         target = document.get("target")
@@ -216,6 +227,7 @@ class Recipe:
                 groups=tuple(map(tuple, groups)),
                 target=target,
                 settings=RunSettings(**values),
+                weights=weights,
                 **{
                     name: int(_number(value, f"latency.{name}", whole=True) or 0)
                     for name, value in latency.items()

@@ -6,6 +6,7 @@ loading gives the same state dict, bit for bit, and tied weights are stored once
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -94,6 +95,24 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise FormatError(f"The list of tied weights in {source} is damaged; save the file again.") from error
     return tensors
+
+
+def weights_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits: by which a recipe knows the weights that it is for.
+
+    Raises
+    ------
+    FormatError
+        If the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise FormatError(f"Cannot read {path}: {error}.") from error
+    return digest.hexdigest()
 
 
 def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:

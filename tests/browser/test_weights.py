@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.widgets.fake_study import FakeStudy
@@ -46,6 +47,8 @@ def test_a_file_is_looked_into_before_it_is_sent_and_opened_by_keys(fake_page: P
 
     chooser.set_input_files(tmp_path / "good.safetensors")
     expect(said).to_have_text("good.safetensors fits: 10 tensors, 689 k numbers (F32), 2.8 MB.")
+    found = Axe().run(page, ".se-weights").response["violations"]
+    assert [violation["id"] for violation in found if violation["impact"] in {"serious", "critical"}] == []
     region.get_by_role("button", name="Cancel").click()
     expect(said).to_have_text("")
     chooser.set_input_files(tmp_path / "good.safetensors")
