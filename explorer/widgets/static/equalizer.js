@@ -5,6 +5,7 @@ const SEND_MS = 50;
 const MAX = 0.99;
 const TURNS = 1000; // positions of the target's dial
 const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
+const SLOP = 6; // pixels that a finger moves before the bar does
 const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
@@ -70,12 +71,13 @@ function render({ model, el, signal }) {
   const empty = make("div", { class: "se-empty" }, make("b", {}, phrase("equalizer.empty")), make("p", {}, phrase("equalizer.empty_help")));
 
   // The chosen layers, as words and as a number to type
-  const chosen = make("b", { role: "status" });
+  const chosen = make("b", {});
+  const several = make("span", { class: "se-hidden", role: "status" }); // one layer is read out as the bar that has the focus
   const typed = make("input", { type: "text", inputmode: "decimal", size: 6, id: `se-typed-${Math.random().toString(36).slice(2)}` });
   const lock = button(phrase("equalizer.lock"), () => gesture("lock", { layers: pickedNames() }), signal, { title: phrase("equalizer.lock_tip") });
   const tie = button(phrase("equalizer.tie"), () => gesture("tie", { layers: pickedNames() }), signal, { title: phrase("equalizer.tie_tip") });
   const effect = make("span", { class: "se-mute" });
-  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, phrase("equalizer.sparsity")), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
+  const readout = make("div", { class: "se-readout" }, chosen, several, make("label", { for: typed.id }, phrase("equalizer.sparsity")), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
   typed.addEventListener("change", () => gesture("type", { layers: pickedNames(), text: typed.value }), { signal });
 
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
@@ -90,7 +92,7 @@ function render({ model, el, signal }) {
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), phrase("equalizer.break_even")));
   const kept = keptRow(gesture, signal);
   // For one-shot pruning: what harms least before training is not what trains best.
-  const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
+  const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}`, title: phrase("equalizer.search.tip") });
   const oneShotLabel = make("label", { for: oneShot.id, title: phrase("equalizer.search.tip") }, oneShot, phrase("equalizer.search.name"));
   oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
   const searched = make("span", { class: "se-mute", role: "status" });
@@ -107,7 +109,8 @@ function render({ model, el, signal }) {
   let active = -1;
   let picked = new Set(); // layers that are chosen together, the active one among them
   let asked = null; // the layer that the kernel was asked to select, until it has
-  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke }
+  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke, tap: where a finger came down, until it has moved }
+  let touched = null; // the layer that a finger is on, which may become a tap or a scroll of the page
   let zoom = 1;
   let sentAt = 0;
   let timer = null;
@@ -184,7 +187,7 @@ function render({ model, el, signal }) {
     active = Math.min(Math.max(active, 0), layers.length - 1);
     picked = new Set(active >= 0 ? [active] : []);
     bars = layers.map((layer, i) => make("div", { class: "se-bar", role: "slider", "aria-orientation": "vertical", "aria-valuemin": 0, "aria-valuemax": 99, "data-index": i },
-      make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" })));
+      make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" }), make("i", { class: "se-grip" })));
     names = layers.map((layer) => make("span", {}, make("em", {}, layer.label)));
     root.style.setProperty("--se-count", layers.length);
     setOne(root, "data-many", layers.length > 36 ? "yes" : null);
@@ -312,6 +315,7 @@ function render({ model, el, signal }) {
     if (!layer) return;
     const all = [...picked].map((i) => layers[i]);
     say(chosen, picked.size > 1 ? phrase("equalizer.layers_chosen", { count: picked.size }) : layer.label);
+    say(several, picked.size > 1 ? chosen.textContent : "");
     if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
     const isLocked = all.every((one) => one.locked);
     typed.disabled = all.some((one) => one.locked);
@@ -424,9 +428,13 @@ function render({ model, el, signal }) {
   /** Move the bars to where the pointer is: the one that was taken, with those that are chosen with it as far, or those that a stroke passes. */
   function pull(event) {
     const to = valueAt(event);
+    if (drag.tap !== null) {
+      if (Math.abs(event.clientY - drag.tap) < SLOP) return;
+      Object.assign(drag, { tap: null, y: to });
+    }
     if (!drag.at) {
-      // One bar comes to the pointer; several move as far as it does.
-      const by = to - (picked.size > 1 ? drag.y : drag.from[drag.i]);
+      // One bar comes to the pointer; several move as far as it does, and so does one under a finger, which hides where it is.
+      const by = to - (picked.size > 1 || drag.finger ? drag.y : drag.from[drag.i]);
       change([...picked].map((j) => [j, drag.from[j] + by]));
       showTip(drag.i);
     } else {
@@ -452,9 +460,12 @@ function render({ model, el, signal }) {
     }
     if (event.shiftKey) { pick(stretch(active, i), i, false); return; }
     const isStroke = drawing() || event.altKey;
+    const finger = event.pointerType === "touch" && !isStroke;
+    // As in the style sheet: a finger moves the chosen bars, and the others by their upper end. Anywhere else it scrolls the page, and may be a tap.
+    if (finger && !(picked.has(i) || event.target.classList.contains("se-grip"))) { touched = i; return; }
     pick(!isStroke && picked.has(i) ? [...picked] : [i], i, false);
     if (!isStroke && layers[i].locked) return;
-    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null };
+    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null, finger, tap: finger ? event.clientY : null };
     field.setPointerCapture(event.pointerId);
     setOne(field, "data-dragging", "yes");
     pull(event);
@@ -472,7 +483,11 @@ function render({ model, el, signal }) {
     pointAt(indexOf(event));
   }, { signal });
   const release = (event) => {
+    if (touched !== null && event.type === "pointerup") pick([touched], touched, false);
+    touched = null;
     if (!drag) return;
+    // What the browser took from the hand, such as a pinch, was no decision.
+    if (event.type === "pointercancel") change(drag.from.map((value, j) => [j, value]));
     // A click that did not move leaves several chosen layers as they are, and chooses the one.
     const { i, from, at } = drag;
     const stayed = !at && from.every((value, j) => value === values[j]);

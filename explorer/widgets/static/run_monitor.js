@@ -52,7 +52,7 @@ function render({ model, el, signal }) {
     more, make("div", { class: "se-trio" }, ...charts.map((one) => one.figure)), make("div", { class: "se-below" }, hint, reader));
 
   function field(name, label, help) {
-    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: phrase("monitor.default"), name });
+    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: phrase("monitor.default"), name, title: help });
     input.addEventListener("change", () => model.send({ do: "options", options: typed() }), { signal });
     input.addEventListener("input", update, { signal });
     make("label", { class: "se-field-label", title: help }, label, input);
@@ -394,7 +394,8 @@ function render({ model, el, signal }) {
     crossed = { at: epochAt(i, event), i, y: event.clientY - box.top };
     cross();
   }
-  charts[1].host.addEventListener("click", () => {
+  charts[1].host.addEventListener("click", (event) => {
+    pointAt(1, event);
     const layers = charts[1].spec.layers;
     const line = layers && crossed ? nearestLayer(layers, crossed.at, crossed.y) : null;
     if (line) model.send({ do: "select", layer: scene.view.layers[line.i] });
