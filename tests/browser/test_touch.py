@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import pytest
@@ -139,9 +140,21 @@ def test_a_finger_scrolls_past_the_bars_pulls_them_and_shapes_the_schedule(fake_
     to_the_middle(end)
     plot = monitor.locator("[data-chart=sparsity] .se-plot").bounding_box()
     assert plot is not None
-    # Three epochs of five; the axis begins 46 pixels from the left and ends 14 from the right.
+    # From 2.5 epochs of five to 4; the axis begins 46 pixels from the left and ends 14 from the right.
     finger.stroke(inside(end, 0.5, 0.5), (0.3 * (plot["width"] - 60), 30), steps=12)
     expect(end).to_have_attribute("aria-valuetext", "pruning ends after 4 epochs")
+
+    # A tap on a line chooses its layer, and all charts are read there.
+    monitor.get_by_role("button", name="Each layer", exact=True).click()
+    chart = monitor.locator("[data-chart=layers] .se-plot")
+    to_the_middle(chart)
+    finger.tap(inside(chart, 0.9, 0.8))
+    expect(readout).to_have_text("stem.conv")
+    expect(monitor.locator(".se-read").nth(1)).to_have_text(re.compile(r"^stem\.conv planned 0\.0 %"))
+    heading = monitor.get_by_role("heading", name="Prune")
+    to_the_middle(heading)
+    finger.tap(inside(heading, 0.5, 0.5))
+    expect(monitor.locator(".se-read").nth(1)).to_be_hidden()
 
     # A tap in a chart of the sensitivity chooses the layer, and tells what it reads.
     page.get_by_role("button", name="Measure", exact=True).click()
@@ -154,5 +167,5 @@ def test_a_finger_scrolls_past_the_bars_pulls_them_and_shapes_the_schedule(fake_
     wanted = rows.nth(6)
     name = wanted.get_attribute("data-name")
     finger.tap(inside(wanted, 0.2, 0.5))
-    expect(page.locator(".se-readout b")).to_have_text(name or "")
+    expect(readout).to_have_text(name or "")
     expect(sensitivity.locator(".se-tip").first).to_be_visible()

@@ -120,8 +120,10 @@ function render({ model, el, signal }) {
 
   host.addEventListener("pointermove", (event) => show(nearest(event)), { signal });
   host.addEventListener("pointerleave", () => show(null), { signal });
+  root.addEventListener("pointerdown", () => show(null), { signal });
   host.addEventListener("click", (event) => {
     const spot = nearest(event);
+    show(spot); // a finger was not over it before
     if (spot?.one.number) choose(spot.one.key);
   }, { signal });
   onResize(host, update, signal);

@@ -43,7 +43,8 @@ function render({ model, el, signal }) {
 
   let picture = null;
   plot.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
-  canvas.addEventListener("pointermove", point, { signal });
+  root.addEventListener("pointerdown", () => { tip.hidden = true; }, { signal });
+  for (const kind of ["pointermove", "click"]) canvas.addEventListener(kind, point, { signal }); // a finger only taps
   const themes = new MutationObserver(paint);
   themes.observe(document.documentElement, { attributeFilter: ["data-se-theme"] });
   signal.addEventListener("abort", () => themes.disconnect());

@@ -390,12 +390,17 @@ function render({ model, el, signal }) {
 
   function pointAt(i, event) {
     if (event.pointerType === "touch" && event.buttons === 0) return;
+    readAt(i, event);
+  }
+  function readAt(i, event) {
     const box = charts[i].host.getBoundingClientRect();
     crossed = { at: epochAt(i, event), i, y: event.clientY - box.top };
     cross();
   }
-  charts[1].host.addEventListener("click", (event) => {
-    pointAt(1, event);
+  // A finger is never over a chart before it taps; what it reads then stays until the next touch.
+  charts.forEach((one, i) => one.host.addEventListener("click", (event) => readAt(i, event), { signal }));
+  root.addEventListener("pointerdown", () => { crossed = null; cross(); }, { signal });
+  charts[1].host.addEventListener("click", () => {
     const layers = charts[1].spec.layers;
     const line = layers && crossed ? nearestLayer(layers, crossed.at, crossed.y) : null;
     if (line) model.send({ do: "select", layer: scene.view.layers[line.i] });
