@@ -6,6 +6,7 @@ const MAX = 0.99;
 const TURNS = 1000; // positions of the target's dial
 const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
 const SLOP = 6; // pixels that a finger moves before the bar does
+const LETTER = 6.8; // pixels of a name, with some to spare
 const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
@@ -85,6 +86,7 @@ function render({ model, el, signal }) {
   const widthName = make("span", {});
   const ghostName = make("span", {});
   const legend = make("div", { class: "se-foot" },
+    make("span", { class: "se-by-finger" }, phrase("equalizer.by_finger")),
     widthName,
     make("span", { class: "se-rampline" }, rampName, make("em", {}, "0.003"), ramp, make("em", {}, "3")),
     make("span", {}, make("i", { class: "se-key-lock" }), phrase("equalizer.bar.locked")),
@@ -109,8 +111,8 @@ function render({ model, el, signal }) {
   let active = -1;
   let picked = new Set(); // layers that are chosen together, the active one among them
   let asked = null; // the layer that the kernel was asked to select, until it has
-  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke, tap: where a finger came down, until it has moved }
-  let touched = null; // the layer that a finger is on, which may become a tap or a scroll of the page
+  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke, by: whether bars move as far as the pointer, slack: where a finger came down, until it has moved }
+  let tapped = -1; // the bar on which a finger lies that may yet scroll the page
   let zoom = 1;
   let sentAt = 0;
   let timer = null;
@@ -168,7 +170,7 @@ function render({ model, el, signal }) {
       setOne(range, "aria-valuetext", `${target.value} ${sign}`);
     }
     setOne(solve, "title", view.solvable ? task : view.why);
-    const short = (number) => (number >= 100 || number === 0 ? number.toFixed(0) : Number(number.toPrecision(2)).toFixed(number >= 10 ? 0 : number >= 1 ? 1 : 3));
+    const short = (number) => (number >= 100 ? number.toFixed(0) : String(Number(number.toPrecision(3))));
     say(limits, high === null ? phrase("equalizer.target.measure_first") : phrase("equalizer.target.range", { low: short(low), high: short(high) }));
     say(origin, view.origin ?? "");
     uniform.disabled = !layers.length;
@@ -190,6 +192,8 @@ function render({ model, el, signal }) {
       make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" }), make("i", { class: "se-grip" })));
     names = layers.map((layer) => make("span", {}, make("em", {}, layer.label)));
     root.style.setProperty("--se-count", layers.length);
+    // The place of upright names is kept: bars get their widths only when they are timed.
+    labels.style.minHeight = `${7 + Math.min(132, LETTER * Math.max(0, ...layers.map((layer) => layer.label.length)))}px`;
     setOne(root, "data-many", layers.length > 36 ? "yes" : null);
     find.value = "";
     arrange();
@@ -228,6 +232,9 @@ function render({ model, el, signal }) {
       block.style.left = `${first.offsetLeft}px`;
       block.style.width = `${Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft)}px`;
     }
+    // A name lies flat where its bar is as wide as that, and stands upright elsewhere.
+    const widths = bars.map((bar) => bar.offsetWidth);
+    names.forEach((name, i) => setOne(name, "data-flat", LETTER * layers[i].label.length < widths[i] ? "yes" : null));
   }
   for (const choice of [order, widths]) choice.addEventListener("change", () => { arrange(); repaint(); }, { signal });
 
@@ -428,13 +435,13 @@ function render({ model, el, signal }) {
   /** Move the bars to where the pointer is: the one that was taken, with those that are chosen with it as far, or those that a stroke passes. */
   function pull(event) {
     const to = valueAt(event);
-    if (drag.tap !== null) {
-      if (Math.abs(event.clientY - drag.tap) < SLOP) return;
-      Object.assign(drag, { tap: null, y: to });
+    if (drag.slack !== null) {
+      if (Math.abs(event.clientY - drag.slack) < SLOP) return;
+      Object.assign(drag, { slack: null, y: to });
     }
     if (!drag.at) {
-      // One bar comes to the pointer; several move as far as it does, and so does one under a finger, which hides where it is.
-      const by = to - (picked.size > 1 || drag.finger ? drag.y : drag.from[drag.i]);
+      // One bar comes to the pointer; several move as far as it does.
+      const by = to - (drag.by ? drag.y : drag.from[drag.i]);
       change([...picked].map((j) => [j, drag.from[j] + by]));
       showTip(drag.i);
     } else {
@@ -460,12 +467,12 @@ function render({ model, el, signal }) {
     }
     if (event.shiftKey) { pick(stretch(active, i), i, false); return; }
     const isStroke = drawing() || event.altKey;
-    const finger = event.pointerType === "touch" && !isStroke;
-    // As in the style sheet: a finger moves the chosen bars, and the others by their upper end. Anywhere else it scrolls the page, and may be a tap.
-    if (finger && !(picked.has(i) || event.target.classList.contains("se-grip"))) { touched = i; return; }
+    // A finger that passes over the bars scrolls the page. It chooses a bar with a tap, and pulls one that is chosen, or any by its upper end.
+    const byFinger = event.pointerType === "touch";
+    if (byFinger && !isStroke && !picked.has(i) && !event.target.classList.contains("se-grip")) { tapped = i; return; }
     pick(!isStroke && picked.has(i) ? [...picked] : [i], i, false);
     if (!isStroke && layers[i].locked) return;
-    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null, finger, tap: finger ? event.clientY : null };
+    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null, by: byFinger || picked.size > 1, slack: byFinger && !isStroke ? event.clientY : null };
     field.setPointerCapture(event.pointerId);
     setOne(field, "data-dragging", "yes");
     pull(event);
@@ -479,15 +486,16 @@ function render({ model, el, signal }) {
   };
   field.addEventListener("pointermove", (event) => {
     if (drag) { pull(event); return; }
+    if (tapped >= 0) return;
     showTip(indexOf(event));
     pointAt(indexOf(event));
   }, { signal });
   const release = (event) => {
-    if (touched !== null && event.type === "pointerup") pick([touched], touched, false);
-    touched = null;
+    if (tapped >= 0 && event.type === "pointerup" && indexOf(event) === tapped) { pick([tapped], tapped, false); showTip(tapped); }
+    tapped = -1;
     if (!drag) return;
-    // What the browser took from the hand, such as a pinch, was no decision.
-    if (event.type === "pointercancel") change(drag.from.map((value, j) => [j, value]));
+    // What was taken from the hand half-way is put back.
+    if (event.type === "pointercancel") { values = [...drag.from]; repaint(); tip.hidden = true; }
     // A click that did not move leaves several chosen layers as they are, and chooses the one.
     const { i, from, at } = drag;
     const stayed = !at && from.every((value, j) => value === values[j]);

@@ -348,10 +348,10 @@ function render({ model, el, signal }) {
     const now = spec.marks?.[0]?.label;
     const { svg, place: toPixels } = chart({
       ...spec, width, height: HEIGHT, x: scene.x, bands: scene.bands,
-      y: { domain: y, ticks: (y[1] === 100 && y[0] === 0 ? [0, 25, 50, 75, 100] : ticks(...y, 4)).map((v) => [v, String(v)]) },
+      y: { domain: y, ticks: (y[1] === 100 && y[0] === 0 ? [0, 25, 50, 75, 100] : ticks(...y, 4)).map((v) => [v, waiting ? "" : String(v)]) },
       name: now ? phrase("monitor.chart.now", { face: name, value: now }) : phrase("monitor.chart.empty", { face: name }),
     });
-    if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, waiting));
+    if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle", class: "se-halo" }, waiting));
     if (spec.isSchedule && scene.peak && width > 300)
       svg.append(draw("text", { x: width - PAD.right - 2, y: RATE_LABEL_Y, "text-anchor": "end", class: "se-halo se-quiet" }, phrase("monitor.rate", { rate: Number(scene.peak.toPrecision(3)) })));
     one.host.replaceChildren(svg);
