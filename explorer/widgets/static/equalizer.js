@@ -437,7 +437,7 @@ function render({ model, el, signal }) {
     const to = valueAt(event);
     if (drag.slack !== null) {
       if (Math.abs(event.clientY - drag.slack) < SLOP) return;
-      Object.assign(drag, { slack: null, y: to });
+      drag.slack = null;
     }
     if (!drag.at) {
       // One bar comes to the pointer; several move as far as it does.

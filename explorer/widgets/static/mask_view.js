@@ -14,7 +14,7 @@ function render({ model, el, signal }) {
   const bars = button(phrase("mask.bars"), () => set("source", "bars"), signal, { title: phrase("mask.bars_tip") });
   const run = button(phrase("mask.run"), () => set("source", "run"), signal, { title: phrase("mask.run_tip") });
   const time = make("input", { type: "range", min: 0, max: 0, step: 1, "aria-label": phrase("mask.moment"), title: phrase("mask.moment_tip") });
-  const told = make("output", { "aria-live": "off" }); // not live: the slider says its value itself
+  const told = make("output", { "aria-live": "off" });
   const text = make("p", { class: "se-mask-text" });
   const caption = make("p", { class: "se-hint se-mask-caption" });
   root.append(

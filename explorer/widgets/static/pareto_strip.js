@@ -6,7 +6,7 @@ const FLOOR = 1e-3; // nats; the axis is logarithmic
 function render({ model, el, signal }) {
   const root = section(el, phrase("balance.name"), "se-card se-pareto", 3);
   const range = make("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": phrase("balance.slider") });
-  const told = make("output", { class: "se-mute", "aria-live": "off" }); // not live: the slider says its value itself, and bars that move would have it read out at each step
+  const told = make("output", { class: "se-mute", "aria-live": "off" }); // its slider says it
   const balance = make("span", { class: "se-balance" }, make("span", { class: "se-mute" }, phrase("balance.less_harm")), range, make("span", { class: "se-mute" }, phrase("balance.more_speed")), told);
   const host = make("div", { class: "se-plot", title: phrase("balance.adopt_tip") });
   const tip = make("div", { class: "se-tip", hidden: true });

@@ -17,7 +17,7 @@ function render({ model, el, signal }) {
     button(label, () => { shape = key; update(); }, signal, { "data-shape": key })));
   const levelInput = make("input", { type: "range", min: 0, max: 99, step: 1, value: 90, "aria-label": phrase("sensitivity.level"), title: phrase("sensitivity.level") });
   levelInput.addEventListener("input", () => { level = Number(levelInput.value) / 100; update(); }, { signal });
-  const atText = make("output", { class: "se-mute", "aria-live": "off" }); // not live: the slider says its value itself
+  const atText = make("output", { class: "se-mute", "aria-live": "off" });
   const atRow = make("span", { class: "se-at" }, levelInput, atText);
   const measure = button(phrase("sensitivity.measure"), () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: phrase("sensitivity.measure_tip") });
   let kind = "kl";
