@@ -117,7 +117,7 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
         return tile | {
             "label": phrase("figures.latency.measured"),
             "value": _ms(value),
-            "note": _joined(phrase("figures.latency.spread", spread=_digits(spread)), dense),
+            "note": _joined(phrase("figures.latency.spread", spread=spread_of(_ms(value), spread)), dense),
             "more": _joined(
                 predicted,
                 phrase("figures.latency.noisy") if is_noisy(value, spread) else "",
@@ -126,10 +126,13 @@ def _latency(state: ExplorerState, run: RunRecord | None) -> dict[str, Any]:
     if prediction is None:
         return _nothing(tile, phrase("figures.predicted_later"), dense)
     error = getattr(prediction, "latency_error_ms", None)
+    latency = _ms(prediction.latency_ms)
     return tile | {
         "label": phrase("figures.latency.predicted"),
-        "value": _ms(prediction.latency_ms),
-        "note": _joined(phrase("figures.latency.spread", spread=_digits(error)) if error else "", dense),
+        "value": latency,
+        "note": _joined(
+            phrase("figures.latency.spread", spread=spread_of(latency, error)) if error else "", dense
+        ),
         "more": phrase("figures.latency.from_layers"),
     }
 
@@ -276,6 +279,18 @@ def _ms(value: float) -> str:
     if value < 0.1:
         return f"{value:.4f}"
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def spread_of(value: str, spread: float) -> str:
+    """Return a spread with the decimals of the value that it belongs to, or with its first digit where those would be zeros.
+
+    Examples
+    --------
+    >>> spread_of("0.109", 0.00091), spread_of("3.12", 0.0041), spread_of("29", 3.4)
+    ('0.001', '0.004', '3')
+    """
+    text = f"{spread:.{len(value.partition('.')[2])}f}"
+    return text if float(text) or not spread else f"{spread:.1g}"
 
 
 def _digits(value: float) -> str:

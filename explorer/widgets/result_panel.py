@@ -71,7 +71,10 @@ class ResultPanel(StateView):
                 phrase("result.figure.accuracy"),
                 f"{100 * result.dense_accuracy:.2f} %",
                 f"{100 * result.accuracy:.2f} %",
-                phrase("result.points", points=f"{100 * (result.accuracy - result.dense_accuracy):+.2f}"),
+                phrase(
+                    "result.points",
+                    points=f"{100 * (result.accuracy - result.dense_accuracy):+.2f}".replace("-", "−"),
+                ),
             ],
             [
                 phrase("result.figure.sparsity"),

@@ -13,7 +13,7 @@ from explorer.widgets import ExplorerState, SensitivityExplorer, assets
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
 from explorer.widgets.jobs import JobStatus
-from explorer.widgets.metrics import tiles
+from explorer.widgets.metrics import spread_of, tiles
 from explorer.widgets.notice import Notice
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
@@ -108,13 +108,13 @@ def test_the_figures_are_predictions_before_a_run_and_measurements_after(state: 
     latency = tile(state, "latency")
     assert latency["label"] == "Latency, predicted"
     assert latency["note"] == (
-        f"± {state.prediction.latency_error_ms:.2g} ms; dense {state.dense.latency_ms:#.3g} ms"
+        f"± {spread_of(latency['value'], state.prediction.latency_error_ms)} ms; dense {state.dense.latency_ms:#.3g} ms"
     )
     assert tile(state, "speedup")["note"] == "against engine, dense"
     state.start_run()
     latency = tile(state, "latency")
     assert latency["label"] == "Latency, measured"
-    assert latency["note"].startswith(f"± {state.run.latency[1]:.2g} ms; dense ")
+    assert latency["note"].startswith(f"± {spread_of(latency['value'], state.run.latency[1])} ms; dense ")
     assert latency["more"].startswith("predicted ")
     assert tile(state, "speedup")["value"] == f"{state.run.speedup:.2f}"
     assert tile(state, "accuracy")["value"] == f"{100 * state.run.result.accuracy:.1f}"

@@ -6,12 +6,12 @@ const PAD = { left: 46, right: 14, top: 24, bottom: 38 };
  * Draw a chart and return its SVG element, with `place(x, y)` giving pixels.
  *
  * spec.width, spec.height   pixels
- * spec.x, spec.y            { domain: [a, b], ticks: [[value, text]], label, map: value => number }
+ * spec.x, spec.y            { domain: [a, b], ticks: [[value, text]], label, map: value => number }; the y label stands above its axis
  * spec.bands                [{ from, to, label, shade }] stretches of the x axis
  * spec.rules                [{ y, label, dash, colour }] horizontal lines
  * spec.lines                [{ points: [[x, y]], colour, width, dash, opacity, dots, name }]
  * spec.areas                [{ points: [[x, low, high]], colour }] filled between two lines
- * spec.marks                [{ x, y, colour, r, label, diamond, title }]
+ * spec.marks                [{ x, y, colour, r, label, left, diamond, title }]; `left` where the label is to stand left of the mark
  * spec.name                 what a screen reader says
  */
 function chart(spec) {
@@ -39,8 +39,15 @@ function chart(spec) {
     svg.append(draw("line", { x1: pad.left, x2: width - pad.right, y1: y(value), y2: y(value), class: "se-axis" }));
     svg.append(draw("text", { x: pad.left - 8, y: y(value) + 4, "text-anchor": "end" }, text));
   }
-  for (const [value, text] of spec.x.ticks)
+  // Where there is no room for every number some are left out.
+  let free = -Infinity;
+  for (const [value, text] of spec.x.ticks) {
+    const half = text.length * 3.3;
+    if (x(value) - half < free) continue;
+    free = x(value) + half + 5;
     svg.append(draw("text", { x: x(value), y: height - pad.bottom + 16, "text-anchor": "middle" }, text));
+  }
+  if (spec.y.label) svg.append(draw("text", { x: pad.left, y: pad.top - 10 }, spec.y.label));
   if (spec.x.label)
     svg.append(draw("text", { x: (pad.left + width - pad.right) / 2, y: height - 4, "text-anchor": "middle" }, spec.x.label));
 
@@ -80,7 +87,7 @@ function chart(spec) {
     }
     svg.append(draw("circle", { cx, cy, r: mark.r ?? 5, "stroke-width": 2, style: `fill:${mark.colour};stroke:var(--se-card)` }));
     if (mark.label) {
-      const right = cx > width - 84;
+      const right = cx > width - 84 || (mark.left && cx > pad.left + 84);
       svg.append(draw("text", { x: cx + (right ? -9 : 9), y: cy - 8 < pad.top + 8 ? cy + 18 : cy - 8, "text-anchor": right ? "end" : "start", class: "se-strong se-halo" }, mark.label));
     }
   }

@@ -1,6 +1,6 @@
 // Runs side by side: accuracy against measured latency, a table of figures, and any two of them layer by layer.
 
-const HEIGHT = 388;
+const HEIGHT = 432;
 const NEAR = 26; // pixels within which a point is meant
 // A run's place in the session chooses its shape and its colour: either tells it apart.
 const SHAPES = [
@@ -120,8 +120,10 @@ function render({ model, el, signal }) {
 
   host.addEventListener("pointermove", (event) => show(nearest(event)), { signal });
   host.addEventListener("pointerleave", () => show(null), { signal });
+  root.addEventListener("pointerdown", () => show(null), { signal });
   host.addEventListener("click", (event) => {
     const spot = nearest(event);
+    show(spot); // a finger was not over it before
     if (spot?.one.number) choose(spot.one.key);
   }, { signal });
   onResize(host, update, signal);
@@ -177,7 +179,7 @@ function render({ model, el, signal }) {
     const { svg, place } = chart({
       width, height: HEIGHT, pad,
       x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 62) : [], label: phrase("compare.axis"), map: Math.log },
-      y: { domain: [bottom, top], ticks: ticks(bottom, top, 5).map((v) => [v, number(v, 1)]) },
+      y: { domain: [bottom, top], ticks: drawable.length ? ticks(bottom, top, 5).map((v) => [v, number(v, 1)]) : [] },
       name: drawable.length > runs ? phrase("compare.chart.runs_and_dense", { count: runs }) : phrase("compare.chart.runs", { count: runs }),
     });
     spots = [];
@@ -244,7 +246,7 @@ function render({ model, el, signal }) {
   }
 
   function describe(one, ms, accuracy, epoch, isResult) {
-    const spread = isResult && one.spread_ms !== null ? ` ± ${one.spread_ms.toPrecision(2)}` : "";
+    const spread = isResult && one.spread_ms !== null ? ` ± ${words.spread(ms, one.spread_ms)}` : "";
     const times = isResult ? one.speedup : null;
     const lines = [`${(100 * accuracy).toFixed(2)} %, ${words.ms(ms)}${spread} ms${times && one.number ? `, ${times.toFixed(2)} ×` : ""}`];
     if (isResult && one.number && change(one) !== null) lines.push(phrase("compare.point.beside_dense", { difference: points(100 * change(one), 2) }));
@@ -377,7 +379,7 @@ function render({ model, el, signal }) {
       write(one.epochs, (v) => number(v, 1)),
       write(one.accuracy, (v) => (100 * v).toFixed(2)),
       one.number ? write(change(one), (v) => signed(100 * v, 2)) : "–",
-      write(one.latency_ms, (v) => `${words.ms(v)}${one.spread_ms === null ? "" : ` ± ${one.spread_ms.toPrecision(2)}`}`),
+      write(one.latency_ms, (v) => `${words.ms(v)}${one.spread_ms === null ? "" : ` ± ${words.spread(v, one.spread_ms)}`}`),
       write(one.speedup, (v) => v.toFixed(2)),
       write(one.asked, (v) => (100 * v).toFixed(2)),
       write(one.sparsity, (v) => (100 * v).toFixed(2)),

@@ -100,6 +100,11 @@ function dress() {
 const words = {
   /** Three significant digits, and nothing below a tenth of a microsecond: a latency is not known better. */
   ms: (value) => (value === null || value === undefined ? "–" : value >= 100 ? value.toFixed(0) : value >= 0.1 ? value.toPrecision(3) : value.toFixed(value >= 0.01 ? 3 : 4)),
+  /** A spread has the decimals of its value, or one digit where those would be zeros. */
+  spread: (value, spread) => {
+    const text = spread.toFixed(words.ms(value).split(".")[1]?.length ?? 0);
+    return Number(text) || !spread ? text : String(Number(spread.toPrecision(1)));
+  },
   percent: (fraction, digits = 1) =>
     fraction === null || fraction === undefined ? "–" : `${(100 * fraction).toFixed(digits)} %`,
   /** 1234567 as "1.23 M". */

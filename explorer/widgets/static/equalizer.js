@@ -5,6 +5,8 @@ const SEND_MS = 50;
 const MAX = 0.99;
 const TURNS = 1000; // positions of the target's dial
 const [LEAST_ZOOM, MOST_ZOOM] = [0.2, 16];
+const SLOP = 6; // pixels that a finger moves before the bar does
+const LETTER = 6.8; // pixels of a name, with some to spare
 const BAR = 17; // pixels that a bar takes at least when nothing was narrowed
 
 function render({ model, el, signal }) {
@@ -70,12 +72,13 @@ function render({ model, el, signal }) {
   const empty = make("div", { class: "se-empty" }, make("b", {}, phrase("equalizer.empty")), make("p", {}, phrase("equalizer.empty_help")));
 
   // The chosen layers, as words and as a number to type
-  const chosen = make("b", { role: "status" });
+  const chosen = make("b", {});
+  const several = make("span", { class: "se-hidden", role: "status" }); // one layer is read out as the bar that has the focus
   const typed = make("input", { type: "text", inputmode: "decimal", size: 6, id: `se-typed-${Math.random().toString(36).slice(2)}` });
   const lock = button(phrase("equalizer.lock"), () => gesture("lock", { layers: pickedNames() }), signal, { title: phrase("equalizer.lock_tip") });
   const tie = button(phrase("equalizer.tie"), () => gesture("tie", { layers: pickedNames() }), signal, { title: phrase("equalizer.tie_tip") });
   const effect = make("span", { class: "se-mute" });
-  const readout = make("div", { class: "se-readout" }, chosen, make("label", { for: typed.id }, phrase("equalizer.sparsity")), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
+  const readout = make("div", { class: "se-readout" }, chosen, several, make("label", { for: typed.id }, phrase("equalizer.sparsity")), typed, make("span", { class: "se-mute" }, "%"), lock, tie, effect);
   typed.addEventListener("change", () => gesture("type", { layers: pickedNames(), text: typed.value }), { signal });
 
   const ramp = make("span", { class: "se-ramp", "aria-hidden": "true" });
@@ -83,6 +86,7 @@ function render({ model, el, signal }) {
   const widthName = make("span", {});
   const ghostName = make("span", {});
   const legend = make("div", { class: "se-foot" },
+    make("span", { class: "se-by-finger" }, phrase("equalizer.by_finger")),
     widthName,
     make("span", { class: "se-rampline" }, rampName, make("em", {}, "0.003"), ramp, make("em", {}, "3")),
     make("span", {}, make("i", { class: "se-key-lock" }), phrase("equalizer.bar.locked")),
@@ -90,7 +94,7 @@ function render({ model, el, signal }) {
     make("span", { "data-key": "even" }, make("i", { class: "se-key-even" }), phrase("equalizer.break_even")));
   const kept = keptRow(gesture, signal);
   // For one-shot pruning: what harms least before training is not what trains best.
-  const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}` });
+  const oneShot = make("input", { type: "checkbox", id: `se-one-shot-${Math.random().toString(36).slice(2)}`, title: phrase("equalizer.search.tip") });
   const oneShotLabel = make("label", { for: oneShot.id, title: phrase("equalizer.search.tip") }, oneShot, phrase("equalizer.search.name"));
   oneShot.addEventListener("change", () => gesture("one_shot", { chosen: oneShot.checked }), { signal });
   const searched = make("span", { class: "se-mute", role: "status" });
@@ -107,7 +111,8 @@ function render({ model, el, signal }) {
   let active = -1;
   let picked = new Set(); // layers that are chosen together, the active one among them
   let asked = null; // the layer that the kernel was asked to select, until it has
-  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke }
+  let drag = null; // { i, y: where the pointer took it, from: values then, at: the last place of a stroke, by: whether bars move as far as the pointer, slack: where a finger came down, until it has moved }
+  let tapped = -1; // the bar on which a finger lies that may yet scroll the page
   let zoom = 1;
   let sentAt = 0;
   let timer = null;
@@ -165,7 +170,7 @@ function render({ model, el, signal }) {
       setOne(range, "aria-valuetext", `${target.value} ${sign}`);
     }
     setOne(solve, "title", view.solvable ? task : view.why);
-    const short = (number) => (number >= 100 || number === 0 ? number.toFixed(0) : Number(number.toPrecision(2)).toFixed(number >= 10 ? 0 : number >= 1 ? 1 : 3));
+    const short = (number) => (number >= 100 ? number.toFixed(0) : String(Number(number.toPrecision(3))));
     say(limits, high === null ? phrase("equalizer.target.measure_first") : phrase("equalizer.target.range", { low: short(low), high: short(high) }));
     say(origin, view.origin ?? "");
     uniform.disabled = !layers.length;
@@ -184,9 +189,11 @@ function render({ model, el, signal }) {
     active = Math.min(Math.max(active, 0), layers.length - 1);
     picked = new Set(active >= 0 ? [active] : []);
     bars = layers.map((layer, i) => make("div", { class: "se-bar", role: "slider", "aria-orientation": "vertical", "aria-valuemin": 0, "aria-valuemax": 99, "data-index": i },
-      make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" })));
+      make("i", { class: "se-fill" }), make("i", { class: "se-even" }), make("i", { class: "se-ghost" }), make("span", { class: "se-value", "aria-hidden": "true" }), make("i", { class: "se-grip" })));
     names = layers.map((layer) => make("span", {}, make("em", {}, layer.label)));
     root.style.setProperty("--se-count", layers.length);
+    // The place of upright names is kept: bars get their widths only when they are timed.
+    labels.style.minHeight = `${7 + Math.min(132, LETTER * Math.max(0, ...layers.map((layer) => layer.label.length)))}px`;
     setOne(root, "data-many", layers.length > 36 ? "yes" : null);
     find.value = "";
     arrange();
@@ -225,6 +232,9 @@ function render({ model, el, signal }) {
       block.style.left = `${first.offsetLeft}px`;
       block.style.width = `${Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft)}px`;
     }
+    // A name lies flat where its bar is as wide as that, and stands upright elsewhere.
+    const widths = bars.map((bar) => bar.offsetWidth);
+    names.forEach((name, i) => setOne(name, "data-flat", LETTER * layers[i].label.length < widths[i] ? "yes" : null));
   }
   for (const choice of [order, widths]) choice.addEventListener("change", () => { arrange(); repaint(); }, { signal });
 
@@ -312,6 +322,7 @@ function render({ model, el, signal }) {
     if (!layer) return;
     const all = [...picked].map((i) => layers[i]);
     say(chosen, picked.size > 1 ? phrase("equalizer.layers_chosen", { count: picked.size }) : layer.label);
+    say(several, picked.size > 1 ? chosen.textContent : "");
     if (document.activeElement !== typed) typed.value = (100 * (values[active] ?? 0)).toFixed(1);
     const isLocked = all.every((one) => one.locked);
     typed.disabled = all.some((one) => one.locked);
@@ -424,9 +435,13 @@ function render({ model, el, signal }) {
   /** Move the bars to where the pointer is: the one that was taken, with those that are chosen with it as far, or those that a stroke passes. */
   function pull(event) {
     const to = valueAt(event);
+    if (drag.slack !== null) {
+      if (Math.abs(event.clientY - drag.slack) < SLOP) return;
+      drag.slack = null;
+    }
     if (!drag.at) {
       // One bar comes to the pointer; several move as far as it does.
-      const by = to - (picked.size > 1 ? drag.y : drag.from[drag.i]);
+      const by = to - (drag.by ? drag.y : drag.from[drag.i]);
       change([...picked].map((j) => [j, drag.from[j] + by]));
       showTip(drag.i);
     } else {
@@ -452,9 +467,12 @@ function render({ model, el, signal }) {
     }
     if (event.shiftKey) { pick(stretch(active, i), i, false); return; }
     const isStroke = drawing() || event.altKey;
+    // A finger that passes over the bars scrolls the page. It chooses a bar with a tap, and pulls one that is chosen, or any by its upper end.
+    const byFinger = event.pointerType === "touch";
+    if (byFinger && !isStroke && !picked.has(i) && !event.target.classList.contains("se-grip")) { tapped = i; return; }
     pick(!isStroke && picked.has(i) ? [...picked] : [i], i, false);
     if (!isStroke && layers[i].locked) return;
-    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null };
+    drag = { i, y: valueAt(event), from: [...values], at: isStroke ? { x: event.clientX, y: valueAt(event) } : null, by: byFinger || picked.size > 1, slack: byFinger && !isStroke ? event.clientY : null };
     field.setPointerCapture(event.pointerId);
     setOne(field, "data-dragging", "yes");
     pull(event);
@@ -468,11 +486,16 @@ function render({ model, el, signal }) {
   };
   field.addEventListener("pointermove", (event) => {
     if (drag) { pull(event); return; }
+    if (tapped >= 0) return;
     showTip(indexOf(event));
     pointAt(indexOf(event));
   }, { signal });
   const release = (event) => {
+    if (tapped >= 0 && event.type === "pointerup" && indexOf(event) === tapped) { pick([tapped], tapped, false); showTip(tapped); }
+    tapped = -1;
     if (!drag) return;
+    // What was taken from the hand half-way is put back.
+    if (event.type === "pointercancel") { values = [...drag.from]; repaint(); tip.hidden = true; }
     // A click that did not move leaves several chosen layers as they are, and chooses the one.
     const { i, from, at } = drag;
     const stayed = !at && from.every((value, j) => value === values[j]);

@@ -9,8 +9,14 @@ function render({ model, el, signal }) {
   const root = make("div", { class: "se se-header", lang: LANGUAGE });
   el.replaceChildren(root);
   // The page around us cannot give its own box a role, so the first widget does: one main landmark, named.
-  const app = el.closest(".se-app");
-  if (app && !document.querySelector("main, [role=main]")) setAll(app, { role: "main", "aria-label": phrase("header.name") });
+  // It is drawn before it stands in the page.
+  const app = () => el.closest(".se-app");
+  const settle = () => {
+    if (signal.aborted) return;
+    if (!app()) requestAnimationFrame(settle);
+    else if (!document.querySelector("main, [role=main]")) setAll(app(), { role: "main", "aria-label": phrase("header.name") });
+  };
+  settle();
   if (document.body.dataset.voila !== undefined) {
     document.title = phrase("header.name");
     document.documentElement.lang = LANGUAGE;
@@ -20,7 +26,7 @@ function render({ model, el, signal }) {
   const nav = make("nav", { "aria-label": phrase("header.steps") }, list);
   STEPS.forEach((step, i) => {
     const go = button("", () => {
-      const target = app?.querySelector(`[data-se-step="${i + 1}"]`);
+      const target = app()?.querySelector(`[data-se-step="${i + 1}"]`);
       const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
       target?.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "center" });
     }, signal, { class: "se-step" });

@@ -14,7 +14,7 @@ function render({ model, el, signal }) {
   const bars = button(phrase("mask.bars"), () => set("source", "bars"), signal, { title: phrase("mask.bars_tip") });
   const run = button(phrase("mask.run"), () => set("source", "run"), signal, { title: phrase("mask.run_tip") });
   const time = make("input", { type: "range", min: 0, max: 0, step: 1, "aria-label": phrase("mask.moment"), title: phrase("mask.moment_tip") });
-  const told = make("output", {});
+  const told = make("output", { "aria-live": "off" });
   const text = make("p", { class: "se-mask-text" });
   const caption = make("p", { class: "se-hint se-mask-caption" });
   root.append(
@@ -43,7 +43,8 @@ function render({ model, el, signal }) {
 
   let picture = null;
   plot.addEventListener("pointerleave", () => { tip.hidden = true; }, { signal });
-  canvas.addEventListener("pointermove", point, { signal });
+  root.addEventListener("pointerdown", () => { tip.hidden = true; }, { signal });
+  for (const kind of ["pointermove", "click"]) canvas.addEventListener(kind, point, { signal }); // a finger only taps
   const themes = new MutationObserver(paint);
   themes.observe(document.documentElement, { attributeFilter: ["data-se-theme"] });
   signal.addEventListener("abort", () => themes.disconnect());

@@ -17,8 +17,8 @@ function render({ model, el, signal }) {
       say(label, tile.label);
       say(big.firstElementChild, tile.value);
       say(big.lastElementChild, tile.unit);
-      say(note, tile.note);
-      say(more, tile.more ?? "");
+      say(note, bound(tile.note));
+      say(more, bound(tile.more ?? ""));
       // Where a badge may come its place is kept: the page must not move under a hand that drags a bar.
       badge.hidden = tile.key !== "accuracy";
       badge.style.visibility = tile.badge ? "visible" : "hidden";
@@ -38,6 +38,9 @@ function render({ model, el, signal }) {
     return figure ? { ...tile, tone: "", ...figure } : tile;
   }
 }
+
+/** A unit does not go to the next line without its number. */
+const bound = (text) => text.replace(/(\d|±) (?=[\d%×]|ms\b|[kMGT]?B\b)/g, "$1\u00a0");
 
 // As the kernel writes them, see metrics.py.
 const known = (value, write) => (value === undefined ? null : write(value));

@@ -1,17 +1,17 @@
 // The least harm at each speed: a curve to click, and a slider that walks along it.
 
-const HEIGHT = 168;
+const HEIGHT = 184;
 const FLOOR = 1e-3; // nats; the axis is logarithmic
 
 function render({ model, el, signal }) {
   const root = section(el, phrase("balance.name"), "se-card se-pareto", 3);
   const range = make("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": phrase("balance.slider") });
-  const told = make("output", { class: "se-mute" });
+  const told = make("output", { class: "se-mute", "aria-live": "off" }); // its slider says it
   const balance = make("span", { class: "se-balance" }, make("span", { class: "se-mute" }, phrase("balance.less_harm")), range, make("span", { class: "se-mute" }, phrase("balance.more_speed")), told);
   const host = make("div", { class: "se-plot", title: phrase("balance.adopt_tip") });
   const tip = make("div", { class: "se-tip", hidden: true });
   const plot = make("div", { class: "se-strip" }, host, tip);
-  const empty = make("p", { class: "se-hint" });
+  const empty = make("p", { class: "se-empty" });
   root.append(make("div", { class: "se-head" }, make("h2", {}, phrase("balance.name")), make("small", {}, phrase("balance.about")), make("div", { class: "se-push" }, balance)), plot, empty);
 
   let place = null;
@@ -59,7 +59,8 @@ function render({ model, el, signal }) {
     const view = model.get("view");
     const all = points();
     const any = all.length > 1;
-    plot.hidden = balance.hidden = !any;
+    plot.hidden = !any;
+    balance.style.visibility = any ? "visible" : "hidden"; // its place is kept
     empty.hidden = any;
     say(empty, view.measured ? phrase("balance.working") : phrase("balance.waiting"));
     if (!any) return;
@@ -79,11 +80,11 @@ function render({ model, el, signal }) {
     const drawn = chart({
       width,
       height: HEIGHT,
-      pad: { top: 12, left: 58 },
+      pad: { top: 28, left: 58 },
       x: { domain: [low, high], ticks: [1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30].filter((value) => value >= low - 0.01 && value <= high * 1.001).map((value) => [value, `${value} ×`]), label: phrase("balance.axis"), map: Math.log },
-      y: { domain: [FLOOR, top], ticks: decades.map((value) => [value, value === FLOOR ? "≤ 0.001" : String(value)]), map: Math.log10 },
+      y: { domain: [FLOOR, top], ticks: decades.map((value) => [value, value === FLOOR ? "≤ 0.001" : String(value)]), label: phrase("balance.axis_harm", { kind: view.harm }), map: Math.log10 },
       lines: [{ points: all.map(([speedup, harm]) => [speedup, shown(harm)]), colour: "var(--se-accent)", width: 2.4 }],
-      marks: here ? [{ x: Math.min(high, Math.max(low, here[0])), y: shown(here[1]), colour: "var(--se-ink)", r: 6, label: phrase("balance.here") }] : [],
+      marks: here ? [{ x: Math.min(high, Math.max(low, here[0])), y: shown(here[1]), colour: "var(--se-ink)", r: 6, label: phrase("balance.here"), left: true }] : [],
       name: phrase("balance.chart", { kind: view.harm }),
     });
     place = drawn.place;

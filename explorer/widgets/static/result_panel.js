@@ -13,7 +13,7 @@ function render({ model, el, signal }) {
   const layers = make("div", {}, make("h3", {}, phrase("result.each_layer")),
     make("div", { class: "se-scroll", tabindex: 0, role: "group", "aria-label": phrase("result.layers_scrollable") }, make("table", {}, make("caption", { class: "se-hidden" }, phrase("result.layers")), make("thead", {}, make("tr", {}, ...[phrase("result.column.layer"), phrase("result.column.asked"), phrase("result.column.achieved"), phrase("result.column.zeros")].map((name, i) => make("th", { scope: "col", class: i ? "se-num" : null }, name)))), layersBody)));
   const files = filesRow(model, signal);
-  const lines = make("pre", { tabindex: 0, role: "log", "aria-label": phrase("result.log") });
+  const lines = make("pre", { tabindex: 0, role: "log", "aria-live": "off", "aria-label": phrase("result.log") });
   const log = make("details", { class: "se-log" }, make("summary", {}, phrase("result.log")), lines);
   root.append(make("div", { class: "se-head" }, make("h2", {}, make("span", { class: "se-no", "aria-hidden": "true" }, "5"), phrase("result.name")), title, make("div", { class: "se-push" }, download)), files.element, empty, make("div", { class: "se-two" }, make("div", {}, table, note), layers), log);
 

@@ -52,7 +52,7 @@ function render({ model, el, signal }) {
     more, make("div", { class: "se-trio" }, ...charts.map((one) => one.figure)), make("div", { class: "se-below" }, hint, reader));
 
   function field(name, label, help) {
-    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: phrase("monitor.default"), name });
+    const input = make("input", { type: "text", inputmode: "decimal", size: 6, placeholder: phrase("monitor.default"), name, title: help });
     input.addEventListener("change", () => model.send({ do: "options", options: typed() }), { signal });
     input.addEventListener("input", update, { signal });
     make("label", { class: "se-field-label", title: help }, label, input);
@@ -348,10 +348,10 @@ function render({ model, el, signal }) {
     const now = spec.marks?.[0]?.label;
     const { svg, place: toPixels } = chart({
       ...spec, width, height: HEIGHT, x: scene.x, bands: scene.bands,
-      y: { domain: y, ticks: (y[1] === 100 && y[0] === 0 ? [0, 25, 50, 75, 100] : ticks(...y, 4)).map((v) => [v, String(v)]) },
+      y: { domain: y, ticks: (y[1] === 100 && y[0] === 0 ? [0, 25, 50, 75, 100] : ticks(...y, 4)).map((v) => [v, waiting ? "" : String(v)]) },
       name: now ? phrase("monitor.chart.now", { face: name, value: now }) : phrase("monitor.chart.empty", { face: name }),
     });
-    if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, waiting));
+    if (waiting) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle", class: "se-halo" }, waiting));
     if (spec.isSchedule && scene.peak && width > 300)
       svg.append(draw("text", { x: width - PAD.right - 2, y: RATE_LABEL_Y, "text-anchor": "end", class: "se-halo se-quiet" }, phrase("monitor.rate", { rate: Number(scene.peak.toPrecision(3)) })));
     one.host.replaceChildren(svg);
@@ -390,10 +390,16 @@ function render({ model, el, signal }) {
 
   function pointAt(i, event) {
     if (event.pointerType === "touch" && event.buttons === 0) return;
+    readAt(i, event);
+  }
+  function readAt(i, event) {
     const box = charts[i].host.getBoundingClientRect();
     crossed = { at: epochAt(i, event), i, y: event.clientY - box.top };
     cross();
   }
+  // A finger is never over a chart before it taps; what it reads then stays until the next touch.
+  charts.forEach((one, i) => one.host.addEventListener("click", (event) => readAt(i, event), { signal }));
+  root.addEventListener("pointerdown", () => { crossed = null; cross(); }, { signal });
   charts[1].host.addEventListener("click", () => {
     const layers = charts[1].spec.layers;
     const line = layers && crossed ? nearestLayer(layers, crossed.at, crossed.y) : null;

@@ -17,7 +17,7 @@ function render({ model, el, signal }) {
     button(label, () => { shape = key; update(); }, signal, { "data-shape": key })));
   const levelInput = make("input", { type: "range", min: 0, max: 99, step: 1, value: 90, "aria-label": phrase("sensitivity.level"), title: phrase("sensitivity.level") });
   levelInput.addEventListener("input", () => { level = Number(levelInput.value) / 100; update(); }, { signal });
-  const atText = make("output", { class: "se-mute" });
+  const atText = make("output", { class: "se-mute", "aria-live": "off" });
   const atRow = make("span", { class: "se-at" }, levelInput, atText);
   const measure = button(phrase("sensitivity.measure"), () => model.send({ do: "measure", images: Number(images.value) }), signal, { class: "se-primary se-measure", title: phrase("sensitivity.measure_tip") });
   let kind = "kl";
@@ -41,7 +41,12 @@ function render({ model, el, signal }) {
     figure.append(tip);
     host.addEventListener("pointermove", (event) => hover(figure, tip, event), { signal });
     host.addEventListener("pointerleave", () => { tip.hidden = true; tellPage(model, "point", null); }, { signal });
-    host.addEventListener("click", () => figure.near !== null && figure.near !== undefined && model.send({ do: "select", layer: figure.near }), { signal });
+    // A finger is never over the chart before it taps, so that the place is looked up anew; what it reads stays until the next touch.
+    host.addEventListener("click", (event) => {
+      hover(figure, tip, event);
+      if (figure.near) model.send({ do: "select", layer: figure.near });
+    }, { signal });
+    root.addEventListener("pointerdown", () => { tip.hidden = true; }, { signal });
   }
 
   let pointed = null; // the layer that is pointed at here or in another widget
