@@ -13,10 +13,14 @@ import json
 import re
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 
 from explorer.widgets.texts import Texts, current, placeholders
 
-_COMMENT = re.compile(r"//.*|/\*[^*]*(\*(?!/)[^*]*)*\*/")
+_REMARK = re.compile(r"^[ \t]*/\*[^*]*(?:\*(?!/)[^*]*)*\*/[ \t]*$", re.MULTILINE)
+"""A comment of any number of lines that has them to itself."""
+
+_COMMENT = re.compile(r"//.*")
 """A line that is nothing but a comment: they travel with each widget that shares a source, and there are a dozen."""
 
 
@@ -24,13 +28,43 @@ _PHRASE = re.compile(r"""(?<!function )\bphrase\((?:"([^"]*)"(\))?)?""")
 """Where a module uses a sentence: its key, and the end of the call where no values follow."""
 
 
+_DECLARED = re.compile(r"^(?:(?:async )?function\*?|const|let|class) (\w+)", re.MULTILINE)
+"""The name that a shared source declares, at the beginning of a line."""
+
+_WORD = re.compile(r"\w+")
+
+
+@cache
+def _raw(name: str) -> str:
+    return files("explorer.widgets").joinpath("static", name).read_text(encoding="utf-8")
+
+
 @cache
 def _text(name: str) -> str:
-    return _lean(files("explorer.widgets").joinpath("static", name).read_text(encoding="utf-8"))
+    return _lean(_raw(name))
+
+
+def _used(shared: str, users: str) -> str:
+    """Return a shared source without the declarations that neither `users` nor those that stay speak of; the lines of the others keep their numbers.
+
+    A word that stands anywhere in them counts, so that rather too much stays than too little.
+    """
+    begins = [found.start() for found in _DECLARED.finditer(shared)]
+    head, *pieces = (shared[a:b] for a, b in pairwise([0, *begins, len(shared)]))
+    declared = [_DECLARED.match(piece) for piece in pieces]
+    names = [found[1] if found else "" for found in declared]
+    words = [set(_WORD.findall(_lean(piece))) for piece in pieces]
+    wanted = set(_WORD.findall(_lean(users))) | set(_WORD.findall(_lean(head)))
+    kept: set[int] = set()
+    while more := {i for i, name in enumerate(names) if name in wanted} - kept:
+        kept |= more
+        wanted = wanted.union(*(words[i] for i in more))
+    return head + "".join(piece if i in kept else "\n" * piece.count("\n") for i, piece in enumerate(pieces))
 
 
 def _lean(text: str) -> str:
     """Return a source without indentation and without lines that are a comment; the numbers of its lines stay, for whoever debugs it in a page."""
+    text = _REMARK.sub(lambda found: "\n" * found[0].count("\n"), text)
     lines = (line.strip() for line in text.splitlines())
     return "\n".join("" if _COMMENT.fullmatch(line) else line for line in lines)
 
@@ -77,8 +111,9 @@ def _sentence(key: str, is_whole: bool, texts: Texts) -> str:
 
 
 def module(name: str, *shared: str) -> str:
-    """Return the ES module `name`, with `dom.js` and the `shared` modules in front of it, in the chosen language."""
-    source = "\n".join(_text(f"{part}.js") for part in ("dom", *shared, name))
+    """Return the ES module `name`, with what it uses of `dom.js` and the `shared` modules in front of it, in the chosen language."""
+    own = _raw(f"{name}.js")
+    source = _lean("\n".join([_used("\n".join(_raw(f"{part}.js") for part in ("dom", *shared)), own), own]))
     # In the first line, which is a comment: the numbers of the others stay.
     return f"const LANGUAGE = {json.dumps(current().language)};{worded(source, current())}"
 
