@@ -48,18 +48,18 @@ function whyNot(shapes, expected) {
   const foreign = [...shapes.keys()].filter((name) => !Object.hasOwn(expected, name));
   const other = Object.keys(expected).filter((name) => shapes.has(name) && String(shapes.get(name)) !== String(expected[name]));
   const reasons = [];
-  if (lacking.length) reasons.push(phrase("weights.lacks", { names: some(lacking) }));
-  if (foreign.length) reasons.push(phrase("weights.has_more", { names: some(foreign) }));
-  if (other.length) reasons.push(phrase("weights.other_shape", { name: other[0], found: shape(shapes.get(other[0])), wanted: shape(expected[other[0]]) }));
+  if (lacking.length) reasons.push(phrase("weights.lacks", { names: fewOf(lacking) }));
+  if (foreign.length) reasons.push(phrase("weights.has_more", { names: fewOf(foreign) }));
+  if (other.length) reasons.push(phrase("weights.other_shape", { name: other[0], found: shapeOf(shapes.get(other[0])), wanted: shapeOf(expected[other[0]]) }));
   return reasons.join(" ");
 }
 
-function some(names) {
+function fewOf(names) {
   const told = names.slice(0, NAMED).join(", ");
   return names.length > NAMED ? phrase("weights.and_more", { names: told, count: names.length - NAMED }) : told;
 }
 
-function shape(sizes) {
+function shapeOf(sizes) {
   return sizes.length ? sizes.join(" × ") : "1";
 }
 
