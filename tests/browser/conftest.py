@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import (
     BrowserContext,
     ConsoleMessage,
+    Error,
     Page,
     Playwright,
     Request,
@@ -60,10 +61,13 @@ class Watch:
     def __init__(self, page: Page) -> None:
         self.problems: list[str] = []
         self.received = 0
-        page.on("pageerror", lambda error: self.problems.append(f"script: {error}"))
+        page.on("pageerror", self._on_error)
         page.on("console", self._on_console)
         page.on("request", self._on_request)
         page.on("websocket", self._on_websocket)
+
+    def _on_error(self, error: Error) -> None:
+        self.problems.append(f"script: {error}")
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type == "error":

@@ -72,13 +72,21 @@ function section(el, label, className, step = null) {
   const root = make("section", { class: `se ${className}`, lang: LANGUAGE, "aria-label": label, "data-se-step": step });
   // JupyterLab would take keys that are pressed here as its own, and cut the cell at an "x" on a bar. It looks at the focused element before those around it.
   root.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
+  root.addEventListener("keydown", keepKey);
   el.replaceChildren(root);
   return root;
 }
 
+/** Keep a key that moves, types or presses in the page, and one that a gesture has taken: VS Code takes what leaves it, and deletes the cell at "d d". */
+function keepKey(event) {
+  const commands = event.ctrlKey || event.metaKey || event.altKey;
+  const moves = event.key.length === 1 || /^(Arrow|Page)|^(Home|End|Enter|Backspace|Delete)$/.test(event.key);
+  if ((moves && !commands) || event.defaultPrevented) event.stopPropagation();
+}
+
 const THEME_KEY = "sparsity-explorer-theme";
 
-/** Which theme holds: the reader's choice, else that of JupyterLab around us, else that of the system. */
+/** Which theme holds: the reader's choice, else that of JupyterLab, VS Code or Colab around us, else that of the system. */
 function theme() {
   let chosen = null;
   try {
@@ -89,11 +97,21 @@ function theme() {
   if (chosen === "light" || chosen === "dark") return chosen;
   const lab = document.body.dataset.jpThemeLight;
   if (lab !== undefined && document.body.dataset.voila === undefined) return lab === "false" ? "dark" : "light";
+  const code = document.body.dataset.vscodeThemeKind;
+  if (code !== undefined) return code.includes("light") ? "light" : "dark";
+  if (document.documentElement.getAttribute("theme") === "dark") return "dark";
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
+/** Dress the document, and at the first time see to it that it changes with what is around it. */
 function dress() {
   const root = document.documentElement;
+  if (root.dataset.seTheme === undefined) {
+    const around = new MutationObserver(dress);
+    around.observe(document.body, { attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] });
+    around.observe(root, { attributeFilter: ["theme"] });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
+  }
   if (root.dataset.seTheme !== theme()) root.dataset.seTheme = theme();
 }
 

@@ -51,7 +51,9 @@ function render({ model, el, signal }) {
     setOne(toggle, "aria-label", dark ? phrase("header.light") : phrase("header.dark"));
   }
   dressed();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dress(); dressed(); }, { signal });
+  const themes = new MutationObserver(dressed);
+  themes.observe(document.documentElement, { attributeFilter: ["data-se-theme"] });
+  signal.addEventListener("abort", () => themes.disconnect());
 
   const title = make("div", { class: "se-title" }, logo(), make("h1", {}, phrase("header.name")));
   root.append(title, nav, make("div", { class: "se-head-right" }, choice, toggle));
