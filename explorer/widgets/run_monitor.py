@@ -14,8 +14,8 @@ from explorer.widgets.runs import STATUSES
 from explorer.widgets.texts import phrase
 
 if TYPE_CHECKING:
+    from explorer.widgets.run_options import RunOptions
     from explorer.widgets.runs import RunRecord
-    from explorer.widgets.state import RunOptions
 
 
 class RunMonitor(StateView):

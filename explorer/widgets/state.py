@@ -26,9 +26,11 @@ import traitlets as t
 
 from explorer.errors import DistributionError, ExplorerError, InfeasibleTarget, RunError
 from explorer.history import History
+from explorer.widgets import documents
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
+from explorer.widgets.run_options import RunOptions, checked_options, options_of, run_settings
 from explorer.widgets.runs import MAX_RUNS, ORIGINS, STATUSES, RunRecord, RunRecorder, renewed
 from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
 from explorer.widgets.targets import KINDS, TargetKind
@@ -45,9 +47,6 @@ MAX_SPARSITY = 0.99
 
 MAX_DOWNLOAD = 96 * 2**20
 """Largest file in bytes that is sent through the notebook's connection; a larger one is left in a folder and named."""
-
-MAX_EVALUATIONS = 12
-"""Most evaluations of a run: enough to see a curve, few enough to leave the time to training."""
 
 DEFAULT_IMAGES = 500
 """Validation images behind each point of a loss curve."""
@@ -97,18 +96,6 @@ DEMO_CHOICES = (
 )
 
 _REPLAY = "replay:"
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What the page lets one set for a run. None leaves the default of the pruning room."""
-
-    epochs: float = 5
-    learning_rate: float | None = None
-    stabilise: float = 0.1
-    ramp: float = 0.4
-    update_every: int | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -755,7 +742,7 @@ class ExplorerState(t.HasTraits):
         self.study.adopt(recipe)
         settings = recipe.settings
         own = [field.name for field in dataclasses.fields(RunOptions)]
-        self.options = _checked_options({name: getattr(settings, name) for name in own})
+        self.options = checked_options({name: getattr(settings, name) for name in own})
         default = type(settings)()
         others = [
             f"{field.name} {getattr(settings, field.name)}"
@@ -776,7 +763,7 @@ class ExplorerState(t.HasTraits):
     @_guarded
     def set_options(self, given: Mapping[str, Any]) -> None:
         """Take the settings of the next run from the page; what is missing or empty keeps its default."""
-        self.options = _checked_options(given)
+        self.options = checked_options(given)
 
     @_guarded
     def start_run(self, given: Any = None, *, settings: Mapping[str, Any] | None = None) -> None:
@@ -785,7 +772,7 @@ class ExplorerState(t.HasTraits):
         if given is not None and given.state != "ready":
             raise RunError(phrase("refusal.run.begun", status=STATUSES.get(given.state, given.state)))
         if settings is not None:
-            self.options = _checked_options(settings)
+            self.options = checked_options(settings)
         if given is not None and not self.job.busy:
             self._take(self._need_distribution().replace(given.asked), "mine")
         distribution = self._need_distribution()
@@ -793,7 +780,7 @@ class ExplorerState(t.HasTraits):
             raise RunError(phrase("refusal.no_data"))
         number = self.run.number + 1 if self.run else 1
         asked = _mean_sparsity(self.layers, distribution)
-        options = self.options if given is None else _options_of(given.settings)
+        options = self.options if given is None else options_of(given.settings)
         record = RunRecord(
             number,
             distribution,
@@ -825,7 +812,7 @@ class ExplorerState(t.HasTraits):
         recorder = RunRecorder(record, stored_bytes=study.stored_bytes, groups=groups, clock=self._clock)
         run = given
         if run is None:
-            run = study.prune(record.distribution, **_run_settings(study, options))
+            run = study.prune(record.distribution, **run_settings(study, options))
         self._pruning = run
         if self.job.paused:
             run.pause()
@@ -853,7 +840,7 @@ class ExplorerState(t.HasTraits):
         last = recorder.record
         self._publisher.post("job", functools.partial(self._tell, phrase("job.time")))
         return dataclasses.replace(
-            last, final=study.final_latency(last.result), sizes=_sizes(study, last.result)
+            last, final=study.final_latency(last.result), sizes=documents.sizes(study, last.result)
         )
 
     def _tell(self, text: str) -> None:
@@ -941,13 +928,13 @@ class ExplorerState(t.HasTraits):
         if run.result is None:
             raise RunError(phrase("refusal.run.no_result_of", number=run.number))
         result, number, times = run.result, run.number, run.final
-        filename = f"{_file_name(study.model.name)}-run{number}.zip"
+        filename = f"{documents.file_name(study.model.name)}-run{number}.zip"
 
         def work(_stop: threading.Event) -> tuple[str, bytes | None]:
             folder = Path(tempfile.mkdtemp(prefix="sparsity-explorer-"))
             study.save(result, folder, latency=times)
             try:
-                _add_documents(study, result, folder, times)
+                documents.add_documents(study, result, folder, times)
             except Exception as error:  # noqa: BLE001 - the weights are what matters: they are not kept back for a report
                 note = f"The report could not be written and is not in the download, the rest is: {error}"
                 self._publisher.post("no report", functools.partial(self._say, note))
@@ -975,19 +962,19 @@ class ExplorerState(t.HasTraits):
     def save(self, what: str) -> None:
         """Offer a file of what there is now to the page: "recipe", "measurements" (CSV) or "report" (HTML)."""
         study, distribution = self._need_study(), self._need_distribution()
-        begin = _file_name(study.model.name)
-        settings = _run_settings(study, self.options) if getattr(study, "data", None) is not None else {}
+        begin = documents.file_name(study.model.name)
+        settings = run_settings(study, self.options) if getattr(study, "data", None) is not None else {}
         if what == "recipe":
             # Small enough for the main thread, and so there is also a way to keep the bars while a run goes on.
             kind = "recipe" if settings else "distribution"
-            self._offer(f"{begin}-{kind}.yaml", _recipe_text(study, distribution, settings).encode())
+            self._offer(f"{begin}-{kind}.yaml", documents.recipe_text(study, distribution, settings).encode())
         elif what == "measurements":
             if study.table is None:
                 raise ExplorerError(phrase("refusal.not_measured"))
             self._start(
                 "pack",
                 phrase("job.write_measurements"),
-                lambda _stop: _measurements(study),
+                lambda _stop: documents.measurements(study),
                 lambda text: self._offer(f"{begin}-measurements.csv", text.encode()),
             )
         elif what == "report":
@@ -1000,7 +987,7 @@ class ExplorerState(t.HasTraits):
             self._start(
                 "pack",
                 phrase("job.write_report"),
-                lambda _stop: _report(study, run, distribution, settings),
+                lambda _stop: documents.report(study, run, distribution, settings),
                 lambda content: self._offer(f"{begin}-report.html", content),
             )
         else:
@@ -1404,120 +1391,6 @@ def _checked_sparsity(value: float) -> float:
     return min(float(value), MAX_SPARSITY)
 
 
-_OPTION_LIMITS: dict[str, tuple[float, float, bool, str, str]] = {
-    "epochs": (0.1, 1000, False, phrase("refusal.option.epochs"), phrase("refusal.option.epochs_accepted")),
-    "learning_rate": (
-        1e-6,
-        10,
-        False,
-        phrase("refusal.option.learning_rate"),
-        phrase("refusal.option.learning_rate_accepted"),
-    ),
-    "stabilise": (
-        0,
-        0.9,
-        False,
-        phrase("refusal.option.stabilise"),
-        phrase("refusal.option.stabilise_accepted"),
-    ),
-    "ramp": (0, 1, False, phrase("refusal.option.ramp"), phrase("refusal.option.ramp_accepted")),
-    "update_every": (
-        1,
-        100_000,
-        True,
-        phrase("refusal.option.update_every"),
-        phrase("refusal.option.update_every_accepted"),
-    ),
-    "seed": (0, 2**31 - 1, True, phrase("refusal.option.seed"), phrase("refusal.option.seed_accepted")),
-}
-
-
-def _checked_options(given: Mapping[str, Any]) -> RunOptions:
-    """Return the options in `given`, texts as they were typed."""
-    values: dict[str, Any] = {}
-    for name, text in given.items():
-        if name not in _OPTION_LIMITS:
-            raise RunError(
-                phrase("refusal.option.unknown", option=repr(name), options=", ".join(_OPTION_LIMITS))
-            )
-        if text is None or str(text).strip() == "":
-            continue
-        low, high, whole, shown, accepted = _OPTION_LIMITS[name]
-        try:
-            number = float(str(text).strip().replace(",", "."))
-        except ValueError:
-            number = math.nan
-        if not (low <= number <= high) or (whole and number != int(number)):
-            raise RunError(phrase("refusal.option.wrong", option=shown, given=text, accepted=accepted))
-        values[name] = int(number) if whole else number
-    options = RunOptions(**values)
-    if options.stabilise + options.ramp > 1:
-        raise RunError(
-            phrase("refusal.option.shares", stabilise=f"{options.stabilise:g}", ramp=f"{options.ramp:g}")
-        )
-    return options
-
-
-def _options_of(settings: Any) -> RunOptions:
-    """Return what the page shows of the `RunSettings` of a run that was made elsewhere."""
-    return RunOptions(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(RunOptions)}
-    )
-
-
-def _run_settings(study: Any, options: RunOptions) -> dict[str, Any]:
-    """Return the settings that a run on the page is made with."""
-    chosen = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
-    return chosen | {"evaluate_every": _evaluate_every(study, options.epochs)}
-
-
-def _evaluate_every(study: Any, epochs: float) -> int:
-    """Return after how many steps to evaluate, so that a run of a few epochs shows two points an epoch, and a long one a dozen."""
-    from explorer.pruning import RunSettings
-
-    steps = epochs * len(study.data.train) / RunSettings().batch_size
-    return max(5, round(steps / min(MAX_EVALUATIONS, max(3, 2 * epochs))))
-
-
-def _sizes(study: Any, result: Any) -> tuple[int, int]:
-    """Return the bytes of the weights before, and after with zeros left out."""
-    from explorer.formats import dense_bytes, packed_bytes
-
-    return dense_bytes(study.model.module), packed_bytes(result.module)
-
-
-def _recipe_text(study: Any, distribution: Any, settings: Mapping[str, Any]) -> str:
-    """Return the recipe of the distribution as YAML; where nothing can be trained, the distribution alone."""
-    from explorer.distribution import SparsityDistribution
-
-    known = SparsityDistribution(dict(distribution), distribution.locked, distribution.groups)
-    return str(study.recipe_of(known, **settings).to_yaml()) if settings else known.to_yaml()
-
-
-def _measurements(study: Any) -> str:
-    from explorer.sensitivity.exchange import to_csv
-
-    return to_csv(study.table)
-
-
-def _report(study: Any, run: RunRecord | None, distribution: Any, settings: Mapping[str, Any]) -> bytes:
-    """Return the report of a run, or without one of the distribution."""
-    with tempfile.TemporaryDirectory(prefix="sparsity-explorer-") as folder:
-        path = Path(folder) / "report.html"
-        if run is not None:
-            study.report(path, run.result, latency=run.final)
-        else:
-            study.report(path, distribution=distribution, **settings)
-        return path.read_bytes()
-
-
-def _add_documents(study: Any, result: Any, folder: Path, times: Any) -> None:
-    """Put what can be read without this program beside the result."""
-    study.report(folder / "report.html", result, latency=times)
-    if study.table is not None:
-        (folder / "measurements.csv").write_text(_measurements(study), encoding="utf-8")
-
-
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
@@ -1530,8 +1403,3 @@ def _mean_sparsity(layers: Sequence[Any], distribution: Mapping[str, float]) -> 
 
 def _percent(value: float | None) -> str:
     return "not measured" if value is None or math.isnan(value) else f"{value:.2%}"
-
-
-def _file_name(name: str) -> str:
-    """Return `name` with only characters that every file system takes."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"

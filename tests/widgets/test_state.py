@@ -12,7 +12,8 @@ from explorer.errors import DataError
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.jobs import IDLE, InlineExecutor
 from explorer.widgets.publisher import DirectScheduler
-from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState, RunOptions
+from explorer.widgets.run_options import RunOptions
+from explorer.widgets.state import GRACE, PATIENCE, Choice, ExplorerState
 from tests.widgets.fake_study import FakeStudy
 
 
