@@ -216,7 +216,7 @@ function render({ model, el, signal }) {
     const found = order.value === "network" ? [...new Set(of)].filter((block) => block && of.filter((one) => one === block).length > 1) : [];
     blocks.replaceChildren(...found.map((block) => {
       const mine = of.flatMap((one, i) => (one === block ? [i] : []));
-      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", title: phrase("equalizer.choose_block", { count: mine.length, block }) });
+      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", "aria-label": block, "data-name": block, title: phrase("equalizer.choose_block", { count: mine.length, block }) });
       choose.dataset.first = mine[0];
       choose.dataset.last = mine.at(-1);
       return choose;
@@ -228,7 +228,11 @@ function render({ model, el, signal }) {
     for (const block of blocks.children) {
       const [first, last] = [bars[block.dataset.first], bars[block.dataset.last]];
       block.style.left = `${first.offsetLeft}px`;
-      block.style.width = `${Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft)}px`;
+      const width = Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft);
+      block.style.width = `${width}px`;
+      // Names of neighbours differ in their last letters.
+      const [name, fits] = [block.dataset.name, Math.floor(width / 6)];
+      say(block, name.length <= fits ? name : `…${name.slice(name.length - Math.max(1, fits - 1))}`);
     }
     // A name lies flat where its bar is as wide as that, and stands upright elsewhere.
     const widths = bars.map((bar) => bar.offsetWidth);
