@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -105,4 +106,5 @@ def test_each_step_is_complete_in_the_accessibility_tree_and_a_run_is_told_in_fe
     assert sum("Run 1 finished" in text for text in heard) == 1
     assert all(one != after for one, after in pairwise(heard))
     assert 3 <= len(heard) <= 9, heard
+    assert [text for text in heard if re.fullmatch(r"[\d.]+ epochs?", text)] == []
     assert_complete(page)

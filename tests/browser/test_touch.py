@@ -68,6 +68,7 @@ def test_fingers_scroll_past_the_bars_pull_the_one_that_was_tapped_and_shape_the
         "(y) => document.querySelector('.se-bar').getBoundingClientRect().y < y - 60", arg=box["y"]
     )
     assert values(page) == before
+    expect(page.locator(".se-readout b")).to_have_text("stem.conv")  # what was chosen before
 
     bar.evaluate("(one) => one.scrollIntoView({ block: 'center' })")
     box = box_of(bar)

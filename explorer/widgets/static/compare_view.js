@@ -179,7 +179,7 @@ function render({ model, el, signal }) {
     const { svg, place } = chart({
       width, height: HEIGHT, pad,
       x: { domain: [left, right], ticks: xs.length ? logTicks(left, right, width / 62) : [], label: phrase("compare.axis"), map: Math.log },
-      y: { domain: [bottom, top], ticks: drawable.length ? ticks(bottom, top, 5).map((v) => [v, number(v, 1)]) : [] },
+      y: { domain: [bottom, top], ticks: ticks(bottom, top, 5).map((v) => [v, drawable.length ? number(v, 1) : ""]) },
       name: drawable.length > runs ? phrase("compare.chart.runs_and_dense", { count: runs }) : phrase("compare.chart.runs", { count: runs }),
     });
     spots = [];
@@ -223,13 +223,13 @@ function render({ model, el, signal }) {
     for (const { one, x, y } of labels) {
       const text = one.short ? one.short : one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
       const w = 6.6 * text.length;
-      const boxes = [[x + 12, y - 8], [x - 12 - w, y - 8], [x - w / 2, y - 28], [x - w / 2, y + 12], [x + 10, y + 10], [x - 10 - w, y + 10]].map(([bx, by]) => [bx, by, bx + w, by + 16]);
+      const boxes = [[x + 12, y - 8], [x - 12 - w, y - 8], [x - w / 2, y - 28], [x - w / 2, y + 12], [x + 10, y + 10], [x - 10 - w, y + 10], [x + 14, y - 24], [x - 14 - w, y - 24], [x + 14, y + 24], [x - 14 - w, y + 24]].map(([bx, by]) => [bx, by, bx + w, by + 16]);
       const clear = (box) => box[0] > pad.left && box[2] < width && box[1] > pad.top - 6 && box[3] < HEIGHT - pad.bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
       const box = boxes.find(clear) ?? boxes[x > width / 2 ? 1 : 0];
       taken.push(box);
       svg.append(draw("text", { x: box[0], y: box[1] + 12, class: "se-strong se-halo", style: `fill:${colour(one)}` }, text));
     }
-    if (!xs.length) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle" }, phrase("compare.no_latency")));
+    if (!xs.length) svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle", class: "se-halo" }, phrase("compare.no_latency")));
     host.replaceChildren(svg);
   }
 

@@ -106,6 +106,7 @@ function render({ model, el, signal }) {
   let layers = [];
   let bars = []; // by layer, as `names`; `line` has them in the order in which they stand
   let names = [];
+  let room = []; // pixels that each bar is wide
   let line = [];
   let harmName = phrase("equalizer.harm.kl"); // what bars are coloured by
   let active = -1;
@@ -218,7 +219,7 @@ function render({ model, el, signal }) {
     const found = order.value === "network" ? [...new Set(of)].filter((block) => block && of.filter((one) => one === block).length > 1) : [];
     blocks.replaceChildren(...found.map((block) => {
       const mine = of.flatMap((one, i) => (one === block ? [i] : []));
-      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", title: phrase("equalizer.choose_block", { count: mine.length, block }) });
+      const choose = button(block, () => pick(mine, mine[0], true), signal, { class: "se-block", "aria-label": block, "data-name": block, title: phrase("equalizer.choose_block", { count: mine.length, block }) });
       choose.dataset.first = mine[0];
       choose.dataset.last = mine.at(-1);
       return choose;
@@ -230,11 +231,16 @@ function render({ model, el, signal }) {
     for (const block of blocks.children) {
       const [first, last] = [bars[block.dataset.first], bars[block.dataset.last]];
       block.style.left = `${first.offsetLeft}px`;
-      block.style.width = `${Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft)}px`;
+      const width = Math.max(14, last.offsetLeft + last.offsetWidth - first.offsetLeft);
+      block.style.width = `${width}px`;
+      // Names of neighbours differ in their last letters.
+      const [name, fits] = [block.dataset.name, Math.floor(width / 6)];
+      say(block, name.length <= fits ? name : `…${name.slice(name.length - Math.max(1, fits - 1))}`);
     }
     // A name lies flat where its bar is as wide as that, and stands upright elsewhere.
-    const widths = bars.map((bar) => bar.offsetWidth);
-    names.forEach((name, i) => setOne(name, "data-flat", LETTER * layers[i].label.length < widths[i] ? "yes" : null));
+    room = bars.map((bar) => bar.offsetWidth);
+    names.forEach((name, i) => setOne(name, "data-flat", LETTER * layers[i].label.length < room[i] ? "yes" : null));
+    bars.forEach((bar, i) => { if (values[i] !== undefined) say(bar.lastElementChild, shortPercent(values[i], room[i])); });
   }
   for (const choice of [order, widths]) choice.addEventListener("change", () => { arrange(); repaint(); }, { signal });
 
@@ -305,7 +311,7 @@ function render({ model, el, signal }) {
     if (layer.even !== null) even.style.bottom = `${100 * layer.even}%`;
     ghost.hidden = layer.ghost === null;
     if (layer.ghost !== null) ghost.style.bottom = `${100 * layer.ghost}%`;
-    say(text, shortPercent(value, Number(bar.style.flexGrow) > 0.04));
+    say(text, shortPercent(value, room[i]));
     const state = [layer.locked && phrase("equalizer.bar.locked"), layer.group !== null && phrase("equalizer.bar.tied"), picked.size > 1 && picked.has(i) && phrase("equalizer.bar.chosen")];
     setAll(bar, {
       tabindex: i === active ? 0 : -1,
@@ -350,9 +356,9 @@ function render({ model, el, signal }) {
     return parts.join(" · ");
   }
 
-  /** A wide bar has room for a decimal, which matters near 100 %. */
-  function shortPercent(value, isWide) {
-    return value === 0 ? "0" : (100 * value).toFixed(isWide && value > 0.9 ? 1 : 0);
+  /** A bar of some `width` in pixels has room for a decimal, which matters near 100 %. */
+  function shortPercent(value, width) {
+    return value === 0 ? "0" : (100 * value).toFixed(width > 5 * LETTER && value > 0.9 ? 1 : 0);
   }
 
   // ---- what the kernel hears

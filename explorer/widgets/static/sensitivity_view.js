@@ -191,6 +191,7 @@ function render({ model, el, signal }) {
     const x = what === "kl" ? { ...compression, domain: [from, 0.99], ticks: compression.ticks.filter(([s]) => s >= 0.5) } : compression;
     const spec = { width, height: HEIGHT, pad: { top: 12, left: what === "kl" ? 56 : 46 }, x: { ...x, label: phrase("sensitivity.axis_by_compression") }, y, lines, areas, marks, name: phrase("sensitivity.chart.curves", { title: figureTitle(what) }) };
     const drawn = chart(spec);
+    if (!lines.length) drawn.svg.append(draw("text", { x: width / 2, y: HEIGHT / 2, "text-anchor": "middle", class: "se-halo" }, phrase("sensitivity.waiting")));
     show(figure, what, drawn, (px, py) => {
       let best = null;
       for (const entry of lines)
@@ -215,7 +216,7 @@ function render({ model, el, signal }) {
       return { domain: [1e-4, Math.max(1, top * 1.3)], ticks: decades.map((v) => [v, v === 1e-4 ? "≤ 0.0001" : String(v)]), map: Math.log10 };
     }
     const high = what === "accuracy" ? 100 : top * 1.08 || 1;
-    return { domain: [0, high], ticks: ticks(0, high, 5).map((v) => [v, String(v)]) };
+    return { domain: [0, high], ticks: ticks(0, high, 5).map((v) => [v, values.length ? String(v) : ""]) };
   }
 
   function hover(figure, tip, event) {
