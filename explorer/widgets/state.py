@@ -28,7 +28,7 @@ from explorer.errors import DistributionError, ExplorerError, InfeasibleTarget, 
 from explorer.history import History
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
-from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
+from explorer.widgets.publisher import DirectScheduler, HomeThread, Publisher, Scheduler
 from explorer.widgets.runs import MAX_RUNS, ORIGINS, STATUSES, RunRecord, RunRecorder, renewed
 from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
 from explorer.widgets.targets import KINDS, TargetKind
@@ -286,7 +286,9 @@ class ExplorerState(t.HasTraits):
         self._open_study = open_study
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer")
-        self._publisher = Publisher(scheduler or DirectScheduler(), interval)
+        scheduler = scheduler or DirectScheduler()
+        self.home = HomeThread(scheduler)
+        self._publisher = Publisher(scheduler, interval)
         self._jobs = JobRunner(self._executor, self._publisher)
         self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
         self._quick = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer-quick")
