@@ -6,7 +6,7 @@ JupyterLab is no dependency of the project, so it comes from an environment of i
     python -m tests.browser.check_jupyterlab --jupyter ~/jupyter/bin/jupyter --out docs/results/jupyter.txt
 
 The kernel, the widgets and their front end come from the environment that runs this command. In each of the two, `notebooks/explorer.ipynb` is run, then a
-notebook of single steps. Each line says what was seen; the first thing that is not as it should be ends the command with status 1. It takes about two minutes, and needs
+notebook of single steps. Each line says what was seen; the first thing that is not as it should be ends the command with status 1. It takes about five minutes, and needs
 the extra `test` and a chromium. What it printed last is kept in docs/results/jupyter.txt.
 """
 
