@@ -73,6 +73,11 @@ class StateView(anywidget.AnyWidget):
     def _on_change(self, _change: object) -> None:
         self.refresh()
 
+    def _handle_msg(self, msg: Mapping[str, Any]) -> None:
+        """Take what the page sends, traits and gestures alike, in the thread that may write the state."""
+        take = super()._handle_msg
+        self.state.home.bring(lambda: take(msg))
+
     def _on_message(self, _widget: object, content: Mapping[str, Any], _buffers: object) -> None:
         gesture = self.gestures.get(content.get("do", ""))
         if gesture is None:

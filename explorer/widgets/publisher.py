@@ -33,6 +33,10 @@ class LoopScheduler:
     def __call__(self, delay: float, call: Callable[[], None]) -> None:
         if self._loop.is_closed():
             return
+        if delay <= 0:
+            # In the order in which they came.
+            self._loop.call_soon_threadsafe(call)
+            return
         # call_later itself is not safe from another thread, so it is made on the loop.
         self._loop.call_soon_threadsafe(lambda: self._loop.call_later(delay, call))
 
@@ -50,6 +54,29 @@ def kernel_scheduler() -> Scheduler:
         return LoopScheduler(asyncio.get_running_loop())
     except RuntimeError:
         return DirectScheduler()
+
+
+class HomeThread:
+    """Brings calls from other threads into the one in which this was made.
+
+    JupyterLab since 4.4 has messages of the page handled in a thread of their own, a "subshell" of the kernel, when ipykernel is 7 or newer.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        Runs calls in that thread.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._thread = threading.get_ident()
+
+    def bring(self, call: Callable[[], None]) -> None:
+        """Run `call` at once when this is the thread, else there, as soon as its loop is free; in order."""
+        if threading.get_ident() == self._thread:
+            call()
+        else:
+            self._scheduler(0.0, call)
 
 
 class Publisher:

@@ -29,7 +29,7 @@ from explorer.history import History
 from explorer.widgets import documents
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
-from explorer.widgets.publisher import DirectScheduler, Publisher, Scheduler
+from explorer.widgets.publisher import DirectScheduler, HomeThread, Publisher, Scheduler
 from explorer.widgets.run_options import RunOptions, checked_options, options_of, run_settings
 from explorer.widgets.runs import MAX_RUNS, ORIGINS, STATUSES, RunRecord, RunRecorder, renewed
 from explorer.widgets.sharing import MAX_ADDRESS, Shared, model_key, read_recipe
@@ -274,7 +274,9 @@ class ExplorerState(t.HasTraits):
         self._open_study = open_study
         self._clock = clock
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer")
-        self._publisher = Publisher(scheduler or DirectScheduler(), interval)
+        scheduler = scheduler or DirectScheduler()
+        self.home = HomeThread(scheduler)
+        self._publisher = Publisher(scheduler, interval)
         self._jobs = JobRunner(self._executor, self._publisher)
         self._idle_jobs = JobRunner(self._executor, self._publisher, "background end")
         self._quick = executor or ThreadPoolExecutor(1, thread_name_prefix="explorer-quick")
@@ -801,9 +803,10 @@ class ExplorerState(t.HasTraits):
                 f"Run {last.number} {words}: accuracy {_percent(last.accuracy)}, sparsity {last.sparsity:.1%}."
             )
 
+        self._refuse_when_busy()
+        # Before the job begins: its own news of the run come after this one.
+        self.run = record
         self._start("prune", phrase("job.prune", number=number), work, finished)
-        if self.job.kind == "prune":
-            self.run = record
 
     def _prune(
         self, study: Any, record: RunRecord, options: RunOptions, stop: threading.Event, given: Any
@@ -1052,8 +1055,7 @@ class ExplorerState(t.HasTraits):
         work: Callable[[threading.Event], Any],
         finished: Callable[[Any], None],
     ) -> None:
-        if self._jobs.running:
-            raise ExplorerError(phrase("refusal.busy", job=self.job.text or phrase("job.some")))
+        self._refuse_when_busy()
         self.error = ""
         # It shares the worker: what is asked for comes first.
         self._idle_jobs.stop()
@@ -1078,6 +1080,10 @@ class ExplorerState(t.HasTraits):
             self.report(error)
 
         self._jobs.start(work, end, failed)
+
+    def _refuse_when_busy(self) -> None:
+        if self._jobs.running:
+            raise ExplorerError(phrase("refusal.busy", job=self.job.text or phrase("job.some")))
 
     # What is measured while nothing is asked for
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from explorer.widgets.publisher import DirectScheduler, LoopScheduler, Publisher
+from explorer.widgets.publisher import DirectScheduler, HomeThread, LoopScheduler, Publisher
 
 
 class HeldScheduler:
@@ -100,3 +100,23 @@ def test_posts_of_a_worker_arrive_in_the_thread_of_the_loop_at_ten_hertz() -> No
     assert seen[-1] == 4999
     assert threads == {"loop_0"}
     assert len(seen) < 200
+
+
+def test_calls_from_other_threads_come_home_in_order() -> None:
+    seen: list[tuple[int, int]] = []
+
+    async def main() -> int:
+        home = HomeThread(LoopScheduler(asyncio.get_running_loop()))
+        home.bring(lambda: seen.append((0, threading.get_ident())))
+        assert len(seen) == 1  # at once
+
+        def elsewhere() -> None:
+            for i in range(1, 500):
+                home.bring(lambda i=i: seen.append((i, threading.get_ident())))
+
+        await asyncio.to_thread(elsewhere)
+        await asyncio.sleep(0)
+        return threading.get_ident()
+
+    here = asyncio.run(main())
+    assert seen == [(i, here) for i in range(500)]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 from explorer.widgets import ExplorerState, SensitivityExplorer, assets
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
-from explorer.widgets.jobs import JobStatus
+from explorer.widgets.jobs import InlineExecutor, JobStatus
 from explorer.widgets.metrics import spread_of, tiles
 from explorer.widgets.notice import Notice
+from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
+from tests.widgets.fake_study import FakeStudy
 
 STATIC = Path(assets.__file__).parent / "static"
 
@@ -30,6 +34,39 @@ def press(widget: Any, gesture: str, **content: Any) -> None:
 def drag(equalizer: Equalizer, values: list[float], edit: int | None = None) -> None:
     """Send what the page sends while a bar is dragged."""
     equalizer.set_state({"drag": {"values": values, "edit": equalizer.edit if edit is None else edit}})
+
+
+def message(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of the page as the kernel hands it to a widget."""
+    return {"content": {"data": data}, "buffers": []}
+
+
+def test_what_the_page_sends_is_taken_in_the_thread_of_the_state(study: FakeStudy) -> None:
+    threads: list[int] = []
+
+    async def main() -> tuple[int, ExplorerState, dict[str, float]]:
+        state = ExplorerState(study, executor=InlineExecutor(), scheduler=kernel_scheduler())
+        equalizer = Equalizer(state)
+        state.observe(lambda _: threads.append(threading.get_ident()))
+        before = dict(state.distribution)
+        values = [0.5 for _ in before]
+
+        def subshell() -> None:  # where JupyterLab has them handled
+            dragged = {"values": [0.25 for _ in before], "edit": equalizer.edit}
+            equalizer._handle_msg(
+                message({"method": "update", "state": {"drag": dragged}, "buffer_paths": []})
+            )
+            equalizer._handle_msg(
+                message({"method": "custom", "content": {"do": "commit", "values": values, "edit": 1}})
+            )
+
+        await asyncio.to_thread(subshell)
+        await asyncio.sleep(0)
+        return threading.get_ident(), state, before
+
+    here, state, before = asyncio.run(main())
+    assert set(threads) == {here}
+    assert dict(state.distribution) == dict.fromkeys(before, 0.5)
 
 
 def tile(state: ExplorerState, key: str) -> dict[str, Any]:
