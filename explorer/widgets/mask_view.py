@@ -28,7 +28,7 @@ class MaskView(StateView):
     """The mask of the selected layer as a picture, with a slider over the moments of the latest run."""
 
     _esm = assets.module("mask_view")
-    _css = assets.style("mask_view")
+    _css = assets.style("mask_view", themed=False)
     watches = ("study", "provenance", "layers", "selected", "distribution", "run")
     gestures = {"select": lambda state, said: state.select(str(said["layer"]))}
 

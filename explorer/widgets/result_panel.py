@@ -21,7 +21,7 @@ class ResultPanel(StateView):
     """Before and after, download, log; files to take along and to bring back."""
 
     _esm = assets.module("result_panel", "files")
-    _css = assets.style("result_panel")
+    _css = assets.style("result_panel", themed=False)
     watches = ("run", "job", "log", "package", "dense", "study", "curves", "measured")
     gestures = {
         "pack": lambda state, _: state.pack(),
