@@ -58,6 +58,9 @@ def test_fingers_scroll_past_the_bars_pull_the_one_that_was_tapped_and_shape_the
     page, finger = fake_page, Finger(fake_page)
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.locator(".se-now")).to_contain_text("Next: drag the bars", timeout=30_000)
+    # Each bar shows its number once, also beside the handle for fingers.
+    shown = page.locator(".se-bar").evaluate_all("bars => bars.map((bar) => bar.innerText.trim())")
+    assert shown and all(text.replace(".", "", 1).isdigit() for text in shown)
     bar = page.get_by_role("slider", name="block3.conv2", exact=True)
     bar.evaluate("(one) => one.scrollIntoView({ block: 'center' })")
     before, box = values(page), box_of(bar)

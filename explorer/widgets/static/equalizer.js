@@ -240,7 +240,7 @@ function render({ model, el, signal }) {
     // A name lies flat where its bar is as wide as that, and stands upright elsewhere.
     room = bars.map((bar) => bar.offsetWidth);
     names.forEach((name, i) => setOne(name, "data-flat", LETTER * layers[i].label.length < room[i] ? "yes" : null));
-    bars.forEach((bar, i) => { if (values[i] !== undefined) say(bar.lastElementChild, shortPercent(values[i], room[i])); });
+    bars.forEach((bar, i) => { if (values[i] !== undefined) say(bar.querySelector(".se-value"), shortPercent(values[i], room[i])); });
   }
   for (const choice of [order, widths]) choice.addEventListener("change", () => { arrange(); repaint(); }, { signal });
 
