@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def test_what_the_page_sends_is_taken_in_the_thread_of_the_state(study: FakeStud
         await asyncio.sleep(0)
         return threading.get_ident(), state, before
 
-    here, state, before = asyncio.run(main())
+    # In a thread of its own: the browser of other tests leaves a loop running in this one.
+    with ThreadPoolExecutor(1) as executor:
+        here, state, before = executor.submit(lambda: asyncio.run(main())).result()
     assert set(threads) == {here}
     assert dict(state.distribution) == dict.fromkeys(before, 0.5)
 
