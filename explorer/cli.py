@@ -243,6 +243,13 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=bench_command.count, default=8866, help="default 8866")
     parser.add_argument("--no-browser", action="store_true", help="only print the address")
     parser.add_argument(
+        "--study",
+        action="append",
+        default=[],
+        metavar="LABEL=MODULE:FUNCTION",
+        help="also offer what a function of yours returns, a Study or (model, data); may be given several times, the first is shown first",
+    )
+    parser.add_argument(
         "--weights-folder",
         metavar="FOLDER",
         help="safetensors files in it can be opened on the page without being sent",
@@ -867,6 +874,7 @@ def _app(options: argparse.Namespace) -> int:
             "Install the extra: pip install 'sparsity-explorer[app]'."
         )
     from explorer.widgets import serving
+    from explorer.widgets.choices import studies_environment
     from explorer.widgets.notebook_path import app_notebook
 
     token = serving.checked_token(options.host, options.token)
@@ -885,6 +893,7 @@ def _app(options: argparse.Namespace) -> int:
     address = serving.address(options.host, options.port, token)
     print(f"The app is at {address} ; Ctrl-C ends it.\n{serving.describe(limits)}", flush=True)
     environment = serving.server_environment(os.environ, token, options.weights_folder)
+    environment |= studies_environment(options.study, Path.cwd())
     with subprocess.Popen(command, env=environment) as server:  # noqa: S603 - our own Python with arguments of ours
         # A service manager ends this process, not the server: pass it on, or the server and its kernels stay behind.
         if threading.current_thread() is threading.main_thread():

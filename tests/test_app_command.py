@@ -164,3 +164,13 @@ def test_the_folder_of_weights_goes_to_the_kernels_and_must_be_there(tmp_path: P
     )
     with pytest.raises(ExplorerError, match="There is no folder"):
         serving.server_environment({}, weights_folder=str(tmp_path / "none"))
+
+
+def test_a_study_that_is_not_named_well_starts_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = f"--port={free.getsockname()[1]}"
+    assert cli.main(["app", "--no-browser", port, "--study", "Ours"]) == 2
+    assert "write LABEL=MODULE:FUNCTION" in capsys.readouterr().err
+    assert cli.main(["app", "--no-browser", port, "--weights-folder", "/no/such"]) == 2
+    assert "There is no folder /no/such" in capsys.readouterr().err

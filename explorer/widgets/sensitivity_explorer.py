@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from explorer.widgets.choices import offered_choices
 from explorer.widgets.compare_view import CompareView
 from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.header import Header
@@ -17,7 +18,7 @@ from explorer.widgets.publisher import kernel_scheduler
 from explorer.widgets.result_panel import ResultPanel
 from explorer.widgets.run_monitor import RunMonitor
 from explorer.widgets.sensitivity_view import SensitivityView
-from explorer.widgets.state import DEMO_CHOICES, ExplorerState
+from explorer.widgets.state import ExplorerState
 from explorer.widgets.steps import StatePage, state_of
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _as_study(model: Any, data: Any) -> Any:
 
 
 def open_app() -> SensitivityExplorer:
-    """Return the page of the Voila app: it stands at once, and loads the demo in the background."""
-    state = ExplorerState(choices=DEMO_CHOICES, scheduler=kernel_scheduler())
+    """Return the page of the Voila app: it stands at once, and loads the first study that is offered in the background."""
+    state = ExplorerState(choices=offered_choices(), scheduler=kernel_scheduler())
     page = SensitivityExplorer(state)
     state.load(0)
     return page

@@ -27,6 +27,7 @@ import traitlets as t
 from explorer.errors import DistributionError, ExplorerError, InfeasibleTarget, RunError
 from explorer.history import History
 from explorer.widgets import documents
+from explorer.widgets.choices import Choice, open_study
 from explorer.widgets.curves import CurveBuilder, Curves
 from explorer.widgets.jobs import IDLE, JobKind, JobRunner, JobStatus
 from explorer.widgets.publisher import DirectScheduler, HomeThread, Publisher, Scheduler
@@ -77,28 +78,6 @@ GRACE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A model and data that the page offers.
-
-    `model` and `data` are sources for `load_model` and `load_data`; "replay:NAME" as the model, without data, is `explorer.Study.replay`.
-    """
-
-    label: str
-    model: str
-    data: str
-
-
-DEMO_CHOICES = (
-    Choice(phrase("choice.fashion_bundled"), "demo:fashion-resnet", "demo:fashion"),
-    Choice(phrase("choice.fashion_all"), "demo:fashion-resnet", "fashion-mnist"),
-    Choice(phrase("choice.resnet50"), "replay:resnet50-imagenet", ""),
-    Choice(phrase("choice.mobilenet"), "replay:mobilenet-imagenet", ""),
-)
-
-_REPLAY = "replay:"
-
-
-@dataclass(frozen=True, slots=True)
 class Dense:
     """The dense network that every speed-up is measured against: the fastest of those tried."""
 
@@ -131,15 +110,6 @@ class Package:
     number: int
     filename: str
     content: bytes
-
-
-def _open_study(choice: Choice) -> Any:
-    """Load the model and data of a choice. In a function of its own because it imports torch, which takes seconds."""
-    import explorer
-
-    if choice.model.startswith(_REPLAY):
-        return explorer.Study.replay(choice.model.removeprefix(_REPLAY))
-    return explorer.Study(explorer.load_model(choice.model), explorer.load_data(choice.data))
 
 
 def _worthwhile(
@@ -265,7 +235,7 @@ class ExplorerState(t.HasTraits):
         executor: Executor | None = None,
         scheduler: Scheduler | None = None,
         interval: float = 0.1,
-        open_study: Callable[[Choice], Any] = _open_study,
+        open_study: Callable[[Choice], Any] = open_study,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
