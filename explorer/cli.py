@@ -540,10 +540,9 @@ def _prepared(options: argparse.Namespace) -> tuple[Study, Recipe | None, dict[s
             f"The recipe began with the weights of {recipe.weights['file']}; name the file with --weights."
         )
     study = _opened(options, options.model or recipe.model, options.data or recipe.data)
-    wanted = recipe.weights and recipe.weights["sha256"]
-    if wanted and (study.weights is None or study.weights["sha256"] != wanted):
+    if recipe.weights and study.weights and study.weights["sha256"] != recipe.weights["sha256"]:
         raise ExplorerError(
-            f"{options.weights} is not the file that the recipe began with, which was called {(recipe.weights or {})['file']} (their SHA-256 differ). "
+            f"{options.weights} is not the file that the recipe began with, which was called {recipe.weights['file']} (their SHA-256 differ). "
             "Name that file, or take `weights` out of the recipe."
         )
     return study, recipe, dataclasses.asdict(recipe.settings) | settings

@@ -55,3 +55,10 @@ def add_documents(study: Any, result: Any, folder: Path, times: Any) -> None:
 def file_name(name: str) -> str:
     """Return `name` with only characters that every file system takes."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "model"
+
+
+def told_bytes(size: int) -> str:
+    """Return a size in words, such as "1.5 MB"; units are powers of 1000."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

@@ -16,7 +16,7 @@ from explorer.widgets.weights_desk import MOST_BYTES
 if TYPE_CHECKING:
     from explorer.widgets.state import ExplorerState
 
-_DESK = ("current", "name", "received", "size", "is_waiting", "can_return", "files")
+_DESK = ("current", "name", "received", "size", "is_waiting", "former", "files")
 
 
 class OpenWeights(StateView):

@@ -968,7 +968,7 @@ class ExplorerState(t.HasTraits):
 
     def _offer(self, filename: str, content: bytes) -> None:
         self.package = Package((self.package.number if self.package else 0) + 1, filename, content)
-        self._say(f"Packed {filename}, {_bytes(len(content))}.")
+        self._say(f"Packed {filename}, {documents.told_bytes(len(content))}.")
 
     def taken(self) -> None:
         """Forget the content of the file that the page has taken."""
@@ -1265,6 +1265,12 @@ class ExplorerState(t.HasTraits):
             raise ExplorerError(phrase("refusal.no_model"))
         return self.study
 
+    def idle_study(self) -> Any:
+        """Return the study on the page, when nothing goes on that needs it."""
+        study = self._need_study()
+        self._refuse_when_busy()
+        return study
+
     def _need_distribution(self) -> Any:
         self._need_study()
         return self.distribution
@@ -1365,10 +1371,6 @@ def _checked_sparsity(value: float) -> float:
             phrase("refusal.sparsity_range", given=f"{value:.1%}", highest=f"{MAX_SPARSITY:.0%}")
         )
     return min(float(value), MAX_SPARSITY)
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def _mean_sparsity(layers: Sequence[Any], distribution: Mapping[str, float]) -> float:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets as t
 
 from explorer.errors import ExplorerError, FormatError
+from explorer.widgets.documents import told_bytes
 from explorer.widgets.sharing import model_key
 from explorer.widgets.texts import phrase
 
@@ -129,8 +130,8 @@ class WeightsDesk(t.HasTraits):
     """Bytes of it in all."""
     is_waiting = t.Bool(False)
     """Whether all of it is there and it is not open: something else was going on."""
-    can_return = t.Bool(False)
-    """Whether what was on the page before can be brought back."""
+    former = t.Instance(_Former, allow_none=True, default_value=None)
+    """What was on the page before, as long as it can be brought back."""
     files = t.Tuple()
     """Tuple of `ServerFile`, by name."""
 
@@ -141,7 +142,6 @@ class WeightsDesk(t.HasTraits):
         self.folder = Path(found) if found else None
         self._incoming: IncomingFile | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._former: _Former | None = None
         self._mine: Any = state.study
         self.list_files()
         state.observe(self._study_changed, names=["study"])
@@ -153,6 +153,11 @@ class WeightsDesk(t.HasTraits):
         assert state is not None
         return state
 
+    @property
+    def can_return(self) -> bool:
+        """Whether what was on the page before can be brought back."""
+        return self.former is not None
+
     # What the page sends
 
     def begin(self, name: str, size: int) -> None:
@@ -163,17 +168,21 @@ class WeightsDesk(t.HasTraits):
         ExplorerError
             If nothing can be opened now, or the file is too large.
         """
-        self._need_study()
+        self.state.idle_study()
         self.cancel()
         name = _plain(name)
         if size > MOST_BYTES or size < 1:
-            raise FormatError(phrase("weights.too_large", name=name, size=_mb(size), limit=_mb(MOST_BYTES)))
+            raise FormatError(
+                phrase("weights.too_large", name=name, size=told_bytes(size), limit=told_bytes(MOST_BYTES))
+            )
         if self._temporary is None:
             self._temporary = _temporary_folder()
         free = shutil.disk_usage(self._temporary.name).free
         # It is read into memory too, but memory has a limit and an error of its own.
         if size > free:
-            raise ExplorerError(phrase("weights.no_room", name=name, size=_mb(size), free=_mb(free)))
+            raise ExplorerError(
+                phrase("weights.no_room", name=name, size=told_bytes(size), free=told_bytes(free))
+            )
         self._incoming = IncomingFile(Path(self._temporary.name), name, size)
         self.name, self.size, self.received = name, size, 0
 
@@ -206,7 +215,7 @@ class WeightsDesk(t.HasTraits):
         incoming = self._incoming
         if incoming is None or not incoming.is_complete:
             raise FormatError(phrase("weights.none_on_its_way"))
-        self._need_study()
+        self.state.idle_study()
         # From here on the file is the worker's.
         self._incoming = None
         self.cancel()
@@ -247,20 +256,20 @@ class WeightsDesk(t.HasTraits):
 
     def back(self) -> None:
         """Bring back what was on the page before, with everything that was measured of it."""
-        former = self._former
+        former = self.former
         if former is None:
             return
         state = self.state
-        self._need_study()
-        self._former, self._mine = None, former.study
+        state.idle_study()
+        self.former, self._mine = None, former.study
         state.adopt_again(former.study, former.key, former.distribution, former.origin)
         state.runs, state.run = former.runs, former.run
-        self.current, self.can_return = former.current, False
+        self.current = former.current
 
     def _show(self, path: Path, name: str, *, passing: bool = False) -> None:
         """Open a file; one that is `passing` is removed then, whether it fits or not."""
         state = self.state
-        before = self._need_study()
+        before = state.idle_study()
         former = _Former(
             before, state.key, state.distribution, state.origin, self.current, state.runs, state.run
         )
@@ -274,25 +283,17 @@ class WeightsDesk(t.HasTraits):
                     remove(path)
 
         def finished(study: Any) -> None:
-            self._former, self._mine = former, study
+            self.former, self._mine = former, study
             state.adopt_again(study, model_key(str(former.key), name))
-            self.current, self.can_return = name, True
+            self.current = name
 
         state.make_study(phrase("job.weights", name=name), make, finished)
-
-    def _need_study(self) -> Any:
-        state = self.state
-        if state.study is None:
-            raise ExplorerError(phrase("refusal.no_model"))
-        if state.job.busy:
-            raise ExplorerError(phrase("refusal.busy", job=state.job.text or phrase("job.some")))
-        return state.study
 
     def _study_changed(self, _change: object) -> None:
         """Forget what belonged to another model."""
         if self.state.study is not self._mine:
-            self._former, self._mine = None, self.state.study
-            self.current, self.can_return = "", False
+            self.former, self._mine = None, self.state.study
+            self.current = ""
 
 
 def _addition(name: str) -> str:
@@ -314,7 +315,7 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
@@ -326,7 +327,3 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
         if owner.isdigit() and not _is_running(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
     return tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-")
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
