@@ -165,7 +165,8 @@ class Planes:
     def reuse_key(self) -> tuple[str, int, int, int, int, int]:
         """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
 
-        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Tiles are written whole.
+        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Of tiles, gaps may
+        hold anything: nobody may count them.
         """
         if self.tile:
             return ("tiles", 0, 0, 0, 0, 0)

@@ -630,10 +630,13 @@ class _StepBuilder:
                 out_image=y.image_bytes,
                 out_plane=y.element_bytes,
                 vectors=x.vectors,
+                mask=self._mask(x),
                 scale=scale,
                 **common,
             )
-            return _Row(self.code(pool.PoolKernel("plane")), arguments, jobs["jobs"], "pool")
+            # Who writes tiles may leave in their gaps what lay there before.
+            average = pool.PoolKernel("plane", masked=bool(x.tile) and x.has_gaps)
+            return _Row(self.code(average), arguments, jobs["jobs"], "pool")
         assert isinstance(y, Planes)
         if operation.kind == "adaptive_average":
             table, n_taps, scale = self._adaptive(x, y)

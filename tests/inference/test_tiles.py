@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from torch import nn
 import explorer
 from explorer.inference import native
 from explorer.inference.layout import Planes
-from explorer.inference.module import SparseModule
+from explorer.inference.module import Mode, SparseModule
+from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
@@ -196,6 +199,32 @@ def test_dense_kernels_read_and_write_tiles_too(pixels: int) -> None:
     engine = explorer.compile(sparse, x, threads=2)
     engine.update_weights(dense)
     assert relative_error(engine(x), dense(x)) < 1e-5
+
+
+@pytest.mark.parametrize("pixels", [7, 14, 31])
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_what_lay_in_the_gaps_of_tiles_is_never_counted(
+    pixels: int, turn: int, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of other sizes used the memory before, and a dense kernel with channels in the lanes writes pixels only."""
+    torch.manual_seed(pixels)
+    network = pruned(Bottlenecks(48, 40), 0.7)
+    x = torch.randn(1, 3, 2 * pixels, 2 * pixels)
+    several = Plan.candidates
+
+    def one(*args: Any, **named: Any) -> list[Choice]:
+        found = several(*args, **named)
+        return [found[turn % len(found)]]
+
+    monkeypatch.setattr(Plan, "candidates", one)
+    engine = explorer.compile(network, x, sparse=mode)
+    for place in engine._plan.places.values():
+        layout = place.layout
+        if isinstance(layout, Planes) and layout.tile:
+            memory = (ctypes.c_float * (layout.images * layout.image)).from_address(place.start)
+            np.frombuffer(memory, np.float32)[:] = np.nan
+    assert relative_error(engine(x), network(x)) < 1e-5
 
 
 def test_what_torch_or_the_caller_sees_keeps_its_planes() -> None:

@@ -28,9 +28,18 @@ ARGUMENTS = Record(
 
 @dataclass(frozen=True, slots=True)
 class PoolKernel:
-    """What the machine code depends on: `kind` is "max", "average" or "plane"."""
+    """What the machine code depends on.
+
+    Attributes
+    ----------
+    kind : str
+        "max", "average" or "plane".
+    masked : bool
+        "plane" only: whether the gaps of the operand may hold anything (as those of tiles may), so that they must not be counted.
+    """
 
     kind: str
+    masked: bool = False
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -96,7 +105,11 @@ class PoolKernel:
         b, width = f.b, f.width
 
         def one_vector(i: Value, total: Value) -> list[Value]:
-            return [b.fadd(total, f.read(f.at(plane, b.mul(i, I64(width))), 0, width))]
+            at = b.mul(i, I64(width))
+            value = f.read(f.at(plane, at), 0, width)
+            if self.masked:
+                value = f.keep(value, f.read_mask(f.at(field("mask", PTR), at)))
+            return [b.fadd(total, value)]
 
         (total,) = f.loop(field("vectors"), one_vector, [f.constant(0.0)])
         y = f.sum_lanes(total)
