@@ -20,7 +20,7 @@ from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.layout import widest_pair_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, current_isa, l1_bytes, machine_code
-from explorer.inference.pack import SparseWeights, sparse_entries, weight_words
+from explorer.inference.pack import SparseWeights, read_beyond, sparse_entries, weight_words
 from explorer.inference.peak import peak_of
 
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
@@ -86,7 +86,7 @@ class Loop:
             kernel.unroll,
             lambda values: weight_words(values, isa),
         )
-        offsets = np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32))
+        offsets, rows = read_beyond(offsets, rows * np.int32(kernel.channels))
         self._memory = memory = Memory()
         pixels = tile * isa.lanes
         self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
@@ -99,7 +99,7 @@ class Loop:
             stage=conv.FIRST_BLOCK | conv.LAST_BLOCK,
             offsets=memory.put(offsets),
             weights=memory.put(words),
-            rows=memory.put(rows * np.int32(kernel.channels)),
+            rows=memory.put(rows),
             groups=memory.put(groups),
             n_groups=len(groups),
         )

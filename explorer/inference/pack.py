@@ -315,6 +315,15 @@ def _fill_up(
     return slots, np.repeat(rows, pieces), share.astype(np.float32)
 
 
+def read_beyond(
+    offsets: NDArray[np.int32], rows: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The same tables, with what the sparse kernel reads ahead past their ends."""
+    return np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)), np.append(
+        rows, np.zeros(conv.ROWS_AHEAD, np.int32)
+    )
+
+
 def _stages(n_blocks: int) -> NDArray[np.int64]:
     stages = np.zeros(n_blocks, np.int64)
     stages[0] |= conv.FIRST_BLOCK
@@ -393,7 +402,7 @@ def conv_sparse(
         )
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0] = np.concatenate([joined[0], np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)])
+    joined[0], joined[2] = read_beyond(joined[0], joined[2])
     named: dict[str, NDArray[Any]] = dict(
         zip(("offsets", "weights", "rows", "groups", "sources"), joined, strict=True)
     )
@@ -556,7 +565,7 @@ def conv_grouped(
         tables.append((offsets, filled, rows + np.int32(low), runs))
         before += starts[-1]
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0] = np.concatenate([joined[0], np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)])
+    joined[0], joined[2] = read_beyond(joined[0], joined[2])
     named: dict[str, NDArray[Any]] = dict(zip(("offsets", "weights", "rows", "groups"), joined, strict=True))
     return PackedConv(named, np.array(rows_of_blocks), 1)
 
