@@ -36,7 +36,7 @@ from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, s
 
 if TYPE_CHECKING:
     # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
-    from explorer.inference.steps import Steps
+    from explorer.inference.steps import Move, Steps
     from explorer.inference.threads import Runner
 
 Mode = Literal["auto", "dense", "sparse"]
@@ -245,13 +245,19 @@ class SparseModule:
         self.batch_size = self._plan.images
         self.division: str | None = None
         self._at_once = at_once or self._images_at_once()
+        self._in_head: frozenset[str] = frozenset()
         if self._at_once is not None:
+            heads = self._plan.head_places
+            self._in_head = frozenset(n for n in self._graph.shapes if self._plan.root(n) in heads)
             self._graph = self._lowered()
-            self._plan = Plan(self._graph, self._isa, threads)
+            self._plan = Plan(self._graph, self._isa, threads, self.batch_size)
         self._choices: dict[int, Choice] = {}
         self._densities: dict[int, float] = {}
         self._cycles: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._batch = self._plan.images
+        self._batch = (
+            self._plan.images,
+            self._plan.images,
+        )  # images of a turn and in all, for which the steps are set
         self._runner: Runner | None = None
         self._steps: Steps | None = None
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
@@ -266,7 +272,8 @@ class SparseModule:
         graph = lower(self._captured)
         if self._at_once is not None:
             for name, shape in graph.shapes.items():
-                if name not in graph.parameter_names and shape[:1] == (self.batch_size,):
+                follows = name not in graph.parameter_names and shape[:1] == (self.batch_size,)
+                if follows and name not in self._in_head:
                     graph.shapes[name] = (self._at_once, *shape[1:])
         return graph
 
@@ -371,8 +378,7 @@ class SparseModule:
                 and not x.is_neg()
             ):
                 with self._lock:
-                    if self._batch == self._plan.images:
-                        return straight.run(x)
+                    return self._run_straight(straight, x)
         images = self._check(inputs)
         with self._lock, torch.no_grad():
             return self._run(inputs, images)
@@ -420,10 +426,31 @@ class SparseModule:
                 )
         return images
 
+    def _run_straight(self, straight: _StraightPath, x: Tensor) -> Tensor:
+        at_once = self._plan.images
+        self._set_batch(at_once, len(x) if straight.has_head else at_once)
+        ready, self._batch = self._batch, (0, 0)  # an interrupt may leave addresses moved on
+        result = straight.run(x)
+        self._batch = ready
+        return result
+
+    def _set_batch(self, images: int, total: int) -> None:
+        """Give the steps the jobs of turns of so many images, and the head those of all."""
+        if self._batch != (images, total):
+            self._batch = (
+                0,
+                0,
+            )  # an interrupt between the two must not leave the table of one batch under the number of another
+            if self._steps is not None:
+                self._steps.set_batch(images, total)
+            self._batch = images, total
+
     def _run(self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None) -> Any:
         """Run the network; with `times`, append the seconds of each segment, and keep the cycles of each step for `_ticks`."""
         if self._at_once is None or images <= self._at_once:
             return self._graph.unflatten(self._run_together(inputs, images, times))
+        if self._plan.head_places:
+            return self._graph.unflatten(self._run_in_turns(inputs, images, times))
         parts, seconds, cycles = [], [], []
         for first in range(0, images, self._at_once):
             some = tuple(value[first : first + self._at_once] for value in inputs)
@@ -446,17 +473,52 @@ class SparseModule:
     ) -> list[Any]:
         """The outputs of at most as many images as the plan has room for."""
         plan = self._plan
-        if images != self._batch or (images != plan.images and not plan.is_dynamic):
+        if (images, images) != self._batch or (images != plan.images and not plan.is_dynamic):
             inputs = self._adapt(inputs, images)
+        values = self._run_segments(inputs, len(plan.native), times)
+        return [self._output(o, values, images) for o in self._graph.outputs]
+
+    def _run_in_turns(
+        self, inputs: tuple[Tensor, ...], images: int, times: list[float] | None = None
+    ) -> list[Any]:
+        """The outputs of more images: turn by turn up to the head, then the head for all."""
+        plan, steps, runner = self._plan, self._steps, self._runner
+        assert steps is not None
+        assert runner is not None
+        seconds, cycles = [], []
+        for turn, first in enumerate(range(0, images, plan.images)):
+            some = tuple(value[first : first + plan.images] for value in inputs)
+            self._set_batch(len(some[0]), images)
+            self._batch = (0, 0)
+            for move in steps.moves:
+                move.to(turn)
+            mine: list[float] | None = None if times is None else []
+            self._run_segments(some, plan.head, mine)
+            if mine is not None:
+                seconds.append(mine)
+                cycles.append(self._ticks())
+        start = time.perf_counter()
+        runner.run(plan.head, len(plan.native))
+        if times is not None:
+            times += np.sum(seconds, axis=0).tolist()
+            times[-1] += time.perf_counter() - start
+            self._cycles = np.sum(cycles, axis=0)
+            self._cycles[plan.head :] = runner.cycles()[plan.head :]
+        return [self._output(o, {}, images) for o in self._graph.outputs]
+
+    def _run_segments(
+        self, inputs: tuple[Tensor, ...], last: int, times: list[float] | None = None
+    ) -> dict[str, Any]:
+        """Run all segments, of native ones only the steps before `last`; the values that torch knows."""
+        plan, runner = self._plan, self._runner
         values: dict[str, Any] = dict(zip(self._graph.inputs, inputs, strict=True))
-        runner = self._runner
         if times is not None and runner is not None:
             runner.forget_cycles()
         for segment in plan.segments:
             start = time.perf_counter() if times is not None else 0.0
             if isinstance(segment, NativeSegment):
                 assert runner is not None
-                runner.run(segment.first, segment.last)
+                runner.run(segment.first, min(segment.last, last))
             elif isinstance(segment, ImportSegment):
                 place, value = plan.places[segment.place], self._value(segment.value, values)
                 assert place.view is not None
@@ -470,15 +532,12 @@ class SparseModule:
                 times.append(time.perf_counter() - start)
         if times is not None and runner is not None:
             self._cycles = runner.cycles()
-        return [self._output(o, values, images) for o in self._graph.outputs]
+        return values
 
     def _adapt(self, inputs: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
         """A batch of another size: fewer jobs when every step is native, else zeros up to the size that torch's part was traced for."""
         if self._plan.is_dynamic:
-            self._batch = 0  # an interrupt between the two must not leave the table of one batch under the number of another
-            if self._steps is not None:
-                self._steps.set_batch(images)
-            self._batch = images
+            self._set_batch(images, images)
             return inputs
         if self._separable is None:
             self._separable = self._is_separable()
@@ -550,7 +609,8 @@ class SparseModule:
         value = self._value(output.name, values)
         if not isinstance(value, Tensor):
             return value
-        if images != self._plan.images and value.dim() > 0 and value.shape[0] == self._plan.images:
+        room = self._plan.batch if output.name in self._in_head else self._plan.images
+        if images != room and value.dim() > 0 and value.shape[0] == room:
             value = value[:images]
         return value.clone(memory_format=torch.contiguous_format)
 
@@ -562,7 +622,7 @@ class SparseModule:
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self._isa, self.threads, len(self._plan.native), steps.scratch_bytes)
         self._runner.use(steps)
-        self._steps, self._batch = steps, self._plan.images
+        self._steps, self._batch = steps, (self._plan.images, self._plan.images)
         self._straight = self._straight_path(self._runner)
 
     def _straight_path(self, runner: Runner) -> _StraightPath | None:
@@ -580,8 +640,12 @@ class SparseModule:
         view, result = self._plan.places[place].view, self._home(outputs[0].name)
         if view is None or result is None or view.shape != self._graph.shapes[value]:
             return None
+        moves = self._steps.moves if self._steps and self._plan.head_places else []
         pieces = [] if view.dtype == torch.float32 else [(view[at], at) for at in _pieces(view.shape)]
-        return _StraightPath(view.shape, self._plan.places[place], view.numpy(), pieces, runner, last, result)
+        head = self._plan.head if self._plan.batch > self._plan.images and moves else last
+        return _StraightPath(
+            view.shape, self._plan.places[place], view.numpy(), pieces, runner, last, head, moves, result
+        )
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
@@ -853,7 +917,8 @@ class SparseModule:
         prunable = o.kind in ("conv", "linear")
         if prunable:
             sparsity = 1 - self._densities[index]
-            macs = prod(shapes[o.output]) * images // self._plan.images * prod(shapes[o.weight or ""][1:])
+            room = self._plan.batch if o.output in self._in_head else self._plan.images
+            macs = prod(shapes[o.output]) * images // room * prod(shapes[o.weight or ""][1:])
         places = {*self._plan.operands(o), o.output}
         touched = (
             sum(self._plan.places[place].layout.n_bytes for place in places) * images // self._plan.images
@@ -886,7 +951,14 @@ class _StraightPath:
     pieces: list[tuple[Tensor, tuple[int | slice, ...]]]
     runner: Runner
     n_steps: int
+    head: int
+    moves: list[Move]
     output: Tensor
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the last steps take all images at once."""
+        return self.head < self.n_steps
 
     def divides(self, x: Tensor, most: int) -> bool:
         """Whether `x`, of at most so many images, is several times what goes through together, and nothing else."""
@@ -896,28 +968,46 @@ class _StraightPath:
             and x.shape[1:] == self.shape[1:]
             and at_once < x.shape[0] <= most
             and x.shape[0] % at_once == 0
-            and self.output.shape[:1] == self.shape[:1]
+            and (self.has_head or self.output.shape[:1] == self.shape[:1])
         )
 
     def run(self, x: Tensor) -> Tensor:
-        if x.shape == self.shape:
-            self._through(x)
-            return self.output.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         at_once = self.shape[0]
+        if x.shape == self.shape:
+            self._through(x, self.n_steps)
+            result = self.output[:at_once] if self.has_head else self.output
+            return result.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if self.has_head:
+            if self.place.borrow(x):
+                from explorer.inference.steps import Move
+
+                assert self.place.cell is not None
+                images = Move(self.place.cell, x.data_ptr(), x.stride(0) * at_once * x.element_size())
+                self.runner.run_turns(0, self.head, len(x) // at_once, [*self.moves, images])
+            else:
+                for turn, some in enumerate(x.split(at_once)):
+                    for move in self.moves:
+                        move.to(turn)
+                    self._through(some, self.head)
+                for move in self.moves:
+                    move.to(0)
+            self.runner.run(self.head, self.n_steps)
+            result = self.output[: len(x)]
+            return result.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         result = torch.empty((len(x), *self.output.shape[1:]))
         for part, some in zip(result.split(at_once), x.split(at_once), strict=True):
-            self._through(some)
+            self._through(some, self.n_steps)
             part.copy_(self.output)
         return result
 
-    def _through(self, x: Tensor) -> None:
+    def _through(self, x: Tensor, last: int) -> None:
         # By this thread alone: torch would wake others for it, which takes longer than copying an image. numpy takes twenty times as long for float16.
         if self.pieces:
             for piece, at in self.pieces:
                 piece.copy_(x[at])
         elif not self.place.borrow(x):
             np.copyto(self.input, x.numpy(), casting="same_kind")
-        self.runner.run(0, self.n_steps)
+        self.runner.run(0, last)
 
 
 _GRAIN = 32_768

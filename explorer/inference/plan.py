@@ -139,6 +139,10 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
     return operation.kind == "split" or _writes_tiles(operation)
 
 
+VECTOR_MAKERS = ("plane_average", "flatten")
+"""Operations that turn planes into vectors."""
+
+
 class Plan:
     """Layouts, buffers and the order of execution of a lowered graph.
 
@@ -149,13 +153,24 @@ class Plan:
     isa : Isa
     threads : int
         Work is cut so that this many threads find jobs in each step.
+    batch : int, optional
+        Images of a whole call, when they go through in turns: `head` tells which steps come after all turns.
+
+    Attributes
+    ----------
+    images : int
+        Images that go through the network together.
+    head : int
+        The first of the steps at the end that know vectors only (a classifier after pooling). In turns, the steps before it leave the vectors of each turn
+        behind those of the turn before, and the head takes all of them at once: its weights, most of what it reads, come from afar once.
     """
 
-    def __init__(self, graph: Graph, isa: Isa, threads: int) -> None:
+    def __init__(self, graph: Graph, isa: Isa, threads: int, batch: int | None = None) -> None:
         self.isa, self.threads = isa, threads
         self.images = (
             graph.shapes[graph.inputs[0]][0] if graph.inputs and graph.shapes.get(graph.inputs[0]) else 1
         )
+        self.batch = batch or self.images
         self.places: dict[str, Place] = {}
         self.native: list[int] = []  # indices into graph.operations, one per step
         self.segments: list[Segment] = []
@@ -166,6 +181,7 @@ class Plan:
         self._decide(graph)
         self._kinds = {operation.output: operation.kind for operation in graph.operations}
         self._share(graph)
+        self.head, self.head_places = self._find_head(graph)
         self._lay_out(graph)
         self._tile(graph)
         self._allocate(graph)
@@ -175,7 +191,9 @@ class Plan:
 
     def follows_batch(self, layout: Layout) -> bool:
         """Whether the first axis of this tensor is the batch, so that a smaller batch needs fewer jobs."""
-        return layout.images == self.images and not (isinstance(layout, Planes) and layout.tokens)
+        return layout.images in (self.images, self.batch) and not (
+            isinstance(layout, Planes) and layout.tokens
+        )
 
     # ---- which operations are native, and in which layout family each value is needed
 
@@ -266,7 +284,7 @@ class Plan:
 
     @staticmethod
     def _output_family(operation: Operation, family: str) -> str:
-        return "vectors" if operation.kind in ("plane_average", "flatten") else family
+        return "vectors" if operation.kind in VECTOR_MAKERS else family
 
     def _operands(self, operation: Operation, family: str) -> list[tuple[str, str]]:
         """The inputs of an operation that works in `family`, and the places where it reads them."""
@@ -289,12 +307,27 @@ class Plan:
         for operation in graph.operations:
             operation.kind = self._kinds[operation.output]
 
+    def _find_head(self, graph: Graph) -> tuple[int, frozenset[str]]:
+        """The first step of the head, and the places of all images at once: what it reads and makes. Without a head: the number of steps, and none."""
+        steps = [graph.operations[index] for index in self.native]
+        first = len(steps)
+        while first and self.step_family(steps[first - 1]) == "vectors":
+            first -= 1
+        made = {operation.output for operation in steps[first:]}
+        read = {place for operation in steps[first:] for place in self.operands(operation)} - made
+        makers = {o.output for o in steps[:first] if o.kind in VECTOR_MAKERS}
+        others = {place for operation in steps[:first] for place in self.operands(operation)}
+        returned = {self.root(output.name) for output in graph.outputs if isinstance(output, Ref)}
+        if not made or not read <= makers - others or not returned <= made:
+            return len(steps), frozenset()
+        return first, frozenset(made | read)
+
     # ---- layouts
 
     def step_family(self, operation: Operation) -> str:
         """The layout family of the operands of a native operation."""
         out = self._family[operation.output]
-        return "planes" if operation.kind in ("plane_average", "flatten") else out
+        return "planes" if operation.kind in VECTOR_MAKERS else out
 
     # ---- concatenations and slices
 
@@ -479,6 +512,8 @@ class Plan:
         for place in self.places:
             start = born.get(place, -1)
             end = _INFINITY if place in pinned else last_use.get(place, born.get(place, _INFINITY))
+            if place in self.head_places and self.batch > self.images:
+                start, end = -1, _INFINITY  # what one turn leaves there, the next must not touch
             whole = self.located(place)[0]
             before = lives.get(whole, (start, end))
             lives[whole] = (min(before[0], start), max(before[1], end))

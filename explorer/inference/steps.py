@@ -69,29 +69,64 @@ class Chain:
     counters: int
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An address in the arguments of a step that moves on by `n_bytes` from one turn of images to the next; `cell` holds it."""
+
+    cell: NDArray[np.int64]
+    start: int
+    n_bytes: int
+
+    def to(self, turn: int) -> None:
+        self.cell[0] = self.start + turn * self.n_bytes
+
+
 @dataclass(slots=True)
 class Steps:
     """The step tables for one set of weights and choices. Owns the memory that they point to.
 
     `plain` is the table without jobs and chains. `labels` and `table_bytes` (packed weights, tables and arguments) have one item per step.
+
+    Attributes
+    ----------
+    pieces : (steps,) int64
+        Jobs of so many images as one job takes, `images_per_job`.
+    fixed : (steps,) int64
+        Images of steps that do not follow the batch; 0 for others.
+    counts : list of (int, ndarray)
+        Steps whose arguments tell the number of images, and where.
+    head : int
+        See `Plan`.
+    moves : list of Move
+        Where the vectors go that the head reads when all turns are over.
     """
 
     memory: Memory
     threads: int
     table: NDArray[np.int64]
     plain: NDArray[np.int64]
-    jobs_per_image: NDArray[np.int64]
-    jobs_fixed: NDArray[np.int64]
+    pieces: NDArray[np.int64]
+    images_per_job: NDArray[np.int64]
+    fixed: NDArray[np.int64]
+    counts: list[tuple[int, NDArray[np.int64]]]
     scratch_bytes: int
     labels: list[str]
     table_bytes: list[int]
     chains: list[Chain]
+    head: int
+    moves: list[Move]
 
-    def set_batch(self, images: int) -> None:
-        """Give each step the number of jobs that `images` images need."""
+    def set_batch(self, images: int, total: int) -> None:
+        """Give each step the number of jobs that `images` images need; the head those of `total`."""
+        each = np.where(self.fixed, self.fixed, images)
+        each[self.head :] = np.where(self.fixed, self.fixed, total)[self.head :]
+        for step, count in self.counts:
+            count[0] = each[step]
+        for move in self.moves:
+            move.to(0)
         jobs, kernel, arguments = (driver.STEP.index(name) for name in ("jobs", "kernel", "arguments"))
         self.table[:] = self.plain
-        self.table[:, jobs] = self.jobs_per_image * images + self.jobs_fixed
+        self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
         if images % self.threads:
             return  # threads share an image
         for part in self.chains:
@@ -109,6 +144,7 @@ class _Row:
     jobs: int  # per image
     label: str
     bands: Callable[[int], Bands] | None = None
+    images_per_job: int = 0  # where a job takes several images: its arguments tell how many there are, and `jobs` counts the jobs of so many images
 
 
 _SUMS_BYTES = 128 << 10
@@ -519,18 +555,21 @@ class _StepBuilder:
             weights = self.memory.put(
                 self._once(operation, choice, lambda: linear_dense(self._dense(operation), group, lanes))
             )
+            chunk = _chunk(jobs, y.images, self.plan.threads)
             arguments = _fill(
-                linear.ARGUMENTS, jobs=jobs, weights=weights, bias=self.memory.put(padded), **common
+                linear.ARGUMENTS, chunk=chunk, weights=weights, bias=self.memory.put(padded), **common
             )
-            return _Row(self.code(linear.LinearKernel(group), isa), arguments, jobs, choice.label)
+            kernel = linear.LinearKernel(group)
+            return _Row(self.code(kernel, isa), arguments, jobs, choice.label, images_per_job=chunk)
         starts, indices, values = self._once(
             operation, choice, lambda: linear_sparse(self._sparse(operation), lanes)
         )
         size = max(1, min(64, -(-m // (4 * self.plan.threads))))
         jobs = -(-m // size)
+        chunk = _chunk(jobs, y.images, self.plan.threads)
         arguments = _fill(
             linear.ARGUMENTS,
-            jobs=jobs,
+            chunk=chunk,
             rows_per_job=size,
             starts=self.memory.put(starts),
             indices=self.memory.put(indices),
@@ -538,7 +577,8 @@ class _StepBuilder:
             bias=self.memory.put(bias),
             **common,
         )
-        return _Row(self.code(linear.LinearKernel(0), isa), arguments, jobs, choice.label)
+        kernel = linear.LinearKernel(0)
+        return _Row(self.code(kernel, isa), arguments, jobs, choice.label, images_per_job=chunk)
 
     # ---- tokens
 
@@ -930,11 +970,19 @@ def _dense_tile(y: Planes, usual: int) -> int:
 _WORTH_SMALLER_TILES = 0.95
 
 
+def _chunk(pieces: int, images: int, threads: int) -> int:
+    """Images that a job of a linear layer on vectors takes: all, as long as its pieces are enough jobs for the threads."""
+    return images if pieces >= 2 * threads else -(-images // (2 * threads))
+
+
 def _parts(tiles: int, channels: int, threads: int, images: int) -> int:
     """Parts of the output channels: enough jobs for all threads at the smallest batch, and no more, since each part packs again."""
     if threads == 1 or tiles % threads == 0 or tiles >= 4 * threads:
         return 1
     return min(threads, max(1, channels // 16))
+
+
+_VECTOR_RECORDS = {"plane_average": pool.ARGUMENTS, "flatten": flatten.ARGUMENTS}
 
 
 def build_steps(
@@ -968,16 +1016,22 @@ def _steps(
 ) -> Steps:
     memory = Memory()
     builder = _StepBuilder(plan, graph, memory, packed, emitter)
-    rows, per_image, fixed, table_bytes = [], [], [], []
-    for index in plan.native:
-        before = memory.n_bytes
-        row = builder.step(graph.operations[index], choices.get(index, Choice(True)))
-        rows.append((row, memory.put(row.arguments)))
+    rows, fixed, counts, moves, table_bytes = [], [], [], [], []
+    for step, index in enumerate(plan.native):
+        before, operation = memory.n_bytes, graph.operations[index]
+        row, out = builder.step(operation, choices.get(index, Choice(True))), plan.places[operation.output]
+        arguments = memory.zeros(len(row.arguments), np.int64)
+        arguments[:] = row.arguments
+        rows.append((row, address(arguments)))
         table_bytes.append(memory.n_bytes - before)
-        layout = plan.places[graph.operations[index].output].layout
-        follows = plan.follows_batch(layout)
-        per_image.append(row.jobs if follows else 0)
-        fixed.append(0 if follows else row.jobs * layout.images)
+        fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
+        if row.images_per_job:
+            at = linear.ARGUMENTS.index("images")
+            counts.append((step, arguments[at : at + 1]))
+        if step < plan.head and operation.output in plan.head_places:
+            at = _VECTOR_RECORDS[operation.kind].index("out")
+            n_bytes = plan.images * out.layout.image_bytes
+            moves.append(Move(arguments[at : at + 1], out.address, n_bytes))
     chains = _chains(plan, graph, builder, rows)
     table = [[0, row.kernel(), arguments] for row, arguments in rows]
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
@@ -986,14 +1040,18 @@ def _steps(
         plan.threads,
         memory.zeros(plain.size, np.int64).reshape(plain.shape),
         plain,
-        np.array(per_image, np.int64),
+        np.array([row.jobs for row, _ in rows], np.int64),
+        np.array([max(row.images_per_job, 1) for row, _ in rows], np.int64),
         np.array(fixed, np.int64),
+        counts,
         builder.scratch_bytes,
         [row.label for row, _ in rows],
         table_bytes,
         chains,
+        plan.head,
+        moves,
     )
-    steps.set_batch(plan.images)
+    steps.set_batch(plan.images, plan.images)
     return steps
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import cast
 
@@ -26,7 +26,7 @@ from explorer.inference import fork
 from explorer.inference.kernels import driver
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, machine_code
-from explorer.inference.steps import Chain, Steps
+from explorer.inference.steps import Chain, Move, Steps
 
 _SPINS = 20_000
 """Looks at the gate before a helper goes to sleep: some hundred microseconds."""
@@ -44,8 +44,12 @@ class _State:
         self.calls = 0  # of the helpers, whether they slept or not
         self.scratch: list[int] = []
         run = machine_code(isa, "driver run", lambda: driver.build("run", isa))
+        turns = machine_code(isa, "driver run turns", lambda: driver.build("run_turns", isa))
         help_ = machine_code(isa, "driver help", lambda: driver.build("help", isa))
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run)
+        self.run_turns = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+        )(turns)
         self.help = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(help_)
         for i, name in enumerate(("gate", "active", "stop")):
             self.set(name, address(self.flags) + 64 * i)
@@ -200,6 +204,18 @@ class Runner:
 
     def run(self, first: int, last: int) -> None:
         """Run steps [first, last)."""
+        self._set_range(first, last)
+        self._wake()
+        self._state.run(*self._arguments)
+
+    def run_turns(self, first: int, last: int, turns: int, moves: Sequence[Move]) -> None:
+        """Run steps [first, last) so many times, in one native call; from turn to turn, and only until this returns, `moves` go on."""
+        self._set_range(first, last)
+        table = np.array([(address(move.cell), move.n_bytes) for move in moves], np.int64)
+        self._wake()
+        self._state.run_turns(*self._arguments, turns, address(table), len(moves))
+
+    def _set_range(self, first: int, last: int) -> None:
         state = self._state
         if self._range != (first, last):
             self._range = (
@@ -209,8 +225,6 @@ class Runner:
             state.set("first", first)
             state.set("last", last)
             self._range = (first, last)
-        self._wake()
-        state.run(*self._arguments)
 
 
 @cache

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native
 from explorer.inference.choices import choice_cache
+from explorer.inference.module import Mode
 from tests.inference.graphs import relative_error
+from tests.inference.test_kernels import runnable
+from tests.inference.test_networks import pruned
 
 
 def small_network() -> nn.Module:
@@ -423,6 +427,107 @@ def test_a_large_batch_of_one_input_takes_the_short_way_and_gives_the_same(
     assert torch.equal(x, before)
     with pytest.raises(EngineError, match=r"compiled for \(6, 3, 17, 40\)"):
         engine(torch.randn(8, 3, 17, 40))
+
+
+class Classifier(nn.Module):
+    """Convolutions, perhaps one that looks at the pooled image (squeeze and excitation), and a head of two linear layers."""
+
+    def __init__(self, *, flat: bool = False, excited: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.flat = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 1), flat
+        self.excite = nn.Conv2d(24, 24, 1) if excited else None
+        self.c, self.d = nn.Linear(24 * (9 * 20 if flat else 1), 150), nn.Linear(150, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        if self.excite is not None:
+            x = x * torch.sigmoid(self.excite(x.mean((2, 3), keepdim=True)))
+        return self.d(torch.relu(self.c(x.flatten(1) if self.flat else x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("flat", "excited"), [(False, False), (True, False), (False, True)])
+def test_the_head_takes_the_images_of_all_turns_at_once(
+    isa: str, mode: Mode, threads: int, flat: bool, excited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    network, other = (pruned(Classifier(flat=flat, excited=excited), 0.6) for _ in range(2))
+    x = torch.randn(11, 3, 17, 40)
+    engine = explorer.compile(network, x, threads=threads, sparse=mode)
+    plan = engine._plan
+    assert plan.images < 11
+    assert len(plan.native) - plan.head == 2
+    for module in (network, other):
+        engine.update_weights(module)
+        for n in (11, 10, 1, 4, 7, 3, 11):
+            with torch.no_grad():
+                wanted = module(x[:n])
+            assert relative_error(engine(x[:n]), wanted) < 1e-5
+            # The long way, and by a copy of images that no kernel reads where they are.
+            assert relative_error(engine(x[:n].clone().requires_grad_()), wanted) < 1e-5
+            assert relative_error(engine(x[:n].to(memory_format=torch.channels_last)), wanted) < 1e-5
+    rows = {row.name: row for row in engine.profile(x, repeats=3)}
+    assert rows["d"].macs == 11 * 150 * 7
+    assert rows["b"].macs == 11 * 24 * 24 * 9 * 20
+    assert all(row.ms >= 0 for row in rows.values())
+
+
+def test_a_vector_that_the_body_reads_too_is_not_left_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+
+    class Shared(nn.Module):
+        """Both the image and the answer depend on the pooled image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.a(x))
+            pooled = x.mean((2, 3))
+            return self.b(pooled) + (x * pooled[:, :, None, None].sigmoid()).mean((2, 3))
+
+    network, x = Shared().eval(), torch.randn(5, 3, 12, 12)
+    engine = explorer.compile(network, x)
+    for n in (5, 2, 1):
+        with torch.no_grad():
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_interrupt_between_two_turns_leaves_nothing_moved(
+    direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    network, x = Classifier().eval(), torch.randn(5, 3, 17, 40)
+    engine = explorer.compile(network, x)
+    runner, calls = engine._runner, []
+    assert runner is not None
+    run = type(runner).run
+
+    def interrupted(self: Any, first: int, last: int) -> None:
+        calls.append((first, last))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        run(self, first, last)
+
+    # Channels last: copied image by image. With gradients: the long way.
+    batch = x.to(memory_format=torch.channels_last) if direct else x.clone().requires_grad_()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(runner), "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine(batch)
+    with torch.no_grad():
+        for n in (5, 1, 5, 2):
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
 
 
 def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(

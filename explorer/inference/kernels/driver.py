@@ -5,6 +5,8 @@ then steals from the others' shares, by atomic tickets. A step may start when th
 waits for a helper**: one that is late or asleep only means that the caller does more of the work itself.
 
     run(state, scratch)             the caller: opens the gate, works, waits for the last job, closes the gate
+    run_turns(state, scratch, turns, moves, n_moves)
+                                    the caller: several runs, between which addresses in the steps' arguments move on, and at the end back
     help(state, scratch, me)        a helper: waits for an open gate for a while, works, and returns when nothing came (it then sleeps in Python)
 
 The caller writes the cycle counter into `stamps` when each step begins and ends: per-layer times measured inside the network.
@@ -26,6 +28,9 @@ STATE = Record(
 `stamps`: two counters per step, its start and its end."""
 
 STEP = Record(("jobs", "kernel", "arguments"))
+
+MOVE = Record(("cell", "n_bytes"))
+"""An address that moves on, by so many bytes a turn; `cell` is where it stands."""
 
 KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
 _LINE = 64  # each counter has a cache line of its own
@@ -107,7 +112,7 @@ def _work(module: Value, isa: Isa) -> Value:
     return f.native
 
 
-def _run(module: Value, work: Value, isa: Isa) -> None:
+def _run(module: Value, work: Value, isa: Isa) -> Value:
     f = Function(module, "run", VOID, [PTR, PTR], isa)
     b, (state, scratch) = f.b, f.arguments
 
@@ -146,6 +151,28 @@ def _run(module: Value, work: Value, isa: Isa) -> None:
         leave_if(b.icmp_signed("==", _read(f, active), I64(0)))
         _pause(f)
     b.ret_void()
+    return f.native
+
+
+def _run_turns(module: Value, run: Value, isa: Isa) -> None:
+    f = Function(module, "run_turns", VOID, [PTR, PTR, I64, PTR, I64], isa)
+    b, (state, scratch, turns, moves, n_moves) = f.b, f.arguments
+
+    def move_all(turns: Value) -> None:
+        def one(index: Value) -> None:
+            move = f.row(moves, MOVE, index)
+            cell, n_bytes = f.field(move, MOVE, "cell", PTR), f.field(move, MOVE, "n_bytes")
+            f.store(b.add(f.load(cell, I64, 0, 8), b.mul(n_bytes, turns)), cell, 0, 8)
+
+        f.loop(n_moves, one)
+
+    def one_turn(_: Value) -> None:
+        b.call(run, [state, scratch])
+        move_all(I64(1))
+
+    f.loop(turns, one_turn)
+    move_all(b.neg(turns))
+    b.ret_void()
 
 
 def _help(module: Value, work: Value, isa: Isa) -> None:
@@ -183,11 +210,16 @@ def _clock(module: Value, isa: Isa) -> None:
 
 
 def build(entry: str, isa: Isa) -> tuple[Value, str]:
-    """The IR module with `entry`: "run", "help" or "clock"."""
+    """The IR module with `entry`: "run", "run_turns", "help" or "clock"."""
     module = ir.Module("driver")
     if entry == "clock":
         _clock(module, isa)
         return module, entry
     work = _work(module, isa)
-    (_run if entry == "run" else _help)(module, work, isa)
+    if entry == "help":
+        _help(module, work, isa)
+    else:
+        run = _run(module, work, isa)
+        if entry == "run_turns":
+            _run_turns(module, run, isa)
     return module, entry

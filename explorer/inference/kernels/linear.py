@@ -2,8 +2,10 @@
 
 Linear layers on many tokens are convolutions with a 1x1 kernel over a tokens-as-pixels layout, see layout.py; here there is one pixel.
 
-  sparse   for each output: gather 16 inputs by index, FMA, and sum the lanes at the end. Rows are filled up to whole vectors, see pack.py.
-  dense    for each group of U vectors of outputs: U sums in registers; for each input: broadcast it, U FMAs with the weights in memory
+  A job is a piece of the outputs times a chunk of the images: weights, which are most of what is read, come from afar once for all images of the chunk.
+  sparse   for each output, for each image: gather 16 inputs by index, FMA, and sum the lanes at the end. Rows are filled up to whole vectors, see pack.py.
+  dense    for each group of U vectors of outputs, for G images at once, then for those left over: U x G sums in registers; for each input: broadcast
+           one value of each image, U x G FMAs with U vectors of weights
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "out", "out_image", "bias", "low", "high", "n_in", "n_out", "jobs", "rows_per_job", "starts", "indices", "weights",
+        "x", "x_image", "out", "out_image", "bias", "low", "high", "n_in", "n_out", "images", "chunk", "rows_per_job", "starts", "indices", "weights",
     )
 )  # fmt: skip
-"""Sparse: `starts` (n_out + 1 int32, in vectors), `indices` and `weights` (whole vectors). Dense: `weights` [group][input][U lanes]."""
+"""`images` in this call, `chunk` of them in a job. Sparse: `starts` (n_out + 1 int32, in vectors), `indices` and `weights` (whole vectors). Dense: `weights` [group][input][U lanes]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +38,26 @@ class LinearKernel:
         module = ir.Module("linear")
         f = Function(module, "linear", VOID, [PTR, I64, PTR], isa)
         b, (args, job, _) = f.b, f.arguments
-        jobs = f.field(args, ARGUMENTS, "jobs")
-        image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
-        x = f.at(f.field(args, ARGUMENTS, "x", PTR), b.mul(image, f.field(args, ARGUMENTS, "x_image")))
-        out = f.at(f.field(args, ARGUMENTS, "out", PTR), b.mul(image, f.field(args, ARGUMENTS, "out_image")))
+        images, chunk = (f.field(args, ARGUMENTS, name) for name in ("images", "chunk"))
+        chunks = b.sdiv(b.add(images, b.sub(chunk, I64(1))), chunk)
+        # Piece by piece: what follows one another reads the same weights.
+        piece, which = b.sdiv(job, chunks), b.srem(job, chunks)
+        first = b.mul(which, chunk)
+        last = f.minimum(b.add(first, chunk), images)
         if self.group:
-            self._dense(f, args, piece, x, out)
+            self._dense(f, args, piece, first, last, images_at_once(self.group, isa))
         else:
-            self._sparse(f, args, piece, x, out)
+            self._sparse(f, args, piece, first, last)
         b.ret_void()
         return module, "linear"
 
-    def _sparse(self, f: Function, args: Value, piece: Value, x: Value, out: Value) -> None:
+    @staticmethod
+    def _image(f: Function, args: Value, name: str, image: Value) -> Value:
+        return f.at(
+            f.field(args, ARGUMENTS, name, PTR), f.b.mul(image, f.field(args, ARGUMENTS, f"{name}_image"))
+        )
+
+    def _sparse(self, f: Function, args: Value, piece: Value, first_image: Value, last_image: Value) -> None:
         b = f.b
         starts, indices, weights, bias = (
             f.field(args, ARGUMENTS, n, PTR) for n in ("starts", "indices", "weights", "bias")
@@ -63,18 +73,25 @@ class LinearKernel:
             at = b.mul(row, I64(4))
             begin, end = (b.sext(f.load(f.at(starts, at), I32, o), I64) for o in (0, 4))
 
-            def vector(i: Value, total: Value) -> list[Value]:
-                o = b.mul(i, I64(width))
-                value = f.gather(x, f.load(f.at(indices, o), f.int_vector, 0, width))
-                return [f.fma(f.load(f.at(weights, o), f.vector, 0, width), value, total)]
+            def one_image(image: Value) -> None:
+                x = self._image(f, args, "x", image)
 
-            (total,) = f.loop(end, vector, [zero], start=begin)
-            y = b.fadd(f.load(f.at(bias, at), F32), f.sum_lanes(total))
-            f.store(f.clamp(y, low, high), f.at(out, at))
+                def vector(i: Value, total: Value) -> list[Value]:
+                    o = b.mul(i, I64(width))
+                    value = f.gather(x, f.load(f.at(indices, o), f.int_vector, 0, width))
+                    return [f.fma(f.load(f.at(weights, o), f.vector, 0, width), value, total)]
+
+                (total,) = f.loop(end, vector, [zero], start=begin)
+                y = b.fadd(f.load(f.at(bias, at), F32), f.sum_lanes(total))
+                f.store(f.clamp(y, low, high), f.at(self._image(f, args, "out", image), at))
+
+            f.loop(last_image, one_image, start=first_image)
 
         f.loop(last, one_row, start=first)
 
-    def _dense(self, f: Function, args: Value, piece: Value, x: Value, out: Value) -> None:
+    def _dense(
+        self, f: Function, args: Value, piece: Value, first_image: Value, last_image: Value, several: int
+    ) -> None:
         b, width, group = f.b, 4 * f.lanes, self.group
         weights, bias = (f.field(args, ARGUMENTS, n, PTR) for n in ("weights", "bias"))
         low, high = (f.splat(f.to_float(f.field(args, ARGUMENTS, n))) for n in ("low", "high"))
@@ -83,15 +100,36 @@ class LinearKernel:
         start = [f.load(f.at(bias, at), f.vector, width * i, width) for i in range(group)]
         first = f.at(weights, b.mul(at, n_in))
 
-        def one_input(i: Value, weight: Value, *totals: Value) -> list[Value]:
-            value = f.splat(f.load(f.at(x, b.mul(i, I64(4))), F32))
-            f.prefetch(weight, 1024)
-            new = [f.fma(value, f.load(weight, f.vector, width * j, width), t) for j, t in enumerate(totals)]
-            return [f.at(weight, width * group), *new]
+        def some_images(count: int, image: Value) -> None:
+            each = [b.add(image, I64(n)) for n in range(count)]
+            xs = [self._image(f, args, "x", one) for one in each]
 
-        _, *totals = f.loop(n_in, one_input, [first, *start])
-        for i, total in enumerate(totals):
-            f.store(f.clamp(total, low, high), f.at(out, at), width * i, width)
+            def one_input(i: Value, weight: Value, *totals: Value) -> list[Value]:
+                values = [f.splat(f.load(f.at(x, b.mul(i, I64(4))), F32)) for x in xs]
+                f.prefetch(weight, 1024)
+                new = list(totals)
+                for j in range(group):
+                    w = f.load(weight, f.vector, width * j, width)
+                    for n, value in enumerate(values):
+                        new[n * group + j] = f.fma(value, w, new[n * group + j])
+                return [f.at(weight, width * group), *new]
+
+            _, *totals = f.loop(n_in, one_input, [first, *start * count])
+            for i, total in enumerate(totals):
+                to = f.at(self._image(f, args, "out", each[i // group]), at)
+                f.store(f.clamp(total, low, high), to, width * (i % group), width)
+
+        done = first_image
+        if several > 1:
+            turns = b.sdiv(b.sub(last_image, first_image), I64(several))
+            f.loop(turns, lambda i: some_images(several, b.add(first_image, b.mul(i, I64(several)))))
+            done = b.add(first_image, b.mul(turns, I64(several)))
+        f.loop(last_image, lambda image: some_images(1, image), start=done)
+
+
+def images_at_once(group: int, isa: Isa) -> int:
+    """Images G of the dense kernel: their G x U sums, one value of each and one vector of weights stay in registers."""
+    return max(1, (isa.registers - 2) // (group + 1))
 
 
 def reference(
