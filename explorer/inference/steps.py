@@ -291,7 +291,7 @@ class _StepBuilder:
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
-        kernel = replace(kernel, activation=a.get("activation"))
+        kernel = replace(kernel, activation=a.get("activation"), bounds=_has_bounds(operation))
         reach = operands(planes, shifts, x.plane, kernel, self.plan.isa)
 
         words = partial(weight_words, isa=self.plan.isa)
@@ -353,7 +353,11 @@ class _StepBuilder:
         pixels, vectors = form
         layouts = _planes(places, out)
         kernel = conv_channels.ConvChannelsKernel(
-            pixels, vectors, len(places) > 1, operation.attributes.get("activation")
+            pixels,
+            vectors,
+            len(places) > 1,
+            operation.attributes.get("activation"),
+            _has_bounds(operation),
         )
         width = vectors * isa.lanes
         groups = -(-m // width)
@@ -454,7 +458,9 @@ class _StepBuilder:
             masked = vectors * y.lanes != y.columns
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
-        kernel = depthwise.DepthwiseKernel(taps, sx, x.pitch, masked, a.get("activation"))
+        kernel = depthwise.DepthwiseKernel(
+            taps, sx, x.pitch, masked, a.get("activation"), _has_bounds(operation)
+        )
         jobs = self._channel_jobs(y.channels)
         arguments = _fill(
             depthwise.ARGUMENTS,
@@ -897,6 +903,12 @@ class _StepBuilder:
         scale = np.zeros(y.vectors * y.lanes, np.float32)
         scale[at] = (1.0 / ((bottom - top)[:, None] * (right - left))).reshape(-1)
         return self.memory.put(table), len(taps), self.memory.put(scale)
+
+
+def _has_bounds(operation: Operation) -> tuple[bool, bool]:
+    """Whether the result has a least value, and a greatest one."""
+    a = operation.attributes
+    return a.get("low", -_INFINITY) > -_INFINITY, a.get("high", _INFINITY) < _INFINITY
 
 
 def _planes(places: list[Place], out: Place) -> dict[str, Planes]:

@@ -189,10 +189,13 @@ class Function:
         """``a * b + c`` (fused where the CPU can)."""
         return self.intrinsic("fmuladd", c.type, [a, b, c])
 
-    def clamp(self, value: Value, low: Value, high: Value) -> Value:
-        """Between `low` and `high`; NaN stays NaN, as in torch."""
-        value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
-        return self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
+    def clamp(self, value: Value, low: Value, high: Value, bounds: tuple[bool, bool] = (True, True)) -> Value:
+        """Between `low` and `high`, or only one of them, or neither (`bounds`); NaN stays NaN, as in torch."""
+        if bounds[0]:
+            value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
+        if bounds[1]:
+            value = self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
+        return value
 
     def keep(self, value: Value, mask: Value) -> Value:
         """`value` where the integer mask (as wide as its elements) is all ones, 0.0 where it is zero (an AND: masked loads scalarise on NEON)."""
