@@ -435,7 +435,7 @@ class _StepBuilder:
             rows,
             channels % rows if rows else 0,
             "residual" in layouts,
-            y.has_gaps,
+            y.has_gaps and not y.tile,  # of tiles, nobody counts the gaps
             False,
             pairs=choice.pairs,
             **compact,
