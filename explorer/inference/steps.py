@@ -753,7 +753,7 @@ class _StepBuilder:
             "x": place.address if place.cell is None else address(place.cell), "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
             "out_plane": y.plane_bytes, "n_phases": len(phases), **self._channel_jobs(x.channels),
         }  # fmt: skip
-        if stride[1] > split.LARGEST_SHUFFLED or x.tile:
+        if stride[1] > split.LARGEST_SHUFFLED:
             kernel = split.SplitKernel(0, (), place.cell is not None)
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
@@ -764,7 +764,8 @@ class _StepBuilder:
 
         else:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None)
+            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile)
+            self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(x.vectors, self.plan.isa))
             source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
             chunks = -(-y.columns // lanes)
@@ -777,6 +778,8 @@ class _StepBuilder:
                 pitch=y.pitch_bytes,
                 chunks=chunks,
                 mask=self._mask_of(inside),
+                last_tile=x.vectors // x.tile if x.tile else 0,
+                x_tile=x.tile_step(x.tile),
                 **common,
             )
             mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)

@@ -5,8 +5,9 @@ Pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the im
 The algorithm in plain words
   small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has columns, and pick every
                   stride-th element of them by register shuffles. What is stored past the end of a row are zeros, or is overwritten by the
-                  next row.
-  large strides   element by element through an index table, which holds -1 where a phase has no pixel; so also where the image lies tile by tile
+                  next row. An image that lies tile by tile is laid out in scratch memory first, channel by channel: a shuffle of what lies in
+                  several tiles would be a gather, which takes four times as long.
+  large strides   element by element through an index table, which holds -1 where a phase has no pixel
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
-        "rows", "row_phases", "pitch", "chunks", "mask",
+        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
 
 Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
-of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Large strides, and tiles: `table`
-holds indices (int32), `vectors` are those of a plane."""
+of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
+hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane."""
 
 LARGEST_SHUFFLED = 4
 """The widest stride that is split by shuffles; their number grows with its square."""
@@ -49,17 +50,24 @@ class SplitKernel:
         The column phases, ascending (small strides only).
     borrows : bool
         Whether `x` is the address of the image's address: it lies where the caller has it.
+    tile : int
+        Vectors of a channel that lie together where the image lies tile by tile (small strides only); 0 for planes.
     """
 
     stride: int
     columns: tuple[int, ...]
     borrows: bool = False
+    tile: int = 0
+
+    def scratch_bytes(self, vectors: int, isa: Isa) -> int:
+        """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
+        return (vectors + (self.stride + 1) * self.tile) * isa.width if self.tile else 0
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("split")
         f = Function(module, "split", VOID, [PTR, I64, PTR], isa)
-        b, (args, job, _) = f.b, f.arguments
+        b, (args, job, scratch) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -76,6 +84,9 @@ class SplitKernel:
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
+            if self.tile:
+                self._lay_out(f, field, plane, scratch)
+                plane = scratch
             phases = f.at(out, b.mul(b.mul(channel, n_phases), out_plane))
             f.loop(
                 field("row_phases") if self.stride else n_phases,
@@ -86,6 +97,18 @@ class SplitKernel:
         f.loop(last, one_channel, start=first)
         b.ret_void()
         return module, "split"
+
+    def _lay_out(self, f: Function, field: Value, first: Value, scratch: Value) -> None:
+        """The tiles of one channel, of which `first` is tile 0, side by side."""
+        b, width = f.b, f.width
+
+        def one_tile(index: Value) -> None:
+            source = f.at(first, b.mul(index, field("x_tile")))
+            to = f.at(scratch, b.mul(index, I64(width * self.tile)))
+            for i in range(self.tile):
+                f.write(f.read(source, width * i, width), to, width * i, width)
+
+        f.loop(field("last_tile"), one_tile, start=field("first_tile"))
 
     def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
         b, width, vectors = f.b, f.width, field("vectors")
