@@ -130,7 +130,10 @@ class ByChannel:
         new = {"rows": count, "table": np.array(tables)}
         if x.tile:
             size, tiles = x.tile * x.lanes, x.vectors // x.tile
-            new |= {"first_tile": reads[:, 0] // size, "last_tile": np.minimum(-(-reads[:, 1] // size), tiles)}
+            new |= {
+                "first_tile": reads[:, 0] // size,
+                "last_tile": np.minimum(-(-reads[:, 1] // size), tiles),
+            }
         return self._bands(reads, self._rows(first, count, chunks), new, {"out": first * y.pitch_bytes})
 
     def gathered(self, table: NDArray[np.int32], stride: int) -> Bands:

@@ -47,6 +47,7 @@ _CACHED_BYTES = 8 << 20
 
 _CHOICE_PASSES, _CHOICE_REPEATS = 3, 5
 """How often the candidates take turns, and the runs of one turn."""
+_ORDER_TURNS = 3
 _CHOICE_S = 0.015
 """Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
 
@@ -177,6 +178,7 @@ def _fastest(graph: Graph, inputs: tuple[Any, ...], mode: Mode, isa: Isa) -> Spa
 
 
 _SHARED, _APART = "image by image", "images apart"
+_BANDS, _LAYERS = "band by band", "layer by layer"
 
 
 def _divided(graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Mode, isa: Isa) -> SparseModule:
@@ -292,7 +294,7 @@ class SparseModule:
         # Whole rounds of the threads: each then has images of its own, even where the caches do not hold so many, unless sharing was found faster.
         if fitting < self.threads <= images and self.threads > 1:
             densities = {i: self._density(i) for i in plan.layers(graph)}
-            self.division = f"{self._mode} {plan.division(graph, densities)}"
+            self.division = f"division {self._mode} {plan.network(graph, densities)}"
             if choice_cache().get(self.division) == _SHARED:
                 return 1
         fitting = max(fitting // self.threads, 1) * self.threads
@@ -675,6 +677,39 @@ class SparseModule:
             self._time_candidates(candidates, packed)
             cache.put({question: self._choices[i].label for i, question in questions.items()})
         self._install(build_steps(self._plan, self._graph, self._choices, packed))
+        self._order_bands()
+
+    def _order_bands(self) -> None:
+        """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here."""
+        steps = self._steps
+        if steps is None or not steps.chains:
+            return
+        question = f"order {self._mode} {self._plan.network(self._graph, self._densities)}"
+        answer = choice_cache().get(question)
+        if answer not in (_BANDS, _LAYERS):
+            answer = self._faster_order(steps)
+            choice_cache().put({question: answer})
+        self._use_bands(steps, answer == _BANDS)
+
+    def _use_bands(self, steps: Steps, yes: bool) -> None:
+        steps.use_bands, self._batch = yes, (0, 0)
+        self._set_batch(self._plan.images, self._plan.images)
+
+    def _faster_order(self, steps: Steps) -> str:
+        images, best = self._plan.images, {_BANDS: float("inf"), _LAYERS: float("inf")}
+        example = self._example
+        if self._at_once is not None:
+            example = tuple(value[:images] for value in example)
+        start, turn = time.perf_counter(), 0
+        with torch_threads(self.threads), torch.no_grad():
+            while turn < _ORDER_TURNS or (turn < 10 and time.perf_counter() - start < _CHOICE_S):
+                for name, before in best.items():
+                    self._use_bands(steps, name == _BANDS)
+                    begin = time.perf_counter()
+                    self._run_together(example, images)
+                    best[name] = min(before, time.perf_counter() - begin)
+                turn += 1
+        return min(best, key=best.__getitem__)
 
     def _density(self, index: int) -> float:
         weight = self._weight(index)
@@ -785,7 +820,10 @@ class SparseModule:
             from explorer.inference.steps import build_steps
 
             self._densities = {i: self._density(i) for i in self._choices}
+            by_bands = self._steps is None or self._steps.use_bands
             self._install(build_steps(self._plan, self._graph, self._choices))
+            assert self._steps is not None
+            self._use_bands(self._steps, by_bands)
         self._let_go()
 
     def remember(self, module: nn.Module) -> None:

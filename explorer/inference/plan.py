@@ -693,10 +693,10 @@ class Plan:
         """The native convolutions and linear layers, which have a choice of kernels."""
         return [i for i in self.native if graph.operations[i].kind in ("conv", "linear")]
 
-    def division(self, graph: Graph, densities: Mapping[int, float]) -> str:
-        """What the better way to divide a batch among the threads depends on, for `explorer.inference.choices`: all layers, and so the network."""
+    def network(self, graph: Graph, densities: Mapping[int, float]) -> str:
+        """What a decision about the whole network depends on, for `explorer.inference.choices`: all its layers."""
         every = "\n".join(self.question(graph, i, density) for i, density in densities.items())
-        return f"division {generator_version()} {self.isa.cpu} {self.threads} {hashlib.sha256(every.encode()).hexdigest()}"
+        return f"{generator_version()} {self.isa.cpu} {self.threads} {hashlib.sha256(every.encode()).hexdigest()}"
 
     def question(self, graph: Graph, index: int, density: float, *, paired: bool = False) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""

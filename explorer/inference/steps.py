@@ -99,6 +99,8 @@ class Steps:
         See `Plan`.
     moves : list of Move
         Where the vectors go that the head reads when all turns are over.
+    use_bands : bool
+        Whether `chains` are run as such.
     """
 
     memory: Memory
@@ -115,6 +117,7 @@ class Steps:
     chains: list[Chain]
     head: int
     moves: list[Move]
+    use_bands: bool = True
 
     def set_batch(self, images: int, total: int) -> None:
         """Give each step the number of jobs that `images` images need; the head those of `total`."""
@@ -127,8 +130,8 @@ class Steps:
         jobs, kernel, arguments = (driver.STEP.index(name) for name in ("jobs", "kernel", "arguments"))
         self.table[:] = self.plain
         self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
-        if images % self.threads:
-            return  # threads share an image
+        if images % self.threads or not self.use_bands:
+            return  # threads share an image, or it is faster without
         for part in self.chains:
             self.table[part.first : part.last, jobs] = 0
             self.table[part.first, jobs] = images

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -80,12 +83,15 @@ def test_the_last_layer_begins_as_soon_as_it_can() -> None:
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that can runs band by band, whichever order is faster here."""
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
+    monkeypatch.setattr(SparseModule, "_order_bands", lambda _: None)
 
 
 def in_chains(engine: SparseModule) -> int:
     """Steps that run in chains."""
     assert engine._steps is not None
+    assert engine._steps.use_bands
     return sum(chain.last - chain.first for chain in engine._steps.chains)
 
 
@@ -183,6 +189,42 @@ def test_weights_are_taken_over_and_layers_are_still_timed_one_by_one() -> None:
         assert rows[name].ms > 0, name
     # Nine times the products of the layer before, of the same sparsity and on as many pixels.
     assert rows["spread"].ms > rows["reduce"].ms
+
+
+@pytest.mark.parametrize("faster", ["band by band", "layer by layer"])
+def test_the_faster_order_is_taken_and_remembered(
+    faster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    asked = []
+    measured = SparseModule._faster_order
+
+    def answer(self: SparseModule, steps: Any) -> str:
+        assert measured(self, steps) in ("band by band", "layer by layer")
+        asked.append(faster)
+        return faster
+
+    monkeypatch.setattr(SparseModule, "_faster_order", answer)
+    torch.manual_seed(0)
+    network, other = pruned(Bottlenecks(32, 16), 0.9), pruned(Bottlenecks(32, 16), 0.8)
+    x = torch.randn(2, 3, 48, 48)
+    for _ in range(2):  # the second time without timing
+        engine = explorer.compile(network, x)
+        steps = engine._steps
+        assert steps is not None
+        assert asked == [faster]
+        assert steps.use_bands == (faster == "band by band")
+        chained = [part.row[0] for part in steps.chains]
+        assert chained
+        assert (steps.table[[part.first for part in steps.chains], 1] == chained).all() == steps.use_bands
+        for n in (2, 1, 2):
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+    engine.update_weights(other, choose=False)
+    assert engine._steps is not None
+    assert engine._steps.use_bands == (faster == "band by band")
+    assert relative_error(engine(x), other(x)) < 1e-5
 
 
 def test_what_the_cache_holds_is_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,9 @@ class _Generator:
 
     def _store(self, total: Value, i: Value, to: Value) -> None:
         f, k = self.f, self.k
-        total = apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high, k.bounds)
+        total = (
+            apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high, k.bounds)
+        )
         at = f.b.mul(i, I64(self.width))
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))
