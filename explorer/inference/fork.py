@@ -30,7 +30,8 @@ class _Depth(threading.local):
 
 
 _depth = _Depth()
-_door = threading.Condition()
+_guard = threading.RLock()
+_door = threading.Condition(_guard)
 _inside = 0
 _is_closed = False
 _locks: weakref.WeakValueDictionary[int, EngineLock] = weakref.WeakValueDictionary()
@@ -66,7 +67,7 @@ class EngineLock:
 def _enter() -> None:
     global _inside  # noqa: PLW0603  # the one count of this process
     if _depth.n == 0:
-        with _door:
+        with _guard:  # the lock of the door itself, without its Python: this is on the way of every inference
             while _is_closed:
                 _door.wait()
             _inside += 1
@@ -77,7 +78,7 @@ def _leave() -> None:
     global _inside  # noqa: PLW0603
     _depth.n -= 1
     if _depth.n == 0:
-        with _door:
+        with _guard:
             _inside -= 1
             if _is_closed:
                 _door.notify_all()

@@ -7,6 +7,7 @@ the cache).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 import warnings
@@ -643,11 +644,8 @@ class SparseModule:
         if view is None or result is None or view.shape != self._graph.shapes[value]:
             return None
         moves = self._steps.moves if self._steps and self._plan.head_places else []
-        pieces = [] if view.dtype == torch.float32 else [(view[at], at) for at in _pieces(view.shape)]
         head = self._plan.head if self._plan.batch > self._plan.images and moves else last
-        return _StraightPath(
-            view.shape, self._plan.places[place], view.numpy(), pieces, runner, last, head, moves, result
-        )
+        return _StraightPath.of(view, self._plan.places[place], runner, last, head, moves, result)
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
@@ -992,6 +990,41 @@ class _StraightPath:
     head: int
     moves: list[Move]
     output: Tensor
+    result_shape: torch.Size
+    output_address: int
+    n_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        view: Tensor,
+        place: Place,
+        runner: Runner,
+        n_steps: int,
+        head: int,
+        moves: list[Move],
+        output: Tensor,
+    ) -> _StraightPath:
+        """From `view` of the input at `place`, and `output`, which after the head holds the images of all turns."""
+        pieces = [] if view.dtype == torch.float32 else [(view[at], at) for at in _pieces(view.shape)]
+        result = output[: view.shape[0]] if head < n_steps else output
+        # One piece of memory is copied without torch, which would have to be fetched into the cache for it.
+        is_plain = result.is_contiguous() and result.dtype == torch.float32
+        n_bytes = result.numel() * result.element_size() if is_plain else 0
+        return cls(
+            view.shape,
+            place,
+            view.numpy(),
+            pieces,
+            runner,
+            n_steps,
+            head,
+            moves,
+            output,
+            result.shape,
+            result.data_ptr(),
+            n_bytes,
+        )
 
     @property
     def has_head(self) -> bool:
@@ -1012,6 +1045,11 @@ class _StraightPath:
     def run(self, x: Tensor) -> Tensor:
         at_once = self.shape[0]
         if x.shape == self.shape:
+            if self.n_bytes:
+                result = torch.empty(self.result_shape)
+                self._through(x, self.n_steps)
+                ctypes.memmove(result.data_ptr(), self.output_address, self.n_bytes)
+                return result
             self._through(x, self.n_steps)
             result = self.output[:at_once] if self.has_head else self.output
             return result.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
