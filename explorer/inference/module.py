@@ -48,7 +48,9 @@ _CACHED_BYTES = 8 << 20
 
 _CHOICE_PASSES, _CHOICE_REPEATS = 3, 5
 """How often the candidates take turns, and the runs of one turn."""
-_ORDER_TURNS = 3
+_CHOICE_PASSES_S = 0.12
+"""Seconds after which two passes are enough."""
+_ORDER_TURNS = 2
 _CHOICE_S = 0.015
 """Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
 
@@ -730,10 +732,13 @@ class SparseModule:
         tried = [
             {i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()} for turn in range(rounds)
         ]
-        steps = [build_steps(self._plan, self._graph, choices, packed) for choices in tried]
+        steps = [build_steps(self._plan, self._graph, choices, packed, by_bands=False) for choices in tried]
         best: dict[int, float] = {}
         # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
-        for _ in range(_CHOICE_PASSES):
+        start = time.perf_counter()
+        for done in range(_CHOICE_PASSES):
+            if done > 1 and time.perf_counter() - start > _CHOICE_PASSES_S:
+                break  # a large network: its times vary less
             for choices, these in zip(tried, steps, strict=True):
                 self._install(these)
                 ms = self._step_times()

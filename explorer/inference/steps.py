@@ -294,7 +294,7 @@ class _StepBuilder:
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
-        kernel = replace(kernel, activation=a.get("activation"), bounds=_has_bounds(operation))
+        kernel = replace(kernel, activation=a.get("activation"), capped=_is_capped(operation))
         reach = operands(planes, shifts, x.plane, kernel, self.plan.isa)
 
         words = partial(weight_words, isa=self.plan.isa)
@@ -360,7 +360,7 @@ class _StepBuilder:
             vectors,
             len(places) > 1,
             operation.attributes.get("activation"),
-            _has_bounds(operation),
+            _is_capped(operation),
         )
         width = vectors * isa.lanes
         groups = -(-m // width)
@@ -462,7 +462,7 @@ class _StepBuilder:
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
         kernel = depthwise.DepthwiseKernel(
-            taps, sx, x.pitch, masked, a.get("activation"), _has_bounds(operation)
+            taps, sx, x.pitch, masked, a.get("activation"), _is_capped(operation)
         )
         jobs = self._channel_jobs(y.channels)
         arguments = _fill(
@@ -911,10 +911,9 @@ class _StepBuilder:
         return self.memory.put(table), len(taps), self.memory.put(scale)
 
 
-def _has_bounds(operation: Operation) -> tuple[bool, bool]:
-    """Whether the result has a least value, and a greatest one."""
-    a = operation.attributes
-    return a.get("low", -_INFINITY) > -_INFINITY, a.get("high", _INFINITY) < _INFINITY
+def _is_capped(operation: Operation) -> bool:
+    """Whether the result has a greatest value. (A least one most have, and the others share their kernels.)"""
+    return bool(operation.attributes.get("high", _INFINITY) < _INFINITY)
 
 
 def _planes(places: list[Place], out: Place) -> dict[str, Planes]:
@@ -1008,6 +1007,8 @@ def build_steps(
     graph: Graph,
     choices: Mapping[int, Choice],
     packed: dict[tuple[str, Choice], Any] | None = None,
+    *,
+    by_bands: bool = True,
 ) -> Steps:
     """Fill the step tables.
 
@@ -1020,9 +1021,11 @@ def build_steps(
         Kernel per operation index, for convolutions and linear layers.
     packed : dict, optional
         Keeps packed weights between calls with the same graph, by output and choice.
+    by_bands : bool
+        Whether to find the parts that may run band by band.
     """
     with Emitter() as emitter:
-        return _steps(plan, graph, choices, {} if packed is None else packed, emitter)
+        return _steps(plan, graph, choices, {} if packed is None else packed, emitter, by_bands=by_bands)
 
 
 def _steps(
@@ -1031,6 +1034,8 @@ def _steps(
     choices: Mapping[int, Choice],
     packed: dict[tuple[str, Choice], Any],
     emitter: Emitter,
+    *,
+    by_bands: bool,
 ) -> Steps:
     memory = Memory()
     builder = _StepBuilder(plan, graph, memory, packed, emitter)
@@ -1050,7 +1055,7 @@ def _steps(
             at = _VECTOR_RECORDS[operation.kind].index("out")
             n_bytes = plan.images * out.layout.image_bytes
             moves.append(Move(arguments[at : at + 1], out.address, n_bytes))
-    chains = _chains(plan, graph, builder, rows)
+    chains = _chains(plan, graph, builder, rows) if by_bands else []
     table = [[0, row.kernel(), arguments] for row, arguments in rows]
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(

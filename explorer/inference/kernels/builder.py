@@ -189,11 +189,10 @@ class Function:
         """``a * b + c`` (fused where the CPU can)."""
         return self.intrinsic("fmuladd", c.type, [a, b, c])
 
-    def clamp(self, value: Value, low: Value, high: Value, bounds: tuple[bool, bool] = (True, True)) -> Value:
-        """Between `low` and `high`, or only one of them, or neither (`bounds`); NaN stays NaN, as in torch."""
-        if bounds[0]:
-            value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
-        if bounds[1]:
+    def clamp(self, value: Value, low: Value, high: Value, *, capped: bool = True) -> Value:
+        """Between `low` and `high`, or only not below `low` (where `high` is infinite); NaN stays NaN, as in torch."""
+        value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
+        if capped:
             value = self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
         return value
 

@@ -93,8 +93,8 @@ class ConvKernel:
         Applied last, instead of the clamp.
     pairs : bool
         Whether the sparse kernel takes two output channels at once.
-    bounds : tuple of bool
-        Whether there is a least value (ReLU), and a greatest one (ReLU6): where nonzeros are few, a bound that is none costs time too.
+    capped : bool
+        Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
     """
 
     tile: int
@@ -109,7 +109,7 @@ class ConvKernel:
     plane: int = 0
     activation: Activation | None = None
     pairs: bool = False
-    bounds: tuple[bool, bool] = (True, True)
+    capped: bool = True
 
     @property
     def channels(self) -> int:
@@ -217,7 +217,7 @@ class _Generator:
             if activation:
                 sums = [apply(activation, f, s) for s in sums]
         if not activation:
-            sums = [f.clamp(s, low, high, self.k.bounds) for s in sums]
+            sums = [f.clamp(s, low, high, capped=self.k.capped) for s in sums]
         if self.k.masked:
             sums = [f.keep(s, f.read_mask(mask, self.width * i)) for i, s in enumerate(sums)]
         for i, s in enumerate(sums):

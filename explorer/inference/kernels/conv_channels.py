@@ -54,15 +54,15 @@ class ConvChannelsKernel:
         Whether a residual is added.
     activation : Activation or None
         Applied last, instead of the clamp.
-    bounds : tuple of bool
-        Whether there is a least value, and a greatest one.
+    capped : bool
+        Whether there is a greatest value.
     """
 
     pixels: int
     vectors: int
     residual: bool
     activation: Activation | None = None
-    bounds: tuple[bool, bool] = (True, True)
+    capped: bool = True
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -162,7 +162,7 @@ class _Generator:
                 value = f.read(values, width * v, width)
                 if k.residual:
                     value = f.b.fadd(value, f.read(added, width * v))
-                value = apply(k.activation, f, value) if k.activation else f.clamp(value, low, high, k.bounds)
+                value = apply(k.activation, f, value) if k.activation else f.clamp(value, low, high, capped=k.capped)
                 count = min(lanes, k.pixels - v * lanes)
                 if count == lanes:
                     f.write(value, to, width * v)

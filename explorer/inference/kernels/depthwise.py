@@ -53,6 +53,8 @@ class DepthwiseKernel:
         Whether there are elements that are no pixels, to be set to zero.
     activation : Activation or None
         Applied last; the clamp when None.
+    capped : bool
+        Whether there is a greatest value.
     """
 
     taps: tuple[tuple[int, int], ...]
@@ -60,7 +62,7 @@ class DepthwiseKernel:
     pitch: int
     masked: bool
     activation: Activation | None = None
-    bounds: tuple[bool, bool] = (True, True)
+    capped: bool = True
 
     @property
     def shifts(self) -> dict[int, int]:
@@ -173,7 +175,7 @@ class _Generator:
     def _store(self, total: Value, i: Value, to: Value) -> None:
         f, k = self.f, self.k
         total = (
-            apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high, k.bounds)
+            apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high, capped=k.capped)
         )
         at = f.b.mul(i, I64(self.width))
         if k.masked:
