@@ -912,7 +912,7 @@ class _StepBuilder:
 
 
 def _is_capped(operation: Operation) -> bool:
-    """Whether the result has a greatest value. (A least one most have, and the others share their kernels.)"""
+    """Whether the result has a greatest value. A least one most have; the others share their kernels."""
     return bool(operation.attributes.get("high", _INFINITY) < _INFINITY)
 
 

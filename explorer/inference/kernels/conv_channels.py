@@ -162,7 +162,11 @@ class _Generator:
                 value = f.read(values, width * v, width)
                 if k.residual:
                     value = f.b.fadd(value, f.read(added, width * v))
-                value = apply(k.activation, f, value) if k.activation else f.clamp(value, low, high, capped=k.capped)
+                value = (
+                    apply(k.activation, f, value)
+                    if k.activation
+                    else f.clamp(value, low, high, capped=k.capped)
+                )
                 count = min(lanes, k.pixels - v * lanes)
                 if count == lanes:
                     f.write(value, to, width * v)

@@ -175,7 +175,9 @@ class _Generator:
     def _store(self, total: Value, i: Value, to: Value) -> None:
         f, k = self.f, self.k
         total = (
-            apply(k.activation, f, total) if k.activation else f.clamp(total, self.low, self.high, capped=k.capped)
+            apply(k.activation, f, total)
+            if k.activation
+            else f.clamp(total, self.low, self.high, capped=k.capped)
         )
         at = f.b.mul(i, I64(self.width))
         if k.masked:
