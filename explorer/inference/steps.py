@@ -161,14 +161,14 @@ def _fill(record: Record, **values: int) -> NDArray[np.int64]:
     return row
 
 
-_LEAST_BLOCK_BYTES = 40 << 10
+_LEAST_BLOCK_BYTES = 33 << 10
 
 
 def _block_bytes() -> int:
     """Operands of one K block: about the L1 cache, beside which sums and weights stream.
 
-    Of 48 KiB, 24 to 64 are within 5 % and 40 the best. Of 32 KiB (Zen 4) 40 are best too, 1.03 x as fast as 26 in ResNet-50: longer rows are worth more than
-    the last operand's place in the L1 cache.
+    Of 48 KiB, 24 to 64 are within 5 % and 40 the best. Of 32 KiB (Zen 4), 33 were best in all: 1.03 x as fast as 26 in ResNet-50, 1.02 x in BERT, where 40
+    would be slower than 26: longer rows are worth more than the last operand's place in the L1 cache, to a degree.
     """
     return min(max(l1_bytes() * 13 // 16, _LEAST_BLOCK_BYTES), conv.BUFFER_BYTES // 2)
 
