@@ -162,14 +162,14 @@ class Planes:
         return replace(self, plane=tile * self.lanes, guard=0, tile=tile)
 
     @property
-    def reuse_key(self) -> tuple[str, int, int, int, int, int]:
+    def reuse_key(self) -> tuple[str | int, ...]:
         """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
 
         Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Of tiles, gaps may
         hold anything: nobody may count them.
         """
         if self.tile:
-            return ("tiles", 0, 0, 0, 0, 0)
+            return ("tiles", self.element_bytes)
         return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
 
     @property

@@ -518,23 +518,7 @@ class Plan:
             before = lives.get(whole, (start, end))
             lives[whole] = (min(before[0], start), max(before[1], end))
         takes_over = self._in_place(graph, lives)
-        groups: dict[tuple[Any, ...], list[tuple[float, list[str]]]] = {}
-        owners: list[list[str]] = []
-        for place in sorted(lives, key=lambda p: lives[p][0]):
-            first_step, end = lives[place]
-            layout = self.places[place].layout
-            # Images that go their way each at its own pace must not meet: those of two tensors in the same memory coincide.
-            apart = layout.image_bytes if self.images > 1 else 0
-            slots = groups.setdefault((*layout.reuse_key, apart), [])
-            heir = takes_over.get(place)
-            free = [i for i, (until, names) in enumerate(slots) if heir is not None and names[-1] == heir]
-            free = free or [i for i, (until, _) in enumerate(slots) if until < first_step]
-            if free and end != _INFINITY:
-                slots[free[0]][1].append(place)
-                slots[free[0]] = (end, slots[free[0]][1])
-            else:
-                slots.append((end, [place]))
-                owners.append(slots[-1][1])
+        owners = self._sharing(graph, lives, takes_over)
         for names in owners:
             size = max(self.places[name].layout.elements for name in names)
             array = self.memory.zeros(size, f"f{self.places[names[0]].layout.element_bytes}")
@@ -553,6 +537,55 @@ class Plan:
         for place in self._borrowed:
             self.places[place].cell = self.memory.zeros(1, np.int64)
             self.places[place].borrow(torch.empty(0))
+
+    def _sharing(
+        self, graph: Graph, lives: Mapping[str, tuple[float, float]], takes_over: Mapping[str, str]
+    ) -> list[list[str]]:
+        """Which places share memory: the largest first, so that small ones find room in what large ones need anyway.
+
+        What takes over an operand's memory shares its fate. A place that torch or the caller may see shares with nobody.
+        """
+        gapless = self._gaps_do_not_matter(graph)
+        heads: dict[str, str] = {}
+        units: dict[str, list[str]] = {}
+        for place in sorted(lives, key=lambda p: lives[p][0]):
+            heads[place] = head = heads.get(takes_over.get(place, ""), place)
+            units.setdefault(head, []).append(place)
+
+        def life(names: list[str]) -> tuple[float, float]:
+            return min(lives[n][0] for n in names), max(lives[n][1] for n in names)
+
+        def size(names: list[str]) -> int:
+            return max(self.places[n].layout.elements for n in names)
+
+        slots: dict[tuple[Any, ...], list[list[list[str]]]] = {}
+        for names in sorted(units.values(), key=lambda names: (-size(names), life(names))):
+            layout, (start, end) = self.places[names[0]].layout, life(names)
+            # Images that go their way each at its own pace must not meet: those of two tensors in the same memory coincide.
+            apart = layout.image_bytes if self.images > 1 else 0
+            what = ("tiles", layout.element_bytes) if names[0] in gapless else layout.reuse_key
+            mine = slots.setdefault((*what, apart), [])
+            free = [
+                slot
+                for slot in mine
+                if end != _INFINITY and all(until < start or end < since for since, until in map(life, slot))
+            ]
+            if free:
+                free[0].append(names)
+            else:
+                mine.append([names])
+        return [[n for names in slot for n in names] for group in slots.values() for slot in group]
+
+    def _gaps_do_not_matter(self, graph: Graph) -> set[str]:
+        """Places in tiles, and planes that nobody reads but maxima, which look at pixels only: whatever lay in their memory before does no harm."""
+        found = {p for p, home in self.places.items() if isinstance(home.layout, Planes) and home.layout.tile}
+        readers: dict[str, set[str]] = {}
+        for operation in (graph.operations[index] for index in self.native):
+            for place in self.operands(operation):
+                readers.setdefault(self.located(place)[0], set()).add(operation.kind)
+        ranges = {*self._range_of} | {self.located(place)[0] for place in self._range_of}
+        pinned = self._pinned(graph)
+        return found | {p for p, kinds in readers.items() if kinds == {"max_pool"}} - ranges - pinned
 
     def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
         """Results that may overwrite an operand which nobody reads afterwards: result -> operand.

@@ -53,6 +53,15 @@ class Bottlenecks(nn.Module):
         return self.classify(x.mean((2, 3)))
 
 
+def fill_gaps_with_nan(engine: SparseModule) -> int:
+    """Overwrite the whole memory of tensors whose gaps nobody may count; how many there are."""
+    places = engine._plan._gaps_do_not_matter(engine._graph)
+    for home in (engine._plan.places[place] for place in places):
+        memory = (ctypes.c_float * home.layout.elements).from_address(home.start)
+        np.frombuffer(memory, np.float32)[:] = np.nan
+    return len(places)
+
+
 def in_tiles(engine: SparseModule) -> set[str]:
     """The modules whose result lies in tiles."""
     places = engine._plan.places
@@ -219,12 +228,32 @@ def test_what_lay_in_the_gaps_of_tiles_is_never_counted(
 
     monkeypatch.setattr(Plan, "candidates", one)
     engine = explorer.compile(network, x, sparse=mode)
-    for place in engine._plan.places.values():
-        layout = place.layout
-        if isinstance(layout, Planes) and layout.tile:
-            memory = (ctypes.c_float * (layout.images * layout.image)).from_address(place.start)
-            np.frombuffer(memory, np.float32)[:] = np.nan
+    assert fill_gaps_with_nan(engine) >= 2
     assert relative_error(engine(x), network(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (3, 5, 1)]
+)
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_lay_around_an_image_does_not_matter_to_its_maxima(
+    isa: str, size: int, stride: int, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shares its memory with tensors of any shape."""
+    compute_in(isa, "fp32", monkeypatch)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1),
+        nn.MaxPool2d(size, stride, padding),
+        nn.Conv2d(12, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+    ).eval()
+    x = torch.randn(2, 3, 57, 45)
+    engine = explorer.compile(network, x, threads=2)
+    assert fill_gaps_with_nan(engine) >= 1
+    for n in (2, 1):
+        assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
 
 
 def test_what_torch_or_the_caller_sees_keeps_its_planes() -> None:
