@@ -577,15 +577,19 @@ class Plan:
         return [[n for names in slot for n in names] for group in slots.values() for slot in group]
 
     def _gaps_do_not_matter(self, graph: Graph) -> set[str]:
-        """Places in tiles, and planes that nobody reads but maxima, which look at pixels only: whatever lay in their memory before does no harm."""
+        """Places in tiles, and planes whose readers look at pixels only, or at each element for itself: whatever lay in their memory before does no harm.
+
+        Those are maxima, and 1 x 1 convolutions, what comes of which in the gaps is zeroed, or lies in tiles.
+        """
         found = {p for p, home in self.places.items() if isinstance(home.layout, Planes) and home.layout.tile}
-        readers: dict[str, set[str]] = {}
+        harmless: dict[str, bool] = {}
         for operation in (graph.operations[index] for index in self.native):
-            for place in self.operands(operation):
-                readers.setdefault(self.located(place)[0], set()).add(operation.kind)
+            for position, place in enumerate(self.operands(operation)):
+                may = operation.kind == "max_pool" or _is_pointwise(graph, operation, position)
+                harmless[place] = harmless.get(place, True) and may
         ranges = {*self._range_of} | {self.located(place)[0] for place in self._range_of}
         pinned = self._pinned(graph)
-        return found | {p for p, kinds in readers.items() if kinds == {"max_pool"}} - ranges - pinned
+        return found | {place for place, may in harmless.items() if may} - ranges - pinned
 
     def _in_place(self, graph: Graph, lives: dict[str, tuple[float, float]]) -> dict[str, str]:
         """Results that may overwrite an operand which nobody reads afterwards: result -> operand.

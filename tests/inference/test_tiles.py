@@ -232,6 +232,28 @@ def test_what_lay_in_the_gaps_of_tiles_is_never_counted(
     assert relative_error(engine(x), network(x)) < 1e-5
 
 
+@given(
+    rows=st.integers(3, 40),
+    columns=st.integers(3, 40),
+    size=st.sampled_from([3, 5]),
+    images=st.integers(1, 2),
+    threads=st.integers(1, 2),
+    mode=st.sampled_from(["dense", "sparse"]),
+    pairs=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_lay_around_an_image_does_not_matter_to_pointwise_convolutions(
+    rows: int, columns: int, size: int, images: int, threads: int, mode: Mode, pairs: bool
+) -> None:
+    torch.manual_seed(rows * columns)
+    network = pruned(Separable(20, size, size // 2), 0.7, pairs=pairs)
+    x = torch.randn(images, 3, rows, columns)
+    engine = explorer.compile(network, x, threads=threads, sparse=mode)
+    assert fill_gaps_with_nan(engine) >= 1
+    for n in (images, 1):
+        assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (3, 5, 1)]
 )
