@@ -19,16 +19,14 @@ from explorer.inference.kernels import conv
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.layout import widest_pair_tile
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Isa, current_isa, l1_bytes, machine_code
+from explorer.inference.native import Isa, current_isa, machine_code
 from explorer.inference.pack import SparseWeights, read_beyond, sparse_entries, weight_words
 from explorer.inference.peak import peak_of
+from explorer.inference.steps import block_bytes
 
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
 
 CHANNELS_OUT = 256
-_FILLED = 13 / 16
-"""Of the L1 cache by operands: what the engine gives a K block."""
-
 _REPEATS = 50
 _TURNS = 9
 
@@ -75,7 +73,7 @@ class Loop:
         self.tile, self.nonzeros, self.pairs = tile, nonzeros, pairs
         kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, True, pairs=pairs)
         row_bytes = tile * isa.width
-        depth = max(int(l1_bytes() * _FILLED) // row_bytes, int(nonzeros))
+        depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
         weights = SparseWeights.of(self.weight, None, kernel.channels)
         offsets, words, rows, groups, _ = sparse_entries(

@@ -7,12 +7,11 @@ the cache).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,12 +31,13 @@ from explorer.inference.graph import Graph, Ref
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Place, Plan, TorchSegment
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.straight import StraightPath
 from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
 
 if TYPE_CHECKING:
     # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
-    from explorer.inference.steps import Move, Steps
+    from explorer.inference.steps import Steps
     from explorer.inference.threads import Runner
 
 Mode = Literal["auto", "dense", "sparse"]
@@ -267,7 +267,7 @@ class SparseModule:
         self._steps: Steps | None = None
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
         self._separable: bool | None = None
-        self._straight: _StraightPath | None = None
+        self._straight: StraightPath | None = None
         self._choose()
         self._let_go()
 
@@ -431,7 +431,7 @@ class SparseModule:
                 )
         return images
 
-    def _run_straight(self, straight: _StraightPath, x: Tensor) -> Tensor:
+    def _run_straight(self, straight: StraightPath, x: Tensor) -> Tensor:
         at_once = self._plan.images
         self._set_batch(at_once, len(x) if straight.has_head else at_once)
         ready, self._batch = self._batch, (0, 0)  # an interrupt may leave addresses moved on
@@ -630,7 +630,7 @@ class SparseModule:
         self._steps, self._batch = steps, (self._plan.images, self._plan.images)
         self._straight = self._straight_path(self._runner)
 
-    def _straight_path(self, runner: Runner) -> _StraightPath | None:
+    def _straight_path(self, runner: Runner) -> StraightPath | None:
         segments, outputs = self._plan.segments, self._graph.outputs
         leaf = object()
         match segments:
@@ -647,7 +647,7 @@ class SparseModule:
             return None
         moves = self._steps.moves if self._steps and self._plan.head_places else []
         head = self._plan.head if self._plan.batch > self._plan.images and moves else last
-        return _StraightPath.of(view, self._plan.places[place], runner, last, head, moves, result)
+        return StraightPath.of(view, self._plan.places[place], runner, last, head, moves, result)
 
     def _choose(self) -> None:
         """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
@@ -976,134 +976,6 @@ class SparseModule:
             float(peak_gflops),
             self.precision,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _StraightPath:
-    """What a call does when one input goes through native steps only to one output, and nothing else.
-
-    After a network has run, the interpreter's own code and data have left the cache, and each line of Python costs several times what it
-    does in a tight loop: for a network of 270 microseconds the general path added 90.
-    """
-
-    shape: torch.Size
-    place: Place
-    input: NDArray[Any]
-    pieces: list[tuple[Tensor, tuple[int | slice, ...]]]
-    runner: Runner
-    n_steps: int
-    head: int
-    moves: list[Move]
-    output: Tensor
-    result_shape: torch.Size
-    output_address: int
-    n_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        view: Tensor,
-        place: Place,
-        runner: Runner,
-        n_steps: int,
-        head: int,
-        moves: list[Move],
-        output: Tensor,
-    ) -> _StraightPath:
-        """From `view` of the input at `place`, and `output`, which after the head holds the images of all turns."""
-        pieces = [] if view.dtype == torch.float32 else [(view[at], at) for at in _pieces(view.shape)]
-        result = output[: view.shape[0]] if head < n_steps else output
-        # One piece of memory is copied without torch, which would have to be fetched into the cache for it.
-        is_plain = result.is_contiguous() and result.dtype == torch.float32
-        n_bytes = result.numel() * result.element_size() if is_plain else 0
-        return cls(
-            view.shape,
-            place,
-            view.numpy(),
-            pieces,
-            runner,
-            n_steps,
-            head,
-            moves,
-            output,
-            result.shape,
-            result.data_ptr(),
-            n_bytes,
-        )
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the last steps take all images at once."""
-        return self.head < self.n_steps
-
-    def divides(self, x: Tensor, most: int) -> bool:
-        """Whether `x`, of at most so many images, is several times what goes through together, and nothing else."""
-        at_once = self.shape[0]
-        return (
-            x.dim() == len(self.shape)
-            and x.shape[1:] == self.shape[1:]
-            and at_once < x.shape[0] <= most
-            and x.shape[0] % at_once == 0
-            and (self.has_head or self.output.shape[:1] == self.shape[:1])
-        )
-
-    def run(self, x: Tensor) -> Tensor:
-        at_once = self.shape[0]
-        if x.shape == self.shape:
-            if self.n_bytes:
-                result = torch.empty(self.result_shape)
-                self._through(x, self.n_steps)
-                ctypes.memmove(result.data_ptr(), self.output_address, self.n_bytes)
-                return result
-            self._through(x, self.n_steps)
-            result = self.output[:at_once] if self.has_head else self.output
-            return result.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        if self.has_head:
-            if self.place.borrow(x):
-                from explorer.inference.steps import Move
-
-                assert self.place.cell is not None
-                images = Move(self.place.cell, x.data_ptr(), x.stride(0) * at_once * x.element_size())
-                self.runner.run_turns(0, self.head, len(x) // at_once, [*self.moves, images])
-            else:
-                for turn, some in enumerate(x.split(at_once)):
-                    for move in self.moves:
-                        move.to(turn)
-                    self._through(some, self.head)
-                for move in self.moves:
-                    move.to(0)
-            self.runner.run(self.head, self.n_steps)
-            result = self.output[: len(x)]
-            return result.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        result = torch.empty((len(x), *self.output.shape[1:]))
-        for part, some in zip(result.split(at_once), x.split(at_once), strict=True):
-            self._through(some, self.n_steps)
-            part.copy_(self.output)
-        return result
-
-    def _through(self, x: Tensor, last: int) -> None:
-        # By this thread alone: torch would wake others for it, which takes longer than copying an image. numpy takes twenty times as long for float16.
-        if self.pieces:
-            for piece, at in self.pieces:
-                piece.copy_(x[at])
-        elif not self.place.borrow(x):
-            np.copyto(self.input, x.numpy(), casting="same_kind")
-        self.runner.run(0, last)
-
-
-_GRAIN = 32_768
-"""Elements up to which torch copies without other threads."""
-
-
-def _pieces(shape: Sequence[int]) -> list[tuple[int | slice, ...]]:
-    """Indices of parts of a tensor, none larger than `_GRAIN`, that together are all of it."""
-    if prod(shape) <= _GRAIN:
-        return [()]
-    row = prod(shape[1:])
-    if row > _GRAIN:
-        return [(i, *rest) for i in range(shape[0]) for rest in _pieces(shape[1:])]
-    step = _GRAIN // row
-    return [(slice(i, i + step),) for i in range(0, shape[0], step)]
 
 
 def _operator(target: Any) -> str:

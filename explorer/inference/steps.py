@@ -164,7 +164,7 @@ def _fill(record: Record, **values: int) -> NDArray[np.int64]:
 _LEAST_BLOCK_BYTES = 33 << 10
 
 
-def _block_bytes() -> int:
+def block_bytes() -> int:
     """Operands of one K block: about the L1 cache, beside which sums and weights stream.
 
     Of 48 KiB, 24 to 64 are within 5 % and 40 the best. Of 32 KiB (Zen 4), 33 were best in all: 1.03 x as fast as 26 in ResNet-50, 1.02 x in BERT, where 40
@@ -181,7 +181,7 @@ class _StepBuilder:
     packed: dict[tuple[str, Choice], Any]
     emitter: Emitter
     scratch_bytes: int = 4096
-    block_bytes: int = field(default_factory=_block_bytes)
+    block_bytes: int = field(default_factory=block_bytes)
     _tables: dict[Any, int] = field(default_factory=dict)
 
     def step(self, operation: Operation, choice: Choice) -> _Row:

@@ -478,6 +478,30 @@ def test_the_head_takes_the_images_of_all_turns_at_once(
     assert all(row.ms >= 0 for row in rows.values())
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_answers_are_float32_on_the_cpu_whatever_the_program_has_for_defaults(
+    pooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)] if pooled else []
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3, 2), *head).eval(), torch.randn(4, 3, 17, 17)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        wanted = network(x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = [engine(x[:n]) for n in (4, 1, 2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for answer in got:
+        assert answer.dtype == torch.float32
+        assert answer.device.type == "cpu"
+        assert relative_error(answer, wanted[: len(answer)]) < 1e-5
+
+
 def test_a_vector_that_the_body_reads_too_is_not_left_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
     torch.manual_seed(0)
