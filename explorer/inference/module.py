@@ -259,10 +259,8 @@ class SparseModule:
         self._choices: dict[int, Choice] = {}
         self._densities: dict[int, float] = {}
         self._cycles: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._batch = (
-            self._plan.images,
-            self._plan.images,
-        )  # images of a turn and in all, for which the steps are set
+        # Images of a turn, and in all, for which the steps are set; (0, 0): not known.
+        self._batch = (self._plan.images, self._plan.images)
         self._runner: Runner | None = None
         self._steps: Steps | None = None
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
@@ -442,10 +440,8 @@ class SparseModule:
     def _set_batch(self, images: int, total: int) -> None:
         """Give the steps the jobs of turns of so many images, and the head those of all."""
         if self._batch != (images, total):
-            self._batch = (
-                0,
-                0,
-            )  # an interrupt between the two must not leave the table of one batch under the number of another
+            # An interrupt between the two must not leave the table of one batch under the number of another.
+            self._batch = (0, 0)
             if self._steps is not None:
                 self._steps.set_batch(images, total)
             self._batch = images, total

@@ -114,11 +114,18 @@ class StraightPath:
         )
 
     def run(self, x: Tensor) -> Tensor:
+        """The answer to `x`, which is a plain float32 tensor on the CPU that needs no gradient, of this shape or one that `divides` accepts."""
         at_once = self.shape[0]
         if x.shape == self.shape:
             if self.n_bytes:
-                result = _empty(self.result_shape)
-                self._through(x, self.n_steps)
+                result, cell = _empty(self.result_shape), self.place.cell
+                if (
+                    cell is not None and x.is_contiguous()
+                ):  # all that `Place.borrow` asks beside what is known
+                    cell[0] = x.data_ptr()
+                    self.runner.run(0, self.n_steps)
+                else:
+                    self._through(x, self.n_steps)
                 ctypes.memmove(result.data_ptr(), self.output_address, self.n_bytes)
                 return result
             self._through(x, self.n_steps)

@@ -218,10 +218,8 @@ class Runner:
     def _set_range(self, first: int, last: int) -> None:
         state = self._state
         if self._range != (first, last):
-            self._range = (
-                -1,
-                -1,
-            )  # an interrupt between the two must not leave a range that is half the old one
+            # An interrupt between the two must not leave a range that is half the old one.
+            self._range = (-1, -1)
             state.set("first", first)
             state.set("last", last)
             self._range = (first, last)

@@ -16,7 +16,7 @@ from torch import nn
 import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import module as engine_module
-from explorer.inference import native
+from explorer.inference import native, straight
 from explorer.inference.activations import LARGEST_ERROR
 from explorer.inference.module import SparseModule
 from explorer.inference.pack import weight_words
@@ -260,7 +260,7 @@ def test_a_profile_and_a_benchmark_name_the_precision() -> None:
 def test_an_input_is_copied_in_small_pieces_that_make_up_the_whole(shape: tuple[int, ...]) -> None:
     x = torch.arange(float(np.prod(shape))).reshape(shape)
     copied = torch.full(shape, -1.0)
-    for at in engine_module._pieces(shape):
-        assert x[at].numel() <= engine_module._GRAIN
+    for at in straight._pieces(shape):
+        assert x[at].numel() <= straight._GRAIN
         copied[at].copy_(x[at])
     assert torch.equal(copied, x)
