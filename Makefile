@@ -33,7 +33,7 @@ app: $(STAMP)  ## open the app on the bundled demo
 test: $(STAMP)  ## run every test, in a real browser too
 	@bash .ci/ensure-browser
 	@echo "Running the tests."
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 browser: $(STAMP)  ## run the browser tests alone
 	@bash .ci/ensure-browser
