@@ -661,7 +661,9 @@ class Plan:
             home = self.places[place]
             y = home.layout
             assert isinstance(y, Planes)
-            return Access(home.start, (y.tile, y.tile and y.channels, y.plane, y.pitch), intervals)
+            # Where the first pixel lies counts too: zeros around it may be more or fewer.
+            alike = (home.address, y.tile, y.tile and y.channels, y.plane, y.pitch)
+            return Access(home.start, alike, intervals)
 
         operands = self.operands(operation)
         return Step(

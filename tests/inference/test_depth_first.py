@@ -15,7 +15,7 @@ from torch import nn
 
 import explorer
 from explorer.inference import plan as plan_module
-from explorer.inference.depth_first import Access, Step, order
+from explorer.inference.depth_first import Access, Bands, Step, order
 from explorer.inference.module import SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, compute_in
@@ -173,6 +173,48 @@ def test_windows_of_all_sizes_and_strides_equal_torch(
     assert in_chains(engine) >= 4
     for n in (2, 1):
         assert relative_error(engine(x[:n]), network(x[:n])) < tolerance
+
+
+class Mixed(nn.Module):
+    """Filters of two sizes between 1 x 1 convolutions, on both sides of a maximum: planes alike but for the zeros around them, in the same memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 1)
+        self.small, self.large = (
+            nn.Sequential(
+                *[
+                    nn.Conv2d(channels, channels, *shape, groups=groups)
+                    for shape, groups in [((size, 1, size // 2), channels), ((1,), 1)] * 2
+                ]
+            )
+            for size in (3, 5)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.large(nn.functional.max_pool2d(self.small(self.first(x)), 3, 1, 1))
+
+
+@pytest.mark.parametrize("columns", [14, 29])
+@pytest.mark.parametrize("rows", [14, 30, 45])
+def test_planes_that_share_memory_but_begin_elsewhere_are_not_taken_for_alike(
+    rows: int, columns: int
+) -> None:
+    torch.manual_seed(rows)
+    network, x = pruned(Mixed(24), 0.7), torch.randn(1, 3, rows, columns)
+    engine = explorer.compile(network, x)
+    assert in_chains(engine) >= 6
+    found: dict[tuple[Any, ...], set[int]] = {}
+    assert engine._steps is not None
+    for operation in engine._graph.operations:
+        home = engine._plan.places[operation.output]
+        none = np.zeros((1, 2), np.int64)
+        one = Bands((), (none,) * len(engine._plan.operands(operation)), none)
+        step = engine._plan.native.index(engine._graph.operations.index(operation))
+        access = engine._plan.accesses(engine._graph, step, one).writes
+        found.setdefault((access.memory, access.alike), set()).add(home.address)
+    assert all(len(addresses) == 1 for addresses in found.values())
+    assert relative_error(engine(x), network(x)) < 1e-5
 
 
 def test_weights_are_taken_over_and_layers_are_still_timed_one_by_one() -> None:
