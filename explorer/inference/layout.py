@@ -165,11 +165,9 @@ class Planes:
     def reuse_key(self) -> tuple[str | int, ...]:
         """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
 
-        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Of tiles, gaps may
-        hold anything: nobody may count them.
+        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Where gaps may hold
+        anything, as those of tiles may, `explorer.inference.plan` lets tensors share memory whatever their keys.
         """
-        if self.tile:
-            return ("tiles", self.element_bytes)
         return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
 
     @property

@@ -692,10 +692,8 @@ class SparseModule:
         self._set_batch(self._plan.images, self._plan.images)
 
     def _faster_order(self, steps: Steps) -> str:
-        images, best = self._plan.images, {_BANDS: float("inf"), _LAYERS: float("inf")}
-        example = self._example
-        if self._at_once is not None:
-            example = tuple(value[:images] for value in example)
+        best = {_BANDS: float("inf"), _LAYERS: float("inf")}
+        example, images = self._example_of_a_turn()
         start, turn = time.perf_counter(), 0
         with torch_threads(self.threads), torch.no_grad():
             while turn < _ORDER_TURNS or (turn < 10 and time.perf_counter() - start < _CHOICE_S):
@@ -742,12 +740,17 @@ class SparseModule:
                     if index in choices and ms[step] < best.get(index, float("inf")):
                         best[index], self._choices[index] = float(ms[step]), choices[index]
 
+    def _example_of_a_turn(self) -> tuple[tuple[Any, ...], int]:
+        """As much of the example input as goes through together, and how many images that is."""
+        images = self._plan.images
+        if self._at_once is None:
+            return self._example, images
+        return tuple(value[:images] for value in self._example), images
+
     def _step_times(self) -> NDArray[np.float64]:
         """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""
-        runs, images = [], self._plan.images
-        example = self._example
-        if self._at_once is not None:
-            example = tuple(value[:images] for value in example)
+        runs = []
+        example, images = self._example_of_a_turn()
         with torch_threads(self.threads), torch.no_grad():
             start = time.perf_counter()
             for turn in range(_CHOICE_REPEATS + 1):

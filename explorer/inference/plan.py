@@ -563,7 +563,7 @@ class Plan:
             layout, (start, end) = self.places[names[0]].layout, life(names)
             # Images that go their way each at its own pace must not meet: those of two tensors in the same memory coincide.
             apart = layout.image_bytes if self.images > 1 else 0
-            what = ("tiles", layout.element_bytes) if names[0] in gapless else layout.reuse_key
+            what = ("gaps do not matter",) if names[0] in gapless else layout.reuse_key
             mine = slots.setdefault((*what, apart), [])
             free = [
                 slot

@@ -121,8 +121,9 @@ class Steps:
 
     def set_batch(self, images: int, total: int) -> None:
         """Give each step the number of jobs that `images` images need; the head those of `total`."""
-        each = np.where(self.fixed, self.fixed, images)
-        each[self.head :] = np.where(self.fixed, self.fixed, total)[self.head :]
+        follows = np.full(len(self.fixed), images)
+        follows[self.head :] = total
+        each = np.where(self.fixed, self.fixed, follows)
         for step, count in self.counts:
             count[0] = each[step]
         for move in self.moves:
