@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from explorer.inference.kernels import conv
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
-from explorer.inference.layout import widest_pair_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, current_isa, machine_code
 from explorer.inference.pack import SparseWeights, read_beyond, sparse_entries, weight_words
@@ -157,7 +156,7 @@ def _repeating(isa: Isa) -> tuple[Value, str]:
 
 
 def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[KernelSpeed]:
-    """Measure every combination, and pairs of channels where their sums fit the registers, in turn; the best of some turns of each.
+    """Measure every combination, and pairs of channels, in turn; the best of some turns of each.
 
     Parameters
     ----------
@@ -166,13 +165,8 @@ def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[Kerne
     nonzeros : sequence of float
         Of a row and K block.
     """
-    widest = widest_pair_tile(current_isa())
     loops = [
-        Loop(tile, count, pairs=pairs)
-        for pairs in (False, True)
-        for tile in tiles
-        if not pairs or tile <= widest
-        for count in nonzeros
+        Loop(tile, count, pairs=pairs) for pairs in (False, True) for tile in tiles for count in nonzeros
     ]
     best = [float("inf")] * len(loops)
     for _ in range(_TURNS):

@@ -149,13 +149,12 @@ class Planes:
         size = self.tile * self.lanes
         return pixels // size * self.channels * size + pixels % size
 
-    def in_tiles(self, threads: int, isa: Isa) -> Planes | None:
+    def in_tiles(self, threads: int) -> Planes | None:
         """The same tensor tile by tile, for so many threads that share an image; None where no size of tiles divides the plane.
 
-        Tensors with planes of the same size get tiles of the same size, none too large for a kernel that takes output channels in pairs.
+        Tensors with planes of the same size get tiles of the same size.
         """
-        largest = min(MAX_TILE, widest_pair_tile(isa))
-        sizes = [t for t in range(_SMALLEST_TILE, largest + 1) if self.vectors % t == 0]
+        sizes = [t for t in range(_SMALLEST_TILE, MAX_TILE + 1) if self.vectors % t == 0]
         if not sizes:
             return None
         tile = min(sizes, key=lambda t: (-(-self.vectors // t // threads) * (t + _NONZERO_COST), -t))
@@ -279,11 +278,6 @@ def channel_tile(columns: int, channels: int, isa: Isa) -> tuple[int, int] | Non
             if cost < best_cost:
                 best, best_cost = (pixels, vectors), cost
     return best
-
-
-def widest_pair_tile(isa: Isa) -> int:
-    """The largest T for which 2 x T sums, two weights and an operand stay in registers."""
-    return (isa.registers - 3) // 2
 
 
 def channel_tile_held(isa: Isa) -> int:

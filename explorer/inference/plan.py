@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile, widest_pair_tile
+from explorer.inference.kernels.registers import pair_parts
+from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
 
@@ -462,7 +463,7 @@ class Plan:
             if self.threads == 1 and layout.tokens:
                 continue
             sharing = self.threads if layout.images % self.threads else 1  # or each has images of its own
-            candidate = layout.in_tiles(sharing, self.isa)
+            candidate = layout.in_tiles(sharing)
             if candidate is not None and not layout.is_compactable:
                 tiled[operation.output] = candidate
         for place in [*tiled]:
@@ -705,7 +706,7 @@ class Plan:
             fitting = [
                 form
                 for form in forms
-                if form != "compact" or out.compact_vectors <= widest_pair_tile(self.isa)
+                if form != "compact" or len(pair_parts(out.compact_vectors, self.isa)) == 1
             ]
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
         if mode == "dense":

@@ -304,25 +304,19 @@ def test_what_torch_or_the_caller_sees_keeps_its_planes() -> None:
 )
 def test_tiles_divide_the_plane_and_keep_all_threads_busy(vectors: int, threads: int, tile: int) -> None:
     planes = Planes((1, 3, vectors, 16), 1, 3, vectors, 16, 16, 16 * vectors + 16, 16, 16)
-    tiled = planes.in_tiles(threads, WIDE)
+    tiled = planes.in_tiles(threads)
     assert tiled is not None
     assert (tiled.tile, tiled.vectors, tiled.guard) == (tile, vectors, 0)
     assert not tiled.tiles_overlap
 
 
-def test_tiles_leave_registers_for_pairs_of_channels() -> None:
-    tiled = Planes((1, 3, 24, 8), 1, 3, 24, 8, 8, 200, 8, 8).in_tiles(1, native.Isa("avx2", 8, 16, "", ""))
-    assert tiled is not None
-    assert tiled.tile == 6
-
-
 def test_planes_that_no_tile_divides_are_left_alone() -> None:
-    assert Planes((1, 3, 13, 16), 1, 3, 13, 16, 16, 256, 16, 16).in_tiles(1, WIDE) is None
+    assert Planes((1, 3, 13, 16), 1, 3, 13, 16, 16, 256, 16, 16).in_tiles(1) is None
 
 
 def test_pixels_are_found_tile_by_tile() -> None:
     """`element` and `plane` against the definition: tile, channel, vector, lane."""
-    tiled = Planes((1, 3, 4, 24), 1, 3, 4, 24, 32, 160, 32, 16).in_tiles(2, WIDE)
+    tiled = Planes((1, 3, 4, 24), 1, 3, 4, 24, 32, 160, 32, 16).in_tiles(2)
     assert tiled is not None
     assert tiled.tile == 4
     memory = np.arange(tiled.image).reshape(2, 3, 4, 16)

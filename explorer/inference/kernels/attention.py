@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -34,6 +35,9 @@ ARGUMENTS = Record(
 )  # fmt: skip
 """`q`, `k`, `v`, `out`: the first feature of the first head. Byte steps to the next sample, head and feature. `queries`, `keys`: tokens of a
 sample. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
+
+
+_ENOUGH_REGISTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class _Generator:
         # Scores are float32 whatever planes hold.
         self.score_bytes = 4 * isa.lanes
         self.score_row_bytes = kernel.scratch_bytes(1, isa.lanes)
+        # With 16 registers, several at once would keep their constants and themselves on the stack.
+        self.exponentials = kernel.tile if isa.registers >= _ENOUGH_REGISTERS else 1
         self.ir = ir.Module("attention")
         self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa, wide=True)
 
@@ -95,12 +101,11 @@ class _Generator:
         b.ret_void()
         return self.ir, "attention"
 
-    def _read(self, pointer: Value) -> list[Value]:
-        return [self.f.read(pointer, self.f.width * i) for i in range(self.k.tile)]
+    def _read(self, pointer: Value, vector: int) -> Value:
+        return self.f.read(pointer, self.f.width * vector)
 
-    def _read_scores(self, row: Value) -> list[Value]:
-        size = self.score_bytes
-        return [self.f.load(row, self.f.vector, size * i, size) for i in range(self.k.tile)]
+    def _read_score(self, row: Value, vector: int) -> Value:
+        return self.f.load(row, self.f.vector, self.score_bytes * vector, self.score_bytes)
 
     def _groups(
         self, count: Value, body: Callable[[int, Value, list[Value]], Sequence[Value]], carried: list[Value]
@@ -118,22 +123,34 @@ class _Generator:
         count: Value,
         pointers: list[Value],
         steps: list[Value],
-        read: Callable[[Value], list[Value]],
+        read: Callable[[Value, int], Value],
         weights: list[Value],
     ) -> list[Value]:
         """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, which `read` reads, the second of the scalars.
 
-        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row.
+        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row. The smaller of the two sets of operands is held
+        in registers, the other streamed, as `explorer.inference.kernels.registers` counts them.
         """
         f, tile = self.f, self.k.tile
 
         def one(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
-            vectors = read(x)
             new = list(sums)
-            for r, offset in enumerate(weights):
-                scalar = f.read_one(w, offset)
-                for i, vector in enumerate(vectors):
-                    new[r * tile + i] = f.fma(scalar, vector, new[r * tile + i])
+
+            def add(r: int, i: int, scalar: Value, vector: Value) -> None:
+                new[r * tile + i] = f.fma(scalar, vector, new[r * tile + i])
+
+            if len(weights) <= tile:
+                scalars = [f.read_one(w, offset) for offset in weights]
+                for i in range(tile):
+                    vector = read(x, i)
+                    for r, scalar in enumerate(scalars):
+                        add(r, i, scalar, vector)
+            else:
+                vectors = [read(x, i) for i in range(tile)]
+                for r, offset in enumerate(weights):
+                    scalar = f.read_one(w, offset)
+                    for i, vector in enumerate(vectors):
+                        add(r, i, scalar, vector)
             return [f.at(x, steps[0]), f.at(w, steps[1]), *new]
 
         zeros = [f.constant(0.0)] * (tile * len(weights))
@@ -164,15 +181,20 @@ class _Generator:
         """Scores become weights, in place; the sum of each query's weights."""
         f, b = self.f, self.f.b
 
-        def one_key(_: Value, row: Value, *sums: Value) -> list[Value]:
+        def one_key(which: Sequence[int], _: Value, row: Value, *sums: Value) -> list[Value]:
             new = []
-            for i, score in enumerate(self._read_scores(row)):
-                weight = exponential(f, b.fsub(score, largest[i]))
+            for i, total in zip(which, sums, strict=True):
+                weight = exponential(f, b.fsub(self._read_score(row, i), largest[i]))
                 f.store(weight, row, self.score_bytes * i, self.score_bytes)
-                new.append(b.fadd(sums[i], weight))
+                new.append(b.fadd(total, weight))
             return [f.at(row, self.score_row_bytes), *new]
 
-        return f.loop(self.field("keys"), one_key, [scores, *[f.constant(0.0)] * self.k.tile])[1:]
+        sums: list[Value] = []
+        for first in range(0, self.k.tile, self.exponentials):
+            which = range(first, min(first + self.exponentials, self.k.tile))
+            zeros = [f.constant(0.0)] * len(which)
+            sums += f.loop(self.field("keys"), partial(one_key, which), [scores, *zeros])[1:]
+        return sums
 
     def _values(self, weights: Value, v: Value, out: Value, sums: list[Value], position: Value) -> None:
         """Write the means of the values."""
@@ -185,7 +207,7 @@ class _Generator:
             pointers = [weights, f.at(v, b.mul(first, v_plane))]
             planes = [b.mul(I64(r), v_plane) for r in range(rows)]
             steps = [I64(self.score_row_bytes), I64(f.element_bytes)]
-            means = self._products(keys, pointers, steps, self._read_scores, planes)
+            means = self._products(keys, pointers, steps, self._read_score, planes)
             for i, mean in enumerate(means):
                 to = f.at(out, b.mul(b.add(first, I64(i // tile)), out_plane))
                 value = b.fmul(mean, shares[i % tile])

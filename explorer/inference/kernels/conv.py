@@ -11,6 +11,7 @@ The algorithm in plain words
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     pairs    the same for two neighbouring output channels whose nonzeros stand in the same places: 2 x T sums, and T loads serve 2 x T FMAs
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
+  Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.
   The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
 
 The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import numpy as np
 from llvmlite import ir
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply
 from explorer.inference.kernels.builder import F32, I1, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.registers import dense_parts, pair_parts, unroll
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -130,33 +134,13 @@ class ConvKernel:
         return BUFFER_BYTES + n_channels * self.tile * isa.width + 256
 
 
-def unroll(sums: int) -> int:
-    """Nonzeros that the sparse kernel takes at once, each with sums of its own: `sums` vectors.
-
-    An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
-    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are filled up to a
-    multiple of this, see pack.py.
-    """
-    return min(4, 1 << max(0, (8 // sums).bit_length() - 1))
-
-
-def dense_rows(tile: int, isa: Isa) -> int:
-    """The largest R for which R x T sums, the smaller of R and T operands and one more value stay in registers."""
-    best = 1
-    # On NEON LLVM loads several float16 ahead of their turn.
-    more = 5 if isa.width == 16 and isa.precision == "fp16" else 1
-    for rows in range(1, 17):
-        if rows * tile + min(rows, tile) + more <= isa.registers:
-            best = rows
-    return best
-
-
 class _Generator:
     def __init__(self, kernel: ConvKernel, isa: Isa) -> None:
         self.k, self.isa = kernel, isa
         self.ir = ir.Module("convolution")
         self.width = isa.width
         self.row_bytes = self.width * kernel.tile
+        self._all = range(kernel.tile)
         self.packed = kernel.reach != "direct"
 
     def module(self) -> tuple[Value, str]:
@@ -182,9 +166,9 @@ class _Generator:
         return f
 
     def _vectors(
-        self, f: Function, pointer: Value, align: int | None, count: int | None = None
+        self, f: Function, pointer: Value, align: int | None, which: range | None = None
     ) -> list[Value]:
-        return [f.read(pointer, self.width * i, align) for i in range(count or self.k.tile)]
+        return [f.read(pointer, self.width * i, align) for i in which or self._all]
 
     def _compact(self, f: Function, plane: list[Value]) -> list[Value]:
         """The pixels of a plane without the gaps between its rows."""
@@ -202,25 +186,27 @@ class _Generator:
         ]
         return f.pick(pixels, [i if i is not None and i < n else None for i in where], k.plane)
 
-    def _finish(self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value) -> None:
-        """Residual, clamp or activation, gap mask, store: the epilogue of one output channel."""
+    def _finish(
+        self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value, which: range
+    ) -> None:
+        """Residual, clamp or activation, gap mask, store: the epilogue of one output channel, for these vectors of its tile."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         to = f.at(out, f.b.mul(channel, out_plane))
         activation = self.k.activation
         if activation and not self.k.residual:
             sums = [apply(activation, f, s) for s in sums]  # before the gaps are there
         if self.k.reach == "compact":
-            sums = self._spread(f, sums)
+            sums, which = self._spread(f, sums), range(self.k.plane)
         if self.k.residual:
-            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, len(sums))
+            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, which)
             sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
             if activation:
                 sums = [apply(activation, f, s) for s in sums]
         if not activation:
             sums = [f.clamp(s, low, high, capped=self.k.capped) for s in sums]
         if self.k.masked:
-            sums = [f.keep(s, f.read_mask(mask, self.width * i)) for i, s in enumerate(sums)]
-        for i, s in enumerate(sums):
+            sums = [f.keep(s, f.read_mask(mask, self.width * i)) for i, s in zip(which, sums, strict=True)]
+        for i, s in zip(which, sums, strict=True):
             f.write(s, to, self.width * i, self.width)
 
     def _is(self, f: Function, stage: int) -> Value:
@@ -228,34 +214,36 @@ class _Generator:
         flags = f.b.and_(f.field(f.arguments[0], BLOCK, "stage"), I64(stage))
         return f.b.icmp_signed("!=", flags, I64(0))
 
-    def _start(self, f: Function, is_first: Value, channels: list[Value]) -> list[Value]:
-        """The sums of some channels at the beginning of a block: their bias, or what the block before left."""
+    def _start(self, f: Function, is_first: Value, channels: list[Value], which: range) -> list[Value]:
+        """The sums of some channels, and of these vectors of the tile, at the beginning of a block: their bias, or what the block before left."""
         _, _, sums, bias, *_ = f.arguments
 
         def from_bias() -> list[Value]:
             values = [f.weight(bias, f.b.mul(c, I64(4))) for c in channels]
-            return [value for value in values for _ in range(self.k.tile)]
+            return [value for value in values for _ in which]
 
         def from_sums() -> list[Value]:
             rows = [f.at(sums, f.b.mul(c, I64(self.row_bytes))) for c in channels]
-            return [value for row in rows for value in self._vectors(f, row, self.width)]
+            return [value for row in rows for value in self._vectors(f, row, self.width, which)]
 
         return f.either(is_first, from_bias, from_sums)
 
-    def _end(self, f: Function, is_last: Value, channels: list[Value], totals: list[Value]) -> None:
+    def _end(
+        self, f: Function, is_last: Value, channels: list[Value], totals: list[Value], which: range
+    ) -> None:
         """Finish the channels, or leave their sums to the block that follows."""
         _, _, sums, *_, low, high = f.arguments
-        tile = self.k.tile
-        mine = [totals[i * tile : (i + 1) * tile] for i in range(len(channels))]
+        n = len(which)
+        mine = [totals[i * n : (i + 1) * n] for i in range(len(channels))]
         with f.b.if_else(is_last) as (yes, no):
             with yes:
                 low, high = f.splat_float(low), f.splat_float(high)
                 for channel, values in zip(channels, mine, strict=True):
-                    self._finish(f, values, channel, low, high)
+                    self._finish(f, values, channel, low, high, which)
             with no:
                 for channel, values in zip(channels, mine, strict=True):
                     to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
-                    for i, value in enumerate(values):
+                    for i, value in zip(which, values, strict=True):
                         f.write(value, to, self.width * i, self.width)
 
     def _fetch(self, f: Function, channel: Value) -> None:
@@ -266,6 +254,14 @@ class _Generator:
             line = f.at(where, f.b.mul(f.b.add(channel, I64(c)), plane))
             for i in range(self.k.tile):
                 f.prefetch(line, self.width * i)
+
+    def _parts(self, n_rows: int) -> list[range]:
+        """The vectors that so many output channels take at once. What lies "compact" is spread out as a whole, and is taken so."""
+        k = self.k
+        sizes: tuple[int, ...] = (k.tile,)
+        if k.reach != "compact" and (k.dense_rows or k.pairs):
+            sizes = pair_parts(k.tile, self.isa) if k.pairs else dense_parts(k.tile, n_rows, self.isa)
+        return [range(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
 
     # ---- sparse
 
@@ -279,15 +275,16 @@ class _Generator:
             f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "offsets", "weights")
         )
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
-        n, n_sums = k.channels, k.channels * k.tile
+        n, parts = k.channels, self._parts(k.channels)
 
-        def add(offset: Value, splats: list[Value], sums: list[Value]) -> list[Value]:
-            """One nonzero: T loads, and an FMA of each with the weight of each channel."""
+        def add(which: range, offset: Value, splats: list[Value], sums: list[Value]) -> list[Value]:
+            """One nonzero: a load for each vector, and an FMA of each with the weight of each channel."""
             pointer, new = f.opaque(f.at(operands, offset)), list(sums)
-            for i in range(k.tile):
-                x = f.read(pointer, self.width * i, align)
+            for i, vector in enumerate(which):
+                x = f.read(pointer, self.width * vector, align)
                 for c, weight in enumerate(splats):
-                    new[c * k.tile + i] = f.fma(weight, x, new[c * k.tile + i])
+                    at = c * len(which) + i
+                    new[at] = f.fma(weight, x, new[at])
             return new
 
         def offsets_of(places: Value, count: int, first: int = OFFSETS_AHEAD) -> list[Value]:
@@ -300,22 +297,26 @@ class _Generator:
                 result.append(b.sext(f.load(places, I32, 4 * (first + count - 1)), I64))
             return result
 
-        def turn(count: int, places: Value, weights: Value, carried: Sequence[Value]) -> list[Value]:
+        def turn(
+            which: range, count: int, places: Value, weights: Value, carried: Sequence[Value]
+        ) -> list[Value]:
             """`count` nonzeros, each added to the next set of sums."""
+            n_sums = n * len(which)
             offsets = [*carried[:OFFSETS_AHEAD], *offsets_of(places, count)]
             sums = list(carried[OFFSETS_AHEAD:])
             for u in range(count):
                 splats = [f.weight(weights, 4 * (u * n + c)) for c in range(n)]
                 at = u % k.unroll * n_sums
-                sums[at : at + n_sums] = add(offsets[u], splats, sums[at : at + n_sums])
+                sums[at : at + n_sums] = add(which, offsets[u], splats, sums[at : at + n_sums])
             return [f.at(places, 4 * count), f.at(weights, 4 * n * count), *offsets[count:], *sums]
 
         # Where a row has but one set of sums, an odd nonzero is taken before the loop over two: rows are not filled up for it.
         step = max(2, k.unroll)
 
         def one_row(
-            odd: bool, turns: Value, places: Value, weights: Value, row: Value, *ahead: Value
+            odd: bool, turns: Value, places: Value, weights: Value, row: Value, *soon: Value
         ) -> list[Value]:
+            ahead = list(soon)
             f.prefetch(places, _WEIGHT_PREFETCH_BYTES)
             for line in range(n):
                 f.prefetch(weights, _WEIGHT_PREFETCH_BYTES * n + 64 * line)
@@ -323,14 +324,22 @@ class _Generator:
             channels = [b.add(channel, I64(c)) for c in range(n)]
             with b.if_then(is_last):
                 self._fetch(f, b.sext(f.load(row, I32, 4 * ROWS_AHEAD), I64))
-            start = self._start(f, is_first, channels)
-            zeros = [f.constant(0.0)] * (n_sums * (k.unroll - 1))
-            carried = [places, weights, *ahead, *start, *zeros]
-            if odd:
-                carried = turn(1, carried[0], carried[1], carried[2:])
-            places, weights, *carried = f.loop(turns, lambda _, p, w, *c: turn(step, p, w, c), carried)
-            self._end(f, is_last, channels, self._sum_of_sets(f, carried[OFFSETS_AHEAD:]))
-            return [places, weights, f.at(row, 4), *carried[:OFFSETS_AHEAD]]
+            begin: list[Value] = [places, weights, *ahead]
+            carried: list[Value] = []
+            for which in parts:
+                if carried:  # the same nonzeros again
+                    begin[2:] = offsets_of(places, OFFSETS_AHEAD, 0)
+                start = self._start(f, is_first, channels, which)
+                zeros = [f.constant(0.0)] * (len(start) * (k.unroll - 1))
+                carried = [*begin, *start, *zeros]
+                if odd:
+                    carried = turn(which, 1, carried[0], carried[1], carried[2:])
+                more = partial(turn, which, step)
+                carried = f.loop(turns, lambda _, p, w, *c, more=more: more(p, w, c), carried)
+                sums = self._sum_of_sets(f, carried[len(begin) :], len(start))
+                self._end(f, is_last, channels, sums, which)
+            places, weights, *ahead = carried[: len(begin)]
+            return [places, weights, f.at(row, 4), *ahead]
 
         def one_group(index: Value, *carried: Value) -> list[Value]:
             group = f.at(groups, b.mul(index, I64(8)))
@@ -349,9 +358,10 @@ class _Generator:
         b.ret_void()
         return name
 
-    def _sum_of_sets(self, f: Function, sets: list[Value]) -> list[Value]:
+    @staticmethod
+    def _sum_of_sets(f: Function, sets: list[Value], n_sums: int) -> list[Value]:
         """Add the sums of the `unroll` independent chains, in pairs."""
-        while len(sets) > self.k.tile * self.k.channels:
+        while len(sets) > n_sums:
             half = len(sets) // 2
             sets = [f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
         return sets
@@ -368,10 +378,10 @@ class _Generator:
         align = self.width if self.packed or k.aligned else None
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "weights", PTR)
-        tile = k.tile
         is_rest = n_rows == k.remainder and n_rows != k.dense_rows
         groups = f.field(block, BLOCK, "rows" if is_rest else "n_groups")
         first_channel = f.field(block, BLOCK, "first_channel")
+        parts = self._parts(n_rows)
         if is_rest:
             done = f.field(block, BLOCK, "n_groups")
             first_channel = b.add(first_channel, b.mul(done, I64(k.dense_rows)))
@@ -380,37 +390,39 @@ class _Generator:
         def one_group(index: Value, weight: Value) -> list[Value]:
             channel = b.add(first_channel, b.mul(index, I64(n_rows)))
             channels = [b.add(channel, I64(r)) for r in range(n_rows)]
-            start = self._start(f, is_first, channels)
+            end = weight
+            for which in parts:
+                start = self._start(f, is_first, channels, which)
+                end, _, *totals = f.loop(depth, partial(one_k, which), [weight, offsets, *start])
+                self._end(f, is_last, channels, totals, which)
+            return [end]
 
-            def step(_: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
+        def one_k(which: range, _: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
+            """One k for some vectors of the tile: the smaller of the two sets of operands is held in registers, the other streamed."""
+            if which.start == 0:
                 f.prefetch(weight, _WEIGHT_PREFETCH_BYTES)
-                new = list(totals)
-                pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
+            new, n = list(totals), len(which)
+            pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
 
-                def load_x(i: int) -> Value:
-                    return f.read(pointer, self.width * i, align)
+            def load_x(i: int) -> Value:
+                return f.read(pointer, self.width * which[i], align)
 
-                def load_w(r: int) -> Value:
-                    return f.weight(weight, 4 * r)
+            def load_w(r: int) -> Value:
+                return f.weight(weight, 4 * r)
 
-                # Hold the smaller of the two sets of operands in registers, stream the other.
-                if n_rows <= tile:
-                    held = [load_w(r) for r in range(n_rows)]
-                    for i in range(tile):
-                        x = load_x(i)
-                        for r in range(n_rows):
-                            new[r * tile + i] = f.fma(held[r], x, new[r * tile + i])
-                else:
-                    held = [load_x(i) for i in range(tile)]
+            if n_rows <= n:
+                held = [load_w(r) for r in range(n_rows)]
+                for i in range(n):
+                    x = load_x(i)
                     for r in range(n_rows):
-                        w = load_w(r)
-                        for i in range(tile):
-                            new[r * tile + i] = f.fma(w, held[i], new[r * tile + i])
-                return [f.at(weight, 4 * n_rows), f.at(offset, 4), *new]
-
-            weight, _, *totals = f.loop(depth, step, [weight, offsets, *start])
-            self._end(f, is_last, channels, totals)
-            return [weight]
+                        new[r * n + i] = f.fma(held[r], x, new[r * n + i])
+            else:
+                held = [load_x(i) for i in range(n)]
+                for r in range(n_rows):
+                    w = load_w(r)
+                    for i in range(n):
+                        new[r * n + i] = f.fma(w, held[i], new[r * n + i])
+            return [f.at(weight, 4 * n_rows), f.at(offset, 4), *new]
 
         f.loop(groups, one_group, [weights])
         b.ret_void()
@@ -437,7 +449,7 @@ class _Generator:
 
         def compacted(_: Value, source: Value, to: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
-            for i, value in enumerate(self._compact(f, self._vectors(f, pointer, None, self.k.plane))):
+            for i, value in enumerate(self._compact(f, self._vectors(f, pointer, None, range(self.k.plane)))):
                 f.write(value, to, self.width * i, self.width)
             return [f.at(source, 16), f.at(to, self.row_bytes)]
 

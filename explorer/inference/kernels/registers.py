@@ -1,0 +1,57 @@
+"""How a tile of pixels is cut so that the sums of a convolution stay in registers. Plain arithmetic, which needs no code generator."""
+
+from __future__ import annotations
+
+from explorer.inference.native import Isa
+
+_WORTH_PARTS = 0.95
+"""What a dense kernel that takes a tile in parts must gain, as it reads the weights once for each."""
+
+
+def _even_parts(tile: int, most: int) -> tuple[int, ...]:
+    """A tile in as few parts of at most so many vectors as it takes, and as even."""
+    count = -(-tile // most)
+    return tuple(tile // count + (i < tile % count) for i in range(count))
+
+
+def pair_parts(tile: int, isa: Isa) -> tuple[int, ...]:
+    """The vectors S of each part of a tile that a pair of output channels takes at once: 2 x S sums, two weights and an operand stay in registers."""
+    return _even_parts(tile, (isa.registers - 3) // 2)
+
+
+def _most_vectors(rows: int, isa: Isa) -> int:
+    """The largest S for which R x S sums, the smaller of R and S operands and one more value stay in registers; 0 for none."""
+    # On NEON LLVM loads several float16 ahead of their turn.
+    more = 5 if isa.width == 16 and isa.precision == "fp16" else 1
+    return max(s for s in range(isa.registers) if not s or rows * s + min(rows, s) + more <= isa.registers)
+
+
+def dense_parts(tile: int, rows: int, isa: Isa) -> tuple[int, ...]:
+    """The vectors S of each part of a tile that R output channels of the dense kernel take at once."""
+    return _even_parts(tile, max(_most_vectors(rows, isa), 1))
+
+
+def dense_rows(tile: int, isa: Isa, *, whole: bool = False) -> int:
+    """The R with the fewest cycles for a product, of those whose sums stay in registers; in one part where others win little, or `whole` asks for it.
+
+    Two loads and two multiply-adds a cycle; sums that are fewer than eight wait for each other; half a cycle is the loop's own.
+    """
+
+    def cost(rows: int) -> float:
+        cycles = [max(rows * s / 2, (rows + s + 1) / 2, 4) + 0.5 for s in dense_parts(tile, rows, isa)]
+        return sum(cycles) / (rows * tile)
+
+    fitting = [rows for rows in range(1, 17) if _most_vectors(rows, isa)]
+    in_one = max((rows for rows in fitting if _most_vectors(rows, isa) >= tile), default=1)
+    best = min(fitting, key=cost)
+    return best if not whole and cost(best) < _WORTH_PARTS * cost(in_one) else in_one
+
+
+def unroll(sums: int) -> int:
+    """Nonzeros that the sparse kernel takes at once, each with sums of its own: `sums` vectors.
+
+    An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
+    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are filled up to a
+    multiple of this, see pack.py.
+    """
+    return min(4, 1 << max(0, (8 // sums).bit_length() - 1))
