@@ -72,11 +72,11 @@ def error(kind: str, got: NDArray[np.float32], x: NDArray[np.float32]) -> float:
     return float((difference / np.maximum(scale[fits], smallest)).max())
 
 
-def test_gelu_is_no_further_from_the_truth_than_torchs_own() -> None:
+def test_gelu_is_within_two_and_a_half_roundings_of_the_truth() -> None:
+    """Of its argument, below 1 of 1. torch's own is not the same on all CPUs, on some further from the truth, on others nearer."""
     x = np.linspace(-8, 8, 400_001, dtype=np.float32)
-    torchs = TORCH["gelu"](torch.from_numpy(x)).numpy()
-    wanted = activation("gelu").reference(x)
-    assert np.abs(apply("gelu", x) - wanted).max() <= np.abs(torchs - wanted).max()
+    error = np.abs(apply("gelu", x) - activation("gelu").reference(x))
+    assert np.all(error <= 2.5 * np.spacing(np.maximum(np.abs(x), np.float32(1))))
 
 
 @pytest.mark.parametrize("isa", ISAS)
