@@ -178,7 +178,7 @@ def test_a_network_takes_smaller_batches_and_new_weights(sparsity: float) -> Non
 def test_activations_take_half_the_room() -> None:
     network, x = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()).eval(), torch.randn(1, 8, 128, 128)
     full, compiled = explorer.compile(network, x), half(network, x)
-    assert full.n_bytes / 2 < compiled.n_bytes < 0.55 * full.n_bytes
+    assert 0.45 * full.n_bytes < compiled.n_bytes < 0.55 * full.n_bytes
 
 
 def test_weights_stand_twice_in_four_bytes() -> None:
