@@ -26,6 +26,7 @@ from explorer.errors import DistributionError, RunError
 from explorer.masks import magnitude_mask
 from explorer.memory import pages_kept
 from explorer.models import LoadedModel, load_model
+from explorer.models.memory_format import training_memory_format
 from explorer.pruning.batches import BatchStream
 from explorer.pruning.evaluation import Evaluation, evaluate
 from explorer.pruning.events import DoneEvent, EvalEvent, LatencyEvent, MaskEvent, RunEvent, StepEvent
@@ -134,15 +135,14 @@ class PruningRun:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, inputs[:1])
         self._dense = copy.deepcopy(loaded.module).eval()
         self._module = copy.deepcopy(self._dense)
-        # oneDNN's convolutions prefer channels last; the images follow in `_laid_out`.
-        self._channels_last = inputs.ndim == 4 and any(
-            isinstance(part, nn.Conv2d) for part in self._module.modules()
-        )
-        if self._channels_last:
-            self._module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The images follow in `_laid_out`.
+        self._memory_format = training_memory_format(self._module)
+        if inputs.ndim != 4:
+            self._memory_format = torch.contiguous_format
+        self._module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self._teacher = self._dense
-        if self.settings.distillation > 0.0 and self._channels_last:
-            self._teacher = copy.deepcopy(self._dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.settings.distillation > 0.0:
+            self._teacher = copy.deepcopy(self._dense).to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
         # A plain mapping has neither.
         self.locked: tuple[str, ...] = tuple(sorted(getattr(distribution, "locked", ())))
@@ -446,7 +446,7 @@ class PruningRun:
         return a_step * (self.total_steps - self._step) + a_measurement * measurements_left
 
     def _laid_out(self, inputs: Tensor) -> Tensor:
-        return inputs.contiguous(memory_format=torch.channels_last) if self._channels_last else inputs
+        return inputs.contiguous(memory_format=self._memory_format)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bfloat16")

@@ -21,6 +21,7 @@ from torch.nn import functional
 from explorer.errors import ModelError
 from explorer.masks import magnitude_mask
 from explorer.models import PrunableLayer
+from explorer.models.memory_format import training_memory_format
 from explorer.sensitivity.points import SensitivityPoint
 
 __all__ = ["measure_fisher"]
@@ -63,6 +64,9 @@ def measure_fisher(
         If a layer's weight has no gradient.
     """
     network = copy.deepcopy(module).eval().requires_grad_(False)
+    # Whatever the format of the caller's: gradients are not right in every one.
+    form = training_memory_format(network) if inputs.ndim == 4 else torch.contiguous_format
+    network.to(memory_format=form)  # type: ignore[call-overload]  # missing in torch's stubs
     weights = [network.get_submodule(layer.name).get_parameter("weight") for layer in layers]
     ordered = sorted(set(levels))
     # For each weight the first level that removes it; those that no level removes have the number of levels.
@@ -75,7 +79,7 @@ def measure_fisher(
     for number, image in enumerate(inputs[:N_IMAGES]):
         if stop is not None and stop.is_set():
             return
-        output = network(image[None])
+        output = network(image[None].contiguous(memory_format=form))
         if labels is None:
             share = functional.softmax(output.detach(), 1).movedim(1, -1)
             label = torch.multinomial(share.flatten(0, -2), 1, generator=drawn).reshape(share.shape[:-1])

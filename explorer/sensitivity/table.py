@@ -46,7 +46,8 @@ def _with_bends(levels: NDArray[np.float64], values: NDArray[np.float64]) -> _Cu
     for i in range(levels.size - 2):
         slope = (values[i + 2] - values[i + 1]) / (levels[i + 2] - levels[i + 1])
         if slope < 0.0:
-            at = levels[i + 1] + (values[i] - values[i + 1]) / slope
+            with np.errstate(over="ignore"):  # of hardly any slope: infinitely far to the left
+                at = levels[i + 1] + (values[i] - values[i + 1]) / slope
             if levels[i] < at < levels[i + 1]:
                 corners.append((i + 1, at, values[i]))
     if not corners:

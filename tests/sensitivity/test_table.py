@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from explorer.errors import DistributionError, FormatError
@@ -121,6 +121,7 @@ def test_a_latency_stays_dense_up_to_where_the_sparse_kernel_is_faster() -> None
 
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=9), st.floats(0.0, 0.99))
+@example(values=[1.0, 5e-324, 0.0], s=0.0)
 def test_bends_never_leave_the_measured_neighbours(values: list[float], s: float) -> None:
     levels = np.linspace(0.0, 0.99, len(values))
     table = SensitivityTable.from_points(

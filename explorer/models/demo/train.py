@@ -25,6 +25,7 @@ from explorer.data.fashion_mnist import find_folder, normalise, read_split
 from explorer.data.split import SPLIT_SEED, demo_split
 from explorer.memory import pages_kept
 from explorer.models.architectures.fashion import FashionResNet
+from explorer.models.memory_format import training_memory_format
 
 __all__ = ["learning_rate_at", "main", "train"]
 
@@ -91,6 +92,8 @@ def train(
         Accuracy on the validation images after the last epoch.
     """
     generator = torch.Generator().manual_seed(seed)
+    memory_format = training_memory_format(model)
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's stub
     # Biases and batch-norm gains are not decayed: they are few, and shrinking them only slows the fit.
     decayed = [p for p in model.parameters() if p.ndim > 1]
     free = [p for p in model.parameters() if p.ndim <= 1]
@@ -104,7 +107,7 @@ def train(
         started, sum_loss = time.perf_counter(), 0.0
         for i in range(n_batches):
             chosen = order[i * batch_size : (i + 1) * batch_size]
-            x = flip_and_shift(inputs[chosen], generator).contiguous(memory_format=torch.channels_last)
+            x = flip_and_shift(inputs[chosen], generator).contiguous(memory_format=memory_format)
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, peak_learning_rate, warmup)
             loss = functional.cross_entropy(model(x), labels[chosen])
@@ -178,7 +181,6 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     model = FashionResNet(tuple(args.widths), depth=args.depth)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     weights = args.out / f"{NAME}.safetensors"
     with pages_kept():
         validation_accuracy = train(
