@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.kernels.registers import pair_parts
+from explorer.inference.kernels.registers import MANY_REGISTERS, pair_parts
 from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
@@ -32,8 +32,6 @@ _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 
 _LARGE = 1.0
 """Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
-
-_MANY_REGISTERS = 32
 
 _ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -700,7 +698,7 @@ class Plan:
             if out.has_gaps and self._fits_channels(graph, operation, out):
                 # It has been the fastest nearly everywhere: one other is enough to compare with. Not so with 16 registers, where its tile is small, and
                 # "direct" often wins, as few loads of 32 bytes cross a cache line: the first layer of ResNet-50 took 0.7 of the time on Zen 3.
-                few = self.isa.registers < _MANY_REGISTERS
+                few = self.isa.registers < MANY_REGISTERS
                 dense_forms = [*forms, "channels"] if few else ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
         sparse = [Choice(False, form) for form in forms]

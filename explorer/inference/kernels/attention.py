@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from explorer.inference.kernels.activation import exponential
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.registers import MANY_REGISTERS
 from explorer.inference.native import Isa
 
 _OPERANDS = ("q", "k", "v", "out")
@@ -35,9 +36,6 @@ ARGUMENTS = Record(
 )  # fmt: skip
 """`q`, `k`, `v`, `out`: the first feature of the first head. Byte steps to the next sample, head and feature. `queries`, `keys`: tokens of a
 sample. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
-
-
-_ENOUGH_REGISTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class _Generator:
         self.score_bytes = 4 * isa.lanes
         self.score_row_bytes = kernel.scratch_bytes(1, isa.lanes)
         # With 16 registers, several at once would keep their constants and themselves on the stack.
-        self.exponentials = kernel.tile if isa.registers >= _ENOUGH_REGISTERS else 1
+        self.exponentials = kernel.tile if isa.registers >= MANY_REGISTERS else 1
         self.ir = ir.Module("attention")
         self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa, wide=True)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from explorer.inference.native import Isa
 
+MANY_REGISTERS = 32
+"""As AVX-512 and NEON have; AVX2 has half of them."""
+
 _WORTH_PARTS = 0.95
 """What a dense kernel that takes a tile in parts must gain, as it reads the weights once for each."""
 
