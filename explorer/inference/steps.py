@@ -438,7 +438,10 @@ class _StepBuilder:
         fixed = max(layout.tile for layout in layouts.values())
         assert all(layout.tile in (0, fixed) for layout in layouts.values())
         tile = fixed or tile_of(y.vectors)
-        if not fixed and choice.reach == "direct" and weight[0, 0].size == 1:
+        in_place = (
+            choice.reach == "direct" and weight[0, 0].size == 1
+        )  # each operand is read where it lies, once
+        if not fixed and in_place:
             tile = _dense_tile(y, tile) if choice.dense else _sparse_tile(y, weight, tile, self.block_bytes)
         tiles = -(-y.vectors // tile)
         if choice.reach == "compact":
@@ -458,7 +461,7 @@ class _StepBuilder:
             **compact,
         )
         parts = _parts(tiles, channels, self.plan.threads, y.images)
-        if choice.reach == "direct" and weight[0, 0].size == 1:
+        if in_place:
             parts = max(parts, self._parts_by_sums(weight, tile))
         return kernel, tiles, parts
 

@@ -136,12 +136,10 @@ class PruningRun:
         self._dense = copy.deepcopy(loaded.module).eval()
         self._module = copy.deepcopy(self._dense)
         # The images follow in `_laid_out`.
-        self._memory_format = training_memory_format(self._module)
-        if inputs.ndim != 4:
-            self._memory_format = torch.contiguous_format
+        self._memory_format = training_memory_format(self._module, inputs)
         self._module.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self._teacher = self._dense
-        if self.settings.distillation > 0.0:
+        if self.settings.distillation > 0.0 and self._memory_format == torch.channels_last:
             self._teacher = copy.deepcopy(self._dense).to(memory_format=self._memory_format)  # type: ignore[call-overload]
         self.asked = _checked(distribution, tuple(layer.name for layer in loaded.layers))
         # A plain mapping has neither.

@@ -65,7 +65,7 @@ def measure_fisher(
     """
     network = copy.deepcopy(module).eval().requires_grad_(False)
     # Whatever the format of the caller's: gradients are not right in every one.
-    form = training_memory_format(network) if inputs.ndim == 4 else torch.contiguous_format
+    form = training_memory_format(network, inputs)
     network.to(memory_format=form)  # type: ignore[call-overload]  # missing in torch's stubs
     weights = [network.get_submodule(layer.name).get_parameter("weight") for layer in layers]
     ordered = sorted(set(levels))

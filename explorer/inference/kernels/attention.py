@@ -126,29 +126,14 @@ class _Generator:
     ) -> list[Value]:
         """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, which `read` reads, the second of the scalars.
 
-        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row. The smaller of the two sets of operands is held
-        in registers, the other streamed, as `explorer.inference.kernels.registers` counts them.
+        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row.
         """
         f, tile = self.f, self.k.tile
 
         def one(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
-            new = list(sums)
-
-            def add(r: int, i: int, scalar: Value, vector: Value) -> None:
-                new[r * tile + i] = f.fma(scalar, vector, new[r * tile + i])
-
-            if len(weights) <= tile:
-                scalars = [f.read_one(w, offset) for offset in weights]
-                for i in range(tile):
-                    vector = read(x, i)
-                    for r, scalar in enumerate(scalars):
-                        add(r, i, scalar, vector)
-            else:
-                vectors = [read(x, i) for i in range(tile)]
-                for r, offset in enumerate(weights):
-                    scalar = f.read_one(w, offset)
-                    for i, vector in enumerate(vectors):
-                        add(r, i, scalar, vector)
+            new = f.add_products(
+                sums, (len(weights), tile), lambda r: f.read_one(w, weights[r]), partial(read, x)
+            )
             return [f.at(x, steps[0]), f.at(w, steps[1]), *new]
 
         zeros = [f.constant(0.0)] * (tile * len(weights))

@@ -189,6 +189,36 @@ class Function:
         """``a * b + c`` (fused where the CPU can)."""
         return self.intrinsic("fmuladd", c.type, [a, b, c])
 
+    def add_products(
+        self,
+        sums: Sequence[Value],
+        counts: tuple[int, int],
+        scalar: Callable[[int], Value],
+        vector: Callable[[int], Value],
+    ) -> list[Value]:
+        """``sums[r * S + i] + scalar(r) * vector(i)`` of R scalars (in all lanes) and S vectors, `counts`.
+
+        The smaller of the two sets of operands is held in registers, the other streamed, as `explorer.inference.kernels.registers` counts them.
+        """
+        (rows, size), new = counts, list(sums)
+
+        def add(r: int, i: int, a: Value, b: Value) -> None:
+            new[r * size + i] = self.fma(a, b, new[r * size + i])
+
+        if rows <= size:
+            held = [scalar(r) for r in range(rows)]
+            for i in range(size):
+                x = vector(i)
+                for r in range(rows):
+                    add(r, i, held[r], x)
+        else:
+            held = [vector(i) for i in range(size)]
+            for r in range(rows):
+                w = scalar(r)
+                for i in range(size):
+                    add(r, i, w, held[i])
+        return new
+
     def clamp(self, value: Value, low: Value, high: Value, *, capped: bool = True) -> Value:
         """Between `low` and `high`, or only not below `low` (where `high` is infinite); NaN stays NaN, as in torch."""
         value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)

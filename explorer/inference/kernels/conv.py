@@ -314,9 +314,8 @@ class _Generator:
         step = max(2, k.unroll)
 
         def one_row(
-            odd: bool, turns: Value, places: Value, weights: Value, row: Value, *soon: Value
+            odd: bool, turns: Value, places: Value, weights: Value, row: Value, *ahead: Value
         ) -> list[Value]:
-            ahead = list(soon)
             f.prefetch(places, _WEIGHT_PREFETCH_BYTES)
             for line in range(n):
                 f.prefetch(weights, _WEIGHT_PREFETCH_BYTES * n + 64 * line)
@@ -338,8 +337,8 @@ class _Generator:
                 carried = f.loop(turns, lambda _, p, w, *c, more=more: more(p, w, c), carried)
                 sums = self._sum_of_sets(f, carried[len(begin) :], len(start))
                 self._end(f, is_last, channels, sums, which)
-            places, weights, *ahead = carried[: len(begin)]
-            return [places, weights, f.at(row, 4), *ahead]
+            places, weights, *soon = carried[: len(begin)]
+            return [places, weights, f.at(row, 4), *soon]
 
         def one_group(index: Value, *carried: Value) -> list[Value]:
             group = f.at(groups, b.mul(index, I64(8)))
@@ -398,10 +397,9 @@ class _Generator:
             return [end]
 
         def one_k(which: range, _: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
-            """One k for some vectors of the tile: the smaller of the two sets of operands is held in registers, the other streamed."""
+            """One k for some vectors of the tile."""
             if which.start == 0:
                 f.prefetch(weight, _WEIGHT_PREFETCH_BYTES)
-            new, n = list(totals), len(which)
             pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
 
             def load_x(i: int) -> Value:
@@ -410,18 +408,7 @@ class _Generator:
             def load_w(r: int) -> Value:
                 return f.weight(weight, 4 * r)
 
-            if n_rows <= n:
-                held = [load_w(r) for r in range(n_rows)]
-                for i in range(n):
-                    x = load_x(i)
-                    for r in range(n_rows):
-                        new[r * n + i] = f.fma(held[r], x, new[r * n + i])
-            else:
-                held = [load_x(i) for i in range(n)]
-                for r in range(n_rows):
-                    w = load_w(r)
-                    for i in range(n):
-                        new[r * n + i] = f.fma(w, held[i], new[r * n + i])
+            new = f.add_products(totals, (n_rows, len(which)), load_w, load_x)
             return [f.at(weight, 4 * n_rows), f.at(offset, 4), *new]
 
         f.loop(groups, one_group, [weights])

@@ -92,7 +92,7 @@ def train(
         Accuracy on the validation images after the last epoch.
     """
     generator = torch.Generator().manual_seed(seed)
-    memory_format = training_memory_format(model)
+    memory_format = training_memory_format(model, inputs)
     model.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing in torch's stub
     # Biases and batch-norm gains are not decayed: they are few, and shrinking them only slows the fit.
     decayed = [p for p in model.parameters() if p.ndim > 1]
