@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from explorer.inference.kernels import conv
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
+from explorer.inference.kernels.registers import has_partners
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, current_isa, machine_code
-from explorer.inference.pack import SparseWeights, read_beyond, sparse_entries, weight_words
+from explorer.inference.pack import weight_words
 from explorer.inference.peak import peak_of
+from explorer.inference.sparse_rows import SparseWeights, read_beyond, sparse_entries
 from explorer.inference.steps import block_bytes
 
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
@@ -70,20 +72,22 @@ class Loop:
     def __init__(self, tile: int, nonzeros: float, *, pairs: bool = False) -> None:
         self.isa = isa = current_isa()
         self.tile, self.nonzeros, self.pairs = tile, nonzeros, pairs
-        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, True, pairs=pairs)
+        partners = not pairs and has_partners(tile, isa)
+        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, True, pairs=pairs, partners=partners)
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
         weights = SparseWeights.of(self.weight, None, kernel.channels)
-        offsets, words, rows, groups, _ = sparse_entries(
+        entries = sparse_entries(
             weights,
             weights.columns * row_bytes,
             np.zeros_like(weights.columns),
             1,
             kernel.unroll,
             lambda values: weight_words(values, isa),
+            isa if kernel.partners else None,
         )
-        offsets, rows = read_beyond(offsets, rows * np.int32(kernel.channels))
+        offsets, rows = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
         self._memory = memory = Memory()
         pixels = tile * isa.lanes
         self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
@@ -95,10 +99,11 @@ class Loop:
             block,
             stage=conv.FIRST_BLOCK | conv.LAST_BLOCK,
             offsets=memory.put(offsets),
-            weights=memory.put(words),
+            weights=memory.put(entries.words),
             rows=memory.put(rows),
-            groups=memory.put(groups),
-            n_groups=len(groups),
+            groups=memory.put(entries.groups),
+            n_groups=len(entries.groups) - int(entries.pairs[0]),
+            n_pair_groups=int(entries.pairs[0]),
         )
         low, high = np.array([-np.inf, np.inf], np.float32).view(np.int32).tolist()
         arguments = np.zeros(len(conv.ARGUMENTS.fields), np.int64)

@@ -672,15 +672,20 @@ class SparseModule:
         if any(len(several) > 1 for several in candidates.values()):
             self._time_candidates(candidates, packed)
             cache.put({question: self._choices[i].label for i, question in questions.items()})
-        self._install(build_steps(self._plan, self._graph, self._choices, packed))
+        order = choice_cache().get(self._order_question())
+        by_bands = order != _LAYERS  # known: cutting a network into bands takes time too
+        self._install(build_steps(self._plan, self._graph, self._choices, packed, by_bands=by_bands))
         self._order_bands()
+
+    def _order_question(self) -> str:
+        return f"order {self._mode} {self._plan.network(self._graph, self._densities)}"
 
     def _order_bands(self) -> None:
         """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here."""
         steps = self._steps
         if steps is None or not steps.chains:
             return
-        question = f"order {self._mode} {self._plan.network(self._graph, self._densities)}"
+        question = self._order_question()
         answer = choice_cache().get(question)
         if answer not in (_BANDS, _LAYERS):
             answer = self._faster_order(steps)
@@ -823,7 +828,7 @@ class SparseModule:
 
             self._densities = {i: self._density(i) for i in self._choices}
             by_bands = self._steps is None or self._steps.use_bands
-            self._install(build_steps(self._plan, self._graph, self._choices))
+            self._install(build_steps(self._plan, self._graph, self._choices, by_bands=by_bands))
             assert self._steps is not None
             self._use_bands(self._steps, by_bands)
         self._let_go()

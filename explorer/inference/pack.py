@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,9 +13,7 @@ from explorer.inference.kernels import conv, conv_channels
 from explorer.inference.kernels.builder import Record
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
-
-Words = Callable[[NDArray[np.float32]], NDArray[np.int32]]
-"""`weight_words` for a CPU and precision."""
+from explorer.inference.sparse_rows import SparseWeights, Words, fill_up, read_beyond, sparse_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,192 +135,6 @@ class PackedConv:
         return memory.put(placed)
 
 
-@dataclass(frozen=True, slots=True)
-class SparseWeights:
-    """The nonzeros of a matrix.
-
-    Attributes
-    ----------
-    shape : (int, int)
-    starts : (rows + 1,) int64
-        Nonzeros before each row.
-    columns : (nonzeros,) int64
-        Row by row, ascending in each.
-    values : (nonzeros, channels) float32
-        One column, or two when a row stands for a pair of output channels: then a place counts as nonzero when either has a weight there.
-    """
-
-    shape: tuple[int, int]
-    starts: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    values: NDArray[np.float32]
-
-    @classmethod
-    def of(
-        cls, weight: NDArray[np.float32], gain: NDArray[np.float64] | None = None, channels: int = 1
-    ) -> SparseWeights:
-        """Find the nonzeros.
-
-        Parameters
-        ----------
-        weight : (M, columns) float32
-        gain : (M,) float64, optional
-            Multiplies the weights of each output channel.
-        channels : int
-            Output channels of a row; divides M.
-        """
-        n_columns = weight.shape[1]
-        nonzero = weight != 0
-        if channels > 1:
-            nonzero = nonzero.reshape(-1, channels, n_columns).any(1)
-        n_rows, flat = len(nonzero), np.flatnonzero(nonzero)
-        first = np.arange(n_rows + 1) * n_columns
-        starts = np.searchsorted(flat, first)
-        counts = np.diff(starts)
-        columns = flat - np.repeat(first[:-1], counts)
-        if channels > 1:
-            values = weight.reshape(-1, channels, n_columns)[np.repeat(np.arange(n_rows), counts), :, columns]
-        else:
-            values = weight.reshape(-1)[flat][:, None]
-        if gain is not None:
-            gains = np.repeat(gain.reshape(n_rows, channels), counts, axis=0)
-            values = (values * gains).astype(np.float32)
-        return cls((n_rows, n_columns), starts, columns, values)
-
-    def rows(self, low: int, high: int) -> SparseWeights:
-        """Rows [low, high) as a matrix of their own."""
-        mine = slice(self.starts[low], self.starts[high])
-        starts = self.starts[low : high + 1] - self.starts[low]
-        return SparseWeights((high - low, self.shape[1]), starts, self.columns[mine], self.values[mine])
-
-
-def sparse_entries(
-    weights: SparseWeights,
-    where: NDArray[np.int64],
-    block: NDArray[np.int64],
-    n_blocks: int,
-    unroll: int,
-    words: Words,
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
-    """The nonzeros of some rows, in the order in which the sparse kernel takes them.
-
-    Parameters
-    ----------
-    weights : SparseWeights
-    where : (nonzeros,) int64
-        Byte offset of the operand of each nonzero.
-    block : (nonzeros,) int64
-        The K block of each.
-    n_blocks : int
-    unroll : int
-        A row's entries in a block are filled up to a multiple of this.
-    words : callable
-
-    Returns
-    -------
-    offsets : (entries,) int32
-        Byte offset of the operand of each nonzero, block by block and row by row, filled up.
-    words : (entries, channels) int32
-        The weights beside them, as `words` gives them.
-    rows : (rows kept,) int32
-        Rows with equally many entries stand next to one another. All rows are kept in the first block (it brings the bias) and in the last (it
-        writes the result); others keep those that have a nonzero.
-    groups : (groups, 2) int32
-        {entries / unroll, rows} of each run of such rows.
-    starts : (n_blocks + 1, 3) int64
-        Entries, rows and groups before each block.
-    """
-    m = weights.shape[0]
-    counts_of_rows = np.diff(weights.starts)
-    # The place of (row, block) in a row-major table: nonzeros come in this order when the blocks ascend along a row.
-    key = block + np.repeat(np.arange(m) * n_blocks, counts_of_rows)
-    values = weights.values
-    if n_blocks > 1 and np.any(key[1:] < key[:-1]):
-        order = np.argsort(key, kind="stable")
-        key, where, values = key[order], where[order], values[order]
-    counts = np.bincount(key, minlength=m * n_blocks)
-    turns = -(-counts // unroll)
-    kept = (turns > 0).reshape(m, n_blocks)
-    kept[:, [0, -1]] = True
-    # Block by block, and in each by the number of turns.
-    each_block, each_row = np.nonzero(kept.T)
-    cell = each_row * n_blocks + each_block
-    order = np.lexsort((turns[cell], each_block))
-    cell, each_block = cell[order], each_block[order]
-    padded = turns[cell] * unroll
-    ends = np.cumsum(padded)
-    first_entry = np.zeros(m * n_blocks, np.int64)
-    first_entry[cell] = ends - padded
-    total = int(ends[-1]) if len(ends) else 0
-    offsets = np.zeros(total, np.int32)
-    filled = np.zeros((total, values.shape[1]), np.int32)
-    first = np.cumsum(counts) - counts
-    at = np.arange(len(key)) + (first_entry - first)[key]
-    offsets[at] = where
-    filled[at] = words(values)
-    slots, row, share = _fill_up(counts[cell], padded)
-    source = (first + counts - 1)[cell[row]]
-    offsets[slots] = where[source]
-    filled[slots] = words(values[source] * share[:, None])
-    turns_now = turns[cell]
-    is_new = np.ones(len(cell), bool)
-    is_new[1:] = (turns_now[1:] != turns_now[:-1]) | (each_block[1:] != each_block[:-1])
-    begins = np.flatnonzero(is_new)
-    groups = np.stack([turns_now[begins], np.diff(np.append(begins, len(cell)))], 1).astype(np.int32)
-    bounds = np.searchsorted(each_block, np.arange(n_blocks + 1))
-    starts = np.stack(
-        [
-            np.append(0, ends)[bounds],
-            bounds,
-            np.searchsorted(each_block[begins], np.arange(n_blocks + 1)),
-        ],
-        1,
-    )
-    return offsets, filled, (cell // n_blocks).astype(np.int32), groups, starts
-
-
-def _fill_up(
-    count: NDArray[np.int64], padded: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """How the last nonzero of each row fills the row up to its padded length.
-
-    Its weight is cut into pieces, one for each entry that is left: powers of two of it, which add up to it exactly. Entries of weight zero would turn an
-    infinite operand into NaN.
-
-    Parameters
-    ----------
-    count, padded : (rows,) int64
-        Nonzeros and entries of each row.
-
-    Returns
-    -------
-    slots : (E,) int64
-        The entries that hold a piece.
-    row : (E,) int64
-        The row whose last nonzero it is a piece of.
-    share : (E,) float32
-        Its share of the weight.
-    """
-    rows = np.flatnonzero((padded > count) & (count > 0))
-    pieces = (padded - count + 1)[rows]
-    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    slots = np.repeat((np.cumsum(padded) - padded + count - 1)[rows], pieces) + piece
-    total = np.repeat(pieces, pieces)
-    # Of 5 pieces, 3 are quarters and 2 are eighths.
-    power = 2 ** np.floor(np.log2(total))
-    share = np.where(piece < 2 * (total - power), 0.5, 1.0) / power
-    return slots, np.repeat(rows, pieces), share.astype(np.float32)
-
-
-def read_beyond(
-    offsets: NDArray[np.int32], rows: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The same tables, with what the sparse kernel reads ahead past their ends."""
-    return np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)), np.append(
-        rows, np.zeros(conv.ROWS_AHEAD, np.int32)
-    )
-
-
 def _stages(n_blocks: int) -> NDArray[np.int64]:
     stages = np.zeros(n_blocks, np.int64)
     stages[0] |= conv.FIRST_BLOCK
@@ -343,6 +154,7 @@ def conv_sparse(
     parts: int,
     block_bytes: int,
     words: Words,
+    isa: Isa,
 ) -> PackedConv:
     """Sparse weights of a convolution, (M, K) or (M / 2, K) in pairs, see `SparseWeights`.
 
@@ -369,7 +181,7 @@ def conv_sparse(
     n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // block_bytes) for sources in needed))
     tables: list[tuple[NDArray[Any], ...]] = []
     rows_of_blocks = []
-    before = np.zeros(4, np.int64)  # entries, rows, groups and sources of earlier parts
+    before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
     for (low, piece), sources in zip(pieces, needed, strict=True):
         block_of = _blocks_of(reach, sources, n_blocks)
         row_start = np.zeros(n_sources, np.int64)
@@ -380,26 +192,27 @@ def conv_sparse(
             row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
         where = (reach.within + row_start[reach.source])[piece.columns]
         block = block_of[reach.source][piece.columns]
-        offsets, filled, rows, groups, starts = sparse_entries(
-            piece, where, block, n_blocks, kernel.unroll, words
+        entries = sparse_entries(
+            piece, where, block, n_blocks, kernel.unroll, words, isa if kernel.partners else None
         )
+        starts = entries.starts
         cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
         blocks = np.zeros((n_blocks, len(conv.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
             "n_sources": np.diff(cuts),
-            "sources": before[3] + cuts[:-1],
+            "sources": before[4] + cuts[:-1],
             "offsets": before[0] + starts[:-1, 0],
-            "weights": before[0] + starts[:-1, 0],
-            "rows": before[1] + starts[:-1, 1],
-            "groups": before[2] + starts[:-1, 2],
-            "n_groups": np.diff(starts[:, 2]),
+            "weights": before[1] + starts[:-1, 1],
+            "rows": before[2] + starts[:-1, 2],
+            "groups": before[3] + starts[:-1, 3],
+            "n_groups": np.diff(starts[:, 3]) - entries.pairs,
+            "n_pair_groups": entries.pairs,
         }.items():
             blocks[:, conv.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
-        tables.append(
-            (offsets, filled, (rows + np.int32(low)) * kernel.channels, groups, reach.sources[sources])
-        )
+        rows = (entries.rows + np.int32(low)) * kernel.channels
+        tables.append((entries.offsets, entries.words, rows, entries.groups, reach.sources[sources]))
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
     joined[0], joined[2] = read_beyond(joined[0], joined[2])
@@ -543,27 +356,28 @@ def conv_grouped(
     per_group = m // groups
     where = reach.within.reshape(groups, depth)
     tables, rows_of_blocks = [], []
-    before = np.zeros(3, np.int64)
+    before = np.zeros(4, np.int64)
     for p in range(parts):
         low, high = (groups * i // parts * per_group for i in (p, p + 1))
         piece = weights.rows(low, high)
         group = np.repeat(np.arange(low, high) // per_group, np.diff(piece.starts))
-        offsets, filled, rows, runs, starts = sparse_entries(
+        entries = sparse_entries(
             piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll, words
         )
         row = np.zeros(len(conv.BLOCK.fields), np.int64)
         fields = {
             "stage": _stages(1)[0],
             "offsets": before[0],
-            "weights": before[0],
-            "rows": before[1],
-            "groups": before[2],
+            "weights": before[1],
+            "rows": before[2],
+            "groups": before[3],
+            "n_groups": len(entries.groups),
         }
-        for name, value in (fields | {"n_groups": len(runs)}).items():
+        for name, value in fields.items():
             row[conv.BLOCK.index(name)] = value
         rows_of_blocks.append(row)
-        tables.append((offsets, filled, rows + np.int32(low), runs))
-        before += starts[-1]
+        tables.append((entries.offsets, entries.words, entries.rows + np.int32(low), entries.groups))
+        before += entries.starts[-1]
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
     joined[0], joined[2] = read_beyond(joined[0], joined[2])
     named: dict[str, NDArray[Any]] = dict(zip(("offsets", "weights", "rows", "groups"), joined, strict=True))
@@ -580,7 +394,7 @@ def linear_sparse(
     values = np.zeros(starts[-1] * lanes, np.float32)
     at = np.arange(len(weights.columns)) + np.repeat(starts[:-1] * lanes - weights.starts[:-1], count)
     indices[at], values[at] = weights.columns, weights.values[:, 0]
-    slots, row, share = _fill_up(count, np.diff(starts) * lanes)
+    slots, row, share = fill_up(count, np.diff(starts) * lanes)
     last = weights.starts[1:][row] - 1
     indices[slots], values[slots] = weights.columns[last], weights.values[last, 0] * share
     return starts.astype(np.int32), indices, values

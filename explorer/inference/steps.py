@@ -38,7 +38,6 @@ from explorer.inference.memory import Memory, address
 from explorer.inference.native import Emitter, Isa, l1_bytes, l2_bytes
 from explorer.inference.pack import (
     PackedConv,
-    SparseWeights,
     conv_channels_dense,
     conv_dense,
     conv_grouped,
@@ -49,6 +48,7 @@ from explorer.inference.pack import (
     weight_words,
 )
 from explorer.inference.plan import Choice, Place, Plan
+from explorer.inference.sparse_rows import SparseWeights
 
 _INFINITY = float("inf")
 
@@ -309,7 +309,14 @@ class _StepBuilder:
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
         if choice.reach == "direct":
             kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
-        kernel = replace(kernel, activation=a.get("activation"), capped=_is_capped(operation))
+        kernel = replace(
+            kernel,
+            activation=a.get("activation"),
+            capped=_is_capped(operation),
+            partners=not (choice.dense or choice.pairs)
+            and a["groups"] == 1
+            and registers.has_partners(kernel.tile, self.plan.isa),
+        )
         reach = operands(planes, shifts, x.plane, kernel, self.plan.isa)
 
         words = partial(weight_words, isa=self.plan.isa)
@@ -321,7 +328,7 @@ class _StepBuilder:
                 size = _dense_block_bytes(kernel.tile * self.plan.isa.width, self.block_bytes)
                 return conv_dense(self._dense(operation), reach, kernel, parts, size, words)
             weights = self._sparse(operation, kernel.channels)
-            return conv_sparse(weights, reach, kernel, parts, self.block_bytes, words)
+            return conv_sparse(weights, reach, kernel, parts, self.block_bytes, words, self.plan.isa)
 
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))

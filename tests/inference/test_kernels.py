@@ -508,6 +508,13 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
             for reach in ("shift", "direct")
         ),
         conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, pairs=True),
+        *(
+            conv.ConvKernel(tile, reach, 0, 0, **flags, partners=True)
+            for tile in range(1, 9)
+            for reach in ("shift", "direct")
+            if registers.has_partners(tile, isa)
+        ),
+        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, partners=True),
     ]
 
 

@@ -17,9 +17,9 @@ import explorer
 from explorer.inference import module as engine_module
 from explorer.inference import native
 from explorer.inference.module import SparseModule
-from explorer.inference.pack import SparseWeights
 from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Plan
+from explorer.inference.sparse_rows import SparseWeights
 from explorer.masks import magnitude_mask, pair_mask
 from tests.inference.graphs import conv_graph, preferring, relative_error
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, convolutions, innermost_loops, runnable

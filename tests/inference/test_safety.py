@@ -30,7 +30,8 @@ from explorer.inference import native
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory
 from explorer.inference.module import SparseModule
-from explorer.inference.pack import SparseWeights, linear_sparse, sparse_entries, weight_words
+from explorer.inference.pack import linear_sparse, weight_words
+from explorer.inference.sparse_rows import SparseWeights, sparse_entries
 from tests.inference.graphs import conv_graph, relative_error
 from tests.inference.test_kernels import why_not
 from tests.inference.workers import X, expected, network, right
@@ -190,7 +191,7 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     weight[generator.random(weight.shape) < generator.random((40, 1))] = 0
     weights = SparseWeights.of(weight)
     block = np.arange(33) * 3 // 33  # three blocks of columns
-    offsets, filled, rows, groups, starts = sparse_entries(
+    entries = sparse_entries(
         weights,
         weights.columns * 4,
         block[weights.columns],
@@ -198,17 +199,20 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
         unroll,
         partial(weight_words, isa=native.Isa("test", 16, 32, "", "")),
     )
-    values = filled[:, 0].copy().view(np.float32)
+    offsets, rows, groups = entries.offsets, entries.rows, entries.groups
+    values = entries.words[:, 0].copy().view(np.float32)
     assert (values != 0).all()
+    assert not entries.pairs.any()
     rebuilt = np.zeros(weight.shape)  # float64: the sum of the pieces is exact
-    for first, last in pairwise(starts):
-        runs = groups[first[2] : last[2]]
+    for first, last in pairwise(entries.starts):
+        runs = groups[first[3] : last[3]]
         at = first[0]
-        for row, n in zip(rows[first[1] : last[1]], np.repeat(runs[:, 0], runs[:, 1]) * unroll, strict=True):
+        for row, n in zip(rows[first[2] : last[2]], np.repeat(runs[:, 1], runs[:, 2]) * unroll, strict=True):
             np.add.at(rebuilt[row], offsets[at : at + n] // 4, values[at : at + n])
             at += n
-        assert at == last[0]
-    assert set(rows[: starts[1, 1]]) == set(rows[starts[2, 1] :]) == set(range(40))
+        assert at == last[0] == last[1]
+    starts = entries.starts
+    assert set(rows[: starts[1, 2]]) == set(rows[starts[2, 2] :]) == set(range(40))
     np.testing.assert_array_equal(rebuilt, weight)
     starts, indices, values = linear_sparse(weights, 4 * unroll)
     rebuilt = np.zeros(weight.shape)

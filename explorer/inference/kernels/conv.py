@@ -9,7 +9,9 @@ The algorithm in plain words
              "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
-    pairs    the same for two neighbouring output channels whose nonzeros stand in the same places: 2 x T sums, and T loads serve 2 x T FMAs
+    partners two output channels at once that share some of their operands: 2 x T sums; T loads of what they share serve 2 x T FMAs, then one operand of
+             each in turn
+    pairs    two neighbouring output channels whose nonzeros stand in the same places: as if they were one, with two weights for each nonzero
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.
   The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
@@ -20,7 +22,7 @@ Convolutions and Guided Pruning" (2017).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -46,12 +48,14 @@ evenly."""
 
 BLOCK = Record(
     (
-        "stage", "n_sources", "sources", "depth", "offsets", "weights", "rows", "groups", "n_groups", "first_channel",
+        "stage", "n_sources", "sources", "depth", "offsets", "weights", "rows", "groups", "n_groups", "n_pair_groups",
+        "first_channel",
     )
 )  # fmt: skip
 """One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
 the buffer. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
-Sparse: `rows` (channels, or the first of each pair), `groups` ({loop count, rows} pairs); offsets and weights of the nonzeros, row by row.
+Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
+nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows; weights [group][k][R]."""
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
@@ -64,12 +68,16 @@ OFFSETS_AHEAD = 3
 and its own operands for the offset. (ResNet-50 at 90 %: 1.05 x on AMD Zen 5, 1 to 4 alike.) As many may be read past the last one. Two are read by one
 load, so that the operands have the others: another 1.03 x."""
 
-ROWS_AHEAD = 3
+ROWS_AHEAD = 4
 """Rows of weights before its turn that what the last block writes (and adds to) is fetched: rows come in the order of their lengths, which no hardware
 foresees. (ResNet-50 at 90 % on Zen 4: 1.01 x.) As many row numbers may be read past the last one."""
 
 _WEIGHT_PREFETCH_BYTES = 3072
 """How far ahead of their use weights are fetched: of a large network they come from the outermost cache or from memory."""
+
+
+Nonzeros = Callable[[range, list[Value]], list[Value]]
+"""Goes through the nonzeros of a row, for these vectors of the tile: from what is carried before to what is carried after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,9 @@ class ConvKernel:
     activation : Activation or None
         Applied last, instead of the clamp.
     pairs : bool
-        Whether the sparse kernel takes two output channels at once.
+        Whether the sparse kernel takes two output channels as one.
+    partners : bool
+        Whether the sparse kernel takes output channels that share operands two at a time.
     capped : bool
         Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
     """
@@ -113,17 +123,18 @@ class ConvKernel:
     plane: int = 0
     activation: Activation | None = None
     pairs: bool = False
+    partners: bool = False
     capped: bool = True
 
     @property
     def channels(self) -> int:
-        """Output channels that the sparse kernel takes at once."""
+        """Output channels of a row of sparse weights."""
         return 2 if self.pairs else 1
 
     @property
     def unroll(self) -> int:
-        """Nonzeros that the sparse kernel takes at once, see `unroll`."""
-        return unroll(self.tile * self.channels)
+        """Nonzeros that the sparse kernel takes at once, see `unroll`; partners have sums enough as they are."""
+        return 1 if self.partners else unroll(self.tile * self.channels)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -246,12 +257,12 @@ class _Generator:
                     for i, value in zip(which, values, strict=True):
                         f.write(value, to, self.width * i, self.width)
 
-    def _fetch(self, f: Function, channel: Value) -> None:
-        """Fetch the cache lines that `_finish` will read and write for the channels that begin with this one."""
+    def _fetch(self, f: Function, channels: list[Value]) -> None:
+        """Fetch the cache lines that `_finish` will read and write for these channels."""
         _, _, _, _, out, out_plane, residual, residual_plane, *_ = f.arguments
         where, plane = (residual, residual_plane) if self.k.residual else (out, out_plane)
-        for c in range(self.k.channels):
-            line = f.at(where, f.b.mul(f.b.add(channel, I64(c)), plane))
+        for channel in channels:
+            line = f.at(where, f.b.mul(channel, plane))
             for i in range(self.k.tile):
                 f.prefetch(line, self.width * i)
 
@@ -310,50 +321,102 @@ class _Generator:
                 sums[at : at + n_sums] = add(which, offsets[u], splats, sums[at : at + n_sums])
             return [f.at(places, 4 * count), f.at(weights, 4 * n * count), *offsets[count:], *sums]
 
+        def both(
+            which: range, columns: int, places: Value, weights: Value, carried: Sequence[Value]
+        ) -> list[Value]:
+            """One nonzero of each of two rows: of a column that both have, or (`columns`: 2) of one each."""
+            offsets = [*carried[:OFFSETS_AHEAD], *offsets_of(places, columns)]
+            sums, splats = list(carried[OFFSETS_AHEAD:]), [f.weight(weights, 4 * c) for c in range(2)]
+            if columns == 1:
+                sums = add(which, offsets[0], splats, sums)
+            else:
+                size = len(which)
+                sums = [
+                    total
+                    for c in range(2)
+                    for total in add(which, offsets[c], splats[c : c + 1], sums[c * size : (c + 1) * size])
+                ]
+            return [f.at(places, 4 * columns), f.at(weights, 8), *offsets[columns:], *sums]
+
         # Where a row has but one set of sums, an odd nonzero is taken before the loop over two: rows are not filled up for it.
         step = max(2, k.unroll)
 
-        def one_row(
-            odd: bool, turns: Value, places: Value, weights: Value, row: Value, *ahead: Value
+        def one_turn(
+            rows_at_once: int, add_all: Nonzeros, places: Value, weights: Value, row: Value, *ahead: Value
         ) -> list[Value]:
-            f.prefetch(places, _WEIGHT_PREFETCH_BYTES)
-            for line in range(n):
+            """A row, or a pair of them; `add_all` goes through its nonzeros."""
+            for line in range(rows_at_once):
+                f.prefetch(places, _WEIGHT_PREFETCH_BYTES + 64 * line)
+            for line in range(n * rows_at_once):
                 f.prefetch(weights, _WEIGHT_PREFETCH_BYTES * n + 64 * line)
-            channel = b.sext(f.load(row, I32), I64)
-            channels = [b.add(channel, I64(c)) for c in range(n)]
+
+            def channels_from(first: int) -> list[Value]:
+                firsts = [b.sext(f.load(row, I32, 4 * (first + r)), I64) for r in range(rows_at_once)]
+                return [b.add(channel, I64(c)) if c else channel for channel in firsts for c in range(n)]
+
+            channels = channels_from(0)
             with b.if_then(is_last):
-                self._fetch(f, b.sext(f.load(row, I32, 4 * ROWS_AHEAD), I64))
+                self._fetch(f, channels_from(ROWS_AHEAD))
             begin: list[Value] = [places, weights, *ahead]
             carried: list[Value] = []
             for which in parts:
                 if carried:  # the same nonzeros again
                     begin[2:] = offsets_of(places, OFFSETS_AHEAD, 0)
                 start = self._start(f, is_first, channels, which)
-                zeros = [f.constant(0.0)] * (len(start) * (k.unroll - 1))
-                carried = [*begin, *start, *zeros]
-                if odd:
-                    carried = turn(which, 1, carried[0], carried[1], carried[2:])
-                more = partial(turn, which, step)
-                carried = f.loop(turns, lambda _, p, w, *c, more=more: more(p, w, c), carried)
+                sets = 1 if rows_at_once > 1 else k.unroll
+                zeros = [f.constant(0.0)] * (len(start) * (sets - 1))
+                carried = add_all(which, [*begin, *start, *zeros])
                 sums = self._sum_of_sets(f, carried[len(begin) :], len(start))
                 self._end(f, is_last, channels, sums, which)
             places, weights, *soon = carried[: len(begin)]
-            return [places, weights, f.at(row, 4), *soon]
+            return [places, weights, f.at(row, 4 * rows_at_once), *soon]
 
-        def one_group(index: Value, *carried: Value) -> list[Value]:
-            group = f.at(groups, b.mul(index, I64(8)))
-            count, n_rows = (b.zext(f.load(group, I32, o), I64) for o in (0, 4))
+        def all_of(
+            n_rows: Value, rows_at_once: int, add_all: Nonzeros, carried: Sequence[Value]
+        ) -> list[Value]:
+            return f.loop(n_rows, lambda _, *c: one_turn(rows_at_once, add_all, *c), carried)
 
-            def all_rows(turns: Value, *, odd: bool = False) -> list[Value]:
-                return f.loop(n_rows, lambda _, *c: one_row(odd, turns, *c), carried)
+        def fields(index: Value) -> list[Value]:
+            group = f.at(groups, b.mul(index, I64(12)))
+            return [b.zext(f.load(group, I32, 4 * i), I64) for i in range(3)]
+
+        def alone(index: Value, *carried: Value) -> list[Value]:
+            """A run of rows of one length."""
+            _, count, n_rows = fields(index)
+
+            def turns(stop: Value, which: range, carried: list[Value], *, odd: bool = False) -> list[Value]:
+                if odd:
+                    carried = turn(which, 1, carried[0], carried[1], carried[2:])
+                return f.loop(stop, lambda _, p, w, *c: turn(which, step, p, w, c), carried)
 
             if step == k.unroll:
-                return all_rows(count)
+                return all_of(n_rows, 1, partial(turns, count), carried)
             half, is_odd = b.lshr(count, I64(1)), b.trunc(count, I1)
-            return f.either(is_odd, lambda: all_rows(half, odd=True), lambda: all_rows(half))
+            return f.either(
+                is_odd,
+                lambda: all_of(n_rows, 1, partial(turns, half, odd=True), carried),
+                lambda: all_of(n_rows, 1, partial(turns, half), carried),
+            )
+
+        def together(index: Value, *carried: Value) -> list[Value]:
+            """A run of pairs of rows that share as many columns and are of one length."""
+            shared, count, n_pairs = fields(index)
+
+            def turns(which: range, carried: list[Value]) -> list[Value]:
+                for stop, columns in ((shared, 1), (count, 2)):
+                    carried = f.loop(
+                        stop, lambda _, p, w, *c, columns=columns: both(which, columns, p, w, c), carried
+                    )
+                return carried
+
+            return all_of(n_pairs, 2, turns, carried)
 
         ahead = offsets_of(places, OFFSETS_AHEAD, 0)
-        f.loop(f.field(block, BLOCK, "n_groups"), one_group, [places, weights, rows, *ahead])
+        n_alone = f.field(block, BLOCK, "n_groups")
+        carried = f.loop(n_alone, alone, [places, weights, rows, *ahead])
+        if k.partners:
+            stop = b.add(n_alone, f.field(block, BLOCK, "n_pair_groups"))
+            f.loop(stop, together, carried, n_alone)
         b.ret_void()
         return name
 

@@ -58,3 +58,12 @@ def unroll(sums: int) -> int:
     multiple of this, see pack.py.
     """
     return min(4, 1 << max(0, (8 // sums).bit_length() - 1))
+
+
+def has_partners(tile: int, isa: Isa) -> bool:
+    """Whether the sparse kernel takes two output channels at once that share some operands.
+
+    Their sums must fit the registers as a whole (a tile in parts would read the weights twice, for the few loads that are saved), and be enough to keep
+    the core busy.
+    """
+    return unroll(2 * tile) == 1 and pair_parts(tile, isa) == (tile,)

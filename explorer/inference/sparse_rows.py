@@ -1,0 +1,354 @@
+"""The nonzeros of sparse weights, in the order in which the sparse kernel takes them: by row, or by two rows that share columns."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from explorer.inference.kernels import conv, match_rows, place_rows
+from explorer.inference.kernels.builder import Record
+from explorer.inference.native import Isa, machine_code
+
+Words = Callable[[NDArray[np.float32]], NDArray[np.int32]]
+"""`explorer.inference.pack.weight_words` for a CPU and precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparseWeights:
+    """The nonzeros of a matrix.
+
+    Attributes
+    ----------
+    shape : (int, int)
+    starts : (rows + 1,) int64
+        Nonzeros before each row.
+    columns : (nonzeros,) int64
+        Row by row, ascending in each.
+    values : (nonzeros, channels) float32
+        One column, or two when a row stands for a pair of output channels: then a place counts as nonzero when either has a weight there.
+    """
+
+    shape: tuple[int, int]
+    starts: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls, weight: NDArray[np.float32], gain: NDArray[np.float64] | None = None, channels: int = 1
+    ) -> SparseWeights:
+        """Find the nonzeros.
+
+        Parameters
+        ----------
+        weight : (M, columns) float32
+        gain : (M,) float64, optional
+            Multiplies the weights of each output channel.
+        channels : int
+            Output channels of a row; divides M.
+        """
+        n_columns = weight.shape[1]
+        nonzero = weight != 0
+        if channels > 1:
+            nonzero = nonzero.reshape(-1, channels, n_columns).any(1)
+        n_rows, flat = len(nonzero), np.flatnonzero(nonzero)
+        first = np.arange(n_rows + 1) * n_columns
+        starts = np.searchsorted(flat, first)
+        counts = np.diff(starts)
+        columns = flat - np.repeat(first[:-1], counts)
+        if channels > 1:
+            values = weight.reshape(-1, channels, n_columns)[np.repeat(np.arange(n_rows), counts), :, columns]
+        else:
+            values = weight.reshape(-1)[flat][:, None]
+        if gain is not None:
+            gains = np.repeat(gain.reshape(n_rows, channels), counts, axis=0)
+            values = (values * gains).astype(np.float32)
+        return cls((n_rows, n_columns), starts, columns, values)
+
+    def rows(self, low: int, high: int) -> SparseWeights:
+        """Rows [low, high) as a matrix of their own."""
+        mine = slice(self.starts[low], self.starts[high])
+        starts = self.starts[low : high + 1] - self.starts[low]
+        return SparseWeights((high - low, self.shape[1]), starts, self.columns[mine], self.values[mine])
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Nonzeros as the sparse kernel reads them: in each K block first the rows that stand alone, then the pairs of rows.
+
+    Attributes
+    ----------
+    offsets : (O,) int32
+        Byte offset of the operand of each nonzero. Of a pair, first those of the columns that both rows have, then one of each row in turn.
+    words : (W, channels) int32
+        The weights beside them; of a pair always one of each row in turn.
+    rows : (R,) int32
+        The rows, those of a pair side by side. Those with equally many entries follow one another. All rows are kept in the first block (it brings the
+        bias) and in the last (it writes the result); others keep those that have a nonzero.
+    groups : (G, 3) int32
+        {columns that two rows share, turns, rows or pairs} of each run of alike ones. A turn is `unroll` nonzeros of a row alone, or one of each row of
+        a pair that the other does not have.
+    starts : (n_blocks + 1, 4) int64
+        Offsets, words, rows and groups before each block.
+    pairs : (n_blocks,) int64
+        How many groups of a block, its last, are of pairs.
+    """
+
+    offsets: NDArray[np.int32]
+    words: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    groups: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    pairs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The nonzeros of each row in each K block. Cells stand in the order in which they are worked on, by block and length.
+
+    Attributes
+    ----------
+    row, block, count : (cells,) int64
+    first : (cells,) int64
+        The first entry of each. Entries stand by row, and by block in it.
+    """
+
+    row: NDArray[np.int64]
+    block: NDArray[np.int64]
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+
+def sparse_entries(
+    weights: SparseWeights,
+    where: NDArray[np.int64],
+    block: NDArray[np.int64],
+    n_blocks: int,
+    unroll: int,
+    words: Words,
+    isa: Isa | None = None,
+) -> Entries:
+    """The nonzeros of some rows, in the order in which the sparse kernel takes them.
+
+    Parameters
+    ----------
+    weights : SparseWeights
+    where : (nonzeros,) int64
+        Byte offset of the operand of each nonzero: one for each column, or at least for each column of rows that share any.
+    block : (nonzeros,) int64
+        The K block of each.
+    n_blocks : int
+    unroll : int
+        A row's entries in a block are filled up to a multiple of this.
+    words : callable
+    isa : Isa, optional
+        Take two rows at once where they share columns, with machine code for this CPU to find them. Not with an `unroll`.
+    """
+    m = weights.shape[0]
+    # The place of (row, block) in a row-major table: nonzeros come in this order when the blocks ascend along a row.
+    key = block + np.repeat(np.arange(m) * n_blocks, np.diff(weights.starts))
+    columns, values = weights.columns, weights.values
+    if n_blocks > 1 and np.any(key[1:] < key[:-1]):
+        order = np.argsort(key, kind="stable")
+        key, where, columns, values = key[order], where[order], columns[order], values[order]
+    counts = np.bincount(key, minlength=m * n_blocks)
+    firsts = np.cumsum(counts) - counts
+    turns = -(-counts // unroll)
+    kept = (turns > 0).reshape(m, n_blocks)
+    kept[:, [0, -1]] = True
+    # Block by block, and in each by the number of turns.
+    each_block, each_row = np.nonzero(kept.T)
+    cell = each_row * n_blocks + each_block
+    order = np.lexsort((turns[cell], each_block))
+    cell = cell[order]
+    cells = _Cells(each_row[order], each_block[order], firsts[cell], counts[cell])
+    if isa is not None:
+        return _in_pairs(cells, columns, where, words(values), n_blocks, isa)
+    padded = turns[cell] * unroll
+    ends = np.cumsum(padded)
+    first_slot = np.zeros(m * n_blocks, np.int64)
+    first_slot[cell] = ends - padded
+    total = int(ends[-1]) if len(ends) else 0
+    offsets = np.zeros(total, np.int32)
+    filled = np.zeros((total, values.shape[1]), np.int32)
+    at = np.arange(len(key)) + (first_slot - firsts)[key]
+    offsets[at] = where
+    filled[at] = words(values)
+    slots, row, share = fill_up(cells.count, padded)
+    source = (cells.first + cells.count - 1)[row]
+    offsets[slots] = where[source]
+    filled[slots] = words(values[source] * share[:, None])
+    groups, begins = _runs(cells.block, np.zeros_like(ends), turns[cell])
+    starts = _starts(cells.block, n_blocks, begins, padded, padded, np.ones_like(ends))
+    return Entries(offsets, filled, cells.row.astype(np.int32), groups, starts, np.zeros(n_blocks, np.int64))
+
+
+def _runs(
+    block: NDArray[np.int64], shared: NDArray[np.int64], turns: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Runs of rows (or pairs) that are alike: their `groups`, and where each begins."""
+    is_new = np.ones(len(block), bool)
+    is_new[1:] = (np.diff(block) != 0) | (np.diff(shared) != 0) | (np.diff(turns) != 0)
+    begins = np.flatnonzero(is_new)
+    lengths = np.diff(np.append(begins, len(block)))
+    return np.stack([shared[begins], turns[begins], lengths], 1).astype(np.int32), begins
+
+
+def _starts(
+    block: NDArray[np.int64], n_blocks: int, begins: NDArray[np.int64], *sizes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """What lies before each block, of things of these `sizes` for each row (or pair), and of groups."""
+    bounds = np.searchsorted(block, np.arange(n_blocks + 1))
+    before = [np.append(0, np.cumsum(size))[bounds] for size in sizes]
+    return np.stack([*before, np.searchsorted(block[begins], np.arange(n_blocks + 1))], 1)
+
+
+def _in_pairs(
+    cells: _Cells,
+    columns: NDArray[np.int64],
+    where: NDArray[np.int64],
+    words: NDArray[np.int32],
+    n_blocks: int,
+    isa: Isa,
+) -> Entries:
+    """The same where rows of a block that share columns, and are of one length, are taken two at a time."""
+    partner, shared_of, is_shared = _match(cells, columns, n_blocks, isa)
+    # A pair stands where the first of its rows does.
+    lead = np.flatnonzero((partner < 0) | (partner > np.arange(len(partner))))
+    is_pair, shared = partner[lead] >= 0, shared_of[lead]
+    lead = lead[np.lexsort((shared, cells.count[lead] - shared, is_pair, cells.block[lead]))]
+    second, shared, block = partner[lead], shared_of[lead], cells.block[lead]
+    is_pair, turns = second >= 0, cells.count[lead] - shared
+    step = 1 + is_pair
+    n_offsets, n_words = shared + step * turns, step * (shared + turns)
+    groups, begins = _runs(2 * block + is_pair, shared, turns)
+    starts = _starts(block, n_blocks, begins, n_offsets, n_words, step)
+
+    first_offset, first_word = np.cumsum(n_offsets) - n_offsets, np.cumsum(n_words) - n_words
+    names = ("shared_offset", "shared_word", "own_offset", "own_word", "step")
+    places = {name: np.zeros(len(partner), np.int64) for name in names}
+    for side, these, who in ((0, lead, slice(None)), (1, second[is_pair], is_pair)):
+        beside = (0, side, side, side, 0)
+        begins_of = (first_offset, first_word, first_offset + shared, first_word + step * shared, step)
+        for name, begin, more in zip(names, begins_of, beside, strict=True):
+            places[name][these] = begin[who] + more
+    offsets, filled = np.zeros(int(n_offsets.sum()), np.int32), np.zeros((int(n_words.sum()), 1), np.int32)
+    entries: dict[str, NDArray[Any]] = {"where": where, "words": words, "is_shared": is_shared}
+    cells_of: dict[str, NDArray[Any]] = {
+        "first": cells.first,
+        "count": cells.count,
+        "offsets": offsets,
+        "filled": filled,
+    }
+    _run(
+        place_rows.PlaceRowsKernel(),
+        place_rows.ARGUMENTS,
+        isa,
+        entries | cells_of | places,
+        rows=len(partner),
+    )
+    ends = np.cumsum(step)
+    rows = np.repeat(cells.row[lead], step).astype(np.int32)
+    rows[ends[is_pair] - 1] = cells.row[second[is_pair]]
+    pairs = np.bincount(block[begins], weights=is_pair[begins], minlength=n_blocks).astype(np.int64)
+    return Entries(offsets, filled, rows, groups, starts, pairs)
+
+
+def _run(kernel: Any, record: Record, isa: Isa, tables: Mapping[str, NDArray[Any]], **numbers: int) -> None:
+    """Call a kernel that works on tables of the weights, and needs no thread of the engine."""
+    placed = {name: np.ascontiguousarray(table) for name, table in tables.items()}
+    arguments = np.zeros(len(record.fields), np.int64)
+    for name, table in placed.items():
+        arguments[record.index(name)] = table.ctypes.data
+    for name, number in numbers.items():
+        arguments[record.index(name)] = number
+    code = machine_code(isa.single, repr(kernel), lambda: kernel.build(isa.single))
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code)(arguments.ctypes.data)
+
+
+_GRAIN = 14
+"""Runs of n rows share a multiple of this / sqrt(n) columns, at least of one: where few pairs are alike the core foresees the end of no loop, which costs
+it more than some loads. (ResNet-50 and BERT at 90 % on Zen 4: 0.98 and 0.97 of the time of single columns; 7 to 20 are alike.)"""
+
+
+def _match(
+    cells: _Cells, columns: NDArray[np.int64], n_blocks: int, isa: Isa
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """The partner of each cell (-1 for none), how many columns they share, and whether each entry is of these."""
+    n = len(cells.row)
+    lowest, highest = np.full(n_blocks, np.iinfo(np.int64).max), np.full(n_blocks, -1)
+    filled = np.flatnonzero(cells.count)
+    first = cells.first[filled]
+    np.minimum.at(lowest, cells.block[filled], columns[first])
+    np.maximum.at(highest, cells.block[filled], columns[first + cells.count[filled] - 1])
+    span = int((highest - lowest)[highest >= 0].max(initial=0)) + 1
+    set_words = -(-span // (64 * match_rows.SET_WORDS)) * match_rows.SET_WORDS
+    is_new = np.ones(n, bool)
+    is_new[1:] = (np.diff(cells.block) != 0) | (np.diff(cells.count) != 0)
+    begins = np.append(np.flatnonzero(is_new), n)
+    lengths = np.diff(begins)
+    grain = np.maximum(np.rint(_GRAIN / np.sqrt(lengths)), 1).astype(np.int64)
+    partner, shared = np.full(n, -1), np.zeros(n, np.int64)
+    is_shared = np.zeros(len(columns), np.uint8)
+    tables: dict[str, NDArray[Any]] = {
+        "columns": columns,
+        "first": cells.first,
+        "count": cells.count,
+        "base": lowest[cells.block],
+        "run_end": np.repeat(begins[1:], lengths),
+        "grain": np.repeat(grain, lengths),
+        "sets": np.zeros(n * set_words, np.int64),
+        "partner": partner,
+        "shared": shared,
+        "is_shared": is_shared,
+    }
+    kernel = match_rows.MatchRowsKernel()
+    _run(kernel, match_rows.ARGUMENTS, isa, tables, rows=n, set_words=set_words)
+    return partner, shared, is_shared
+
+
+def fill_up(
+    count: NDArray[np.int64], padded: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """How the last nonzero of each row fills the row up to its padded length.
+
+    Its weight is cut into pieces, one for each entry that is left: powers of two of it, which add up to it exactly. Entries of weight zero would turn an
+    infinite operand into NaN.
+
+    Parameters
+    ----------
+    count, padded : (rows,) int64
+        Nonzeros and entries of each row.
+
+    Returns
+    -------
+    slots : (E,) int64
+        The entries that hold a piece.
+    row : (E,) int64
+        The row whose last nonzero it is a piece of.
+    share : (E,) float32
+        Its share of the weight.
+    """
+    rows = np.flatnonzero((padded > count) & (count > 0))
+    pieces = (padded - count + 1)[rows]
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    slots = np.repeat((np.cumsum(padded) - padded + count - 1)[rows], pieces) + piece
+    total = np.repeat(pieces, pieces)
+    # Of 5 pieces, 3 are quarters and 2 are eighths.
+    power = 2 ** np.floor(np.log2(total))
+    share = np.where(piece < 2 * (total - power), 0.5, 1.0) / power
+    return slots, np.repeat(rows, pieces), share.astype(np.float32)
+
+
+def read_beyond(
+    offsets: NDArray[np.int32], rows: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The same tables, with what the sparse kernel reads ahead past their ends."""
+    return np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)), np.append(
+        rows, np.zeros(conv.ROWS_AHEAD, np.int32)
+    )
