@@ -73,7 +73,7 @@ class Loop:
         self.isa = isa = current_isa()
         self.tile, self.nonzeros, self.pairs = tile, nonzeros, pairs
         partners = not pairs and has_partners(tile, isa)
-        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, True, pairs=pairs, partners=partners)
+        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, pairs=pairs, partners=partners)
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)

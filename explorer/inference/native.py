@@ -293,6 +293,9 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
         Address; it stays valid as long as the process lives.
     """
     key = _key(isa, signature)
+    there = _loaded.get(key)
+    if there is not None:
+        return there[0]  # without waiting for what another thread compiles
     with _lock:
         if key in _loaded:
             return _loaded[key][0]

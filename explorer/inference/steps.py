@@ -307,8 +307,6 @@ class _StepBuilder:
             return self._conv_channels(operation, places, out, planes * x.plane + shifts, shifts, choice)
         layouts = _planes(places, out)
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
-        if choice.reach == "direct":
-            kernel = replace(kernel, aligned=not np.any(shifts % x.lanes))
         kernel = replace(
             kernel,
             activation=a.get("activation"),
@@ -463,7 +461,6 @@ class _StepBuilder:
             channels % rows if rows else 0,
             "residual" in layouts,
             y.has_gaps and not y.tile,  # of tiles, nobody counts the gaps
-            False,
             pairs=choice.pairs,
             **compact,
         )

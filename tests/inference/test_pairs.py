@@ -198,7 +198,7 @@ def test_an_operand_is_loaded_once_for_both_channels(cpu: str) -> None:
     from explorer.inference.kernels.conv import ConvKernel
 
     isa, triple, instruction, register = CPUS[cpu]
-    kernel = ConvKernel(4, "shift", 0, 0, residual=False, masked=False, aligned=False, pairs=True)
+    kernel = ConvKernel(4, "shift", 0, 0, residual=False, masked=False, pairs=True)
     loops = innermost_loops(native.assembly(isa, kernel.build(isa)[0], triple))
     hot = [loop for loop in loops if any(instruction in line for line in loop)]
     assert hot

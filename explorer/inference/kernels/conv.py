@@ -96,8 +96,6 @@ class ConvKernel:
         Output channels of the last, smaller group (dense only).
     residual, masked : bool
         Whether a residual is added, and whether the gaps of the output must be zeroed.
-    aligned : bool
-        Whether direct operands start on vector boundaries.
     columns, pitch, plane : int
         "compact" only: pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
         vectors without gaps.
@@ -117,7 +115,6 @@ class ConvKernel:
     remainder: int
     residual: bool
     masked: bool
-    aligned: bool
     columns: int = 0
     pitch: int = 0
     plane: int = 0
@@ -281,7 +278,7 @@ class _Generator:
         f, k = self._inner(name), self.k
         b = f.b
         block, operands = f.arguments[:2]
-        align = self.width if self.packed or k.aligned else None
+        align = self.width if self.packed else None
         groups, rows, places, weights = (
             f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "offsets", "weights")
         )
@@ -338,8 +335,8 @@ class _Generator:
                 ]
             return [f.at(places, 4 * columns), f.at(weights, 8), *offsets[columns:], *sums]
 
-        # Where a row has but one set of sums, an odd nonzero is taken before the loop over two: rows are not filled up for it.
-        step = max(2, k.unroll)
+        # Where a row has but one set of sums, an odd nonzero is taken before the loop over two: rows are not filled up for it. Few rows have no partner.
+        step = 1 if k.partners else max(2, k.unroll)
 
         def one_turn(
             rows_at_once: int, add_all: Nonzeros, places: Value, weights: Value, row: Value, *ahead: Value
@@ -437,7 +434,7 @@ class _Generator:
         b = f.b
         block, operands = f.arguments[:2]
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
-        align = self.width if self.packed or k.aligned else None
+        align = self.width if self.packed else None
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "weights", PTR)
         is_rest = n_rows == k.remainder and n_rows != k.dense_rows
