@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels import conv
+from explorer.inference.kernels import conv, conv_tables
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.kernels.registers import has_partners
 from explorer.inference.memory import Memory, address
@@ -93,11 +93,11 @@ class Loop:
         self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
         self.x[:] = np.random.default_rng(1).normal(size=self.x.shape)
         self.out = memory.zeros(CHANNELS_OUT * pixels).reshape(CHANNELS_OUT, pixels)
-        block = np.zeros(len(conv.BLOCK.fields), np.int64)
+        block = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
         _set(
-            conv.BLOCK.index,
+            conv_tables.BLOCK.index,
             block,
-            stage=conv.FIRST_BLOCK | conv.LAST_BLOCK,
+            stage=conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK,
             offsets=memory.put(offsets),
             weights=memory.put(entries.words),
             rows=memory.put(rows),
@@ -106,9 +106,9 @@ class Loop:
             n_pair_groups=int(entries.pairs[0]),
         )
         low, high = np.array([-np.inf, np.inf], np.float32).view(np.int32).tolist()
-        arguments = np.zeros(len(conv.ARGUMENTS.fields), np.int64)
+        arguments = np.zeros(len(conv_tables.ARGUMENTS.fields), np.int64)
         _set(
-            conv.ARGUMENTS.index,
+            conv_tables.ARGUMENTS.index,
             arguments,
             x=address(self.x),
             out=address(self.out),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explorer.inference.kernels import conv, conv_channels
+from explorer.inference.kernels import conv, conv_channels, conv_tables
 from explorer.inference.kernels.builder import Record
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
@@ -123,7 +123,7 @@ class PackedConv:
     tables: dict[str, NDArray[Any]]
     blocks: NDArray[np.int64]
     n_blocks: int
-    record: Record = conv.BLOCK
+    record: Record = conv_tables.BLOCK
 
     def place(self, memory: Memory) -> int:
         """Copy everything to `memory`; the address of the rows of `record`, which then hold addresses."""
@@ -137,8 +137,8 @@ class PackedConv:
 
 def _stages(n_blocks: int) -> NDArray[np.int64]:
     stages = np.zeros(n_blocks, np.int64)
-    stages[0] |= conv.FIRST_BLOCK
-    stages[-1] |= conv.LAST_BLOCK
+    stages[0] |= conv_tables.FIRST_BLOCK
+    stages[-1] |= conv_tables.LAST_BLOCK
     return stages
 
 
@@ -168,6 +168,8 @@ def conv_sparse(
     block_bytes : int
         Operands of one K block, in bytes: what stays in the L1 cache.
     words : callable
+    isa : Isa
+        The CPU that packs, which is the one that will run them.
     """
     n_sources = len(reach.sources)
     pieces, needed = [], []
@@ -197,7 +199,7 @@ def conv_sparse(
         )
         starts = entries.starts
         cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
-        blocks = np.zeros((n_blocks, len(conv.BLOCK.fields)), np.int64)
+        blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
             "n_sources": np.diff(cuts),
@@ -209,7 +211,7 @@ def conv_sparse(
             "n_groups": np.diff(starts[:, 3]) - entries.pairs,
             "n_pair_groups": entries.pairs,
         }.items():
-            blocks[:, conv.BLOCK.index(name)] = column
+            blocks[:, conv_tables.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
         rows = (entries.rows + np.int32(low)) * kernel.channels
         tables.append((entries.offsets, entries.words, rows, entries.groups, reach.sources[sources]))
@@ -281,9 +283,9 @@ def conv_dense(
             n_sources += len(mine)
             n_offsets += len(ks)
             n_weights += piece.size
-            row = np.zeros(len(conv.BLOCK.fields), np.int64)
+            row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
             for name, value in fields.items():
-                row[conv.BLOCK.index(name)] = value
+                row[conv_tables.BLOCK.index(name)] = value
             rows_of_blocks.append(row)
     tables: dict[str, NDArray[Any]] = {
         "weights": words(np.concatenate(weights)),
@@ -364,7 +366,7 @@ def conv_grouped(
         entries = sparse_entries(
             piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll, words
         )
-        row = np.zeros(len(conv.BLOCK.fields), np.int64)
+        row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
         fields = {
             "stage": _stages(1)[0],
             "offsets": before[0],
@@ -374,7 +376,7 @@ def conv_grouped(
             "n_groups": len(entries.groups),
         }
         for name, value in fields.items():
-            row[conv.BLOCK.index(name)] = value
+            row[conv_tables.BLOCK.index(name)] = value
         rows_of_blocks.append(row)
         tables.append((entries.offsets, entries.words, entries.rows + np.int32(low), entries.groups))
         before += entries.starts[-1]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from explorer.inference.kernels import conv, match_rows, place_rows
+from explorer.inference.kernels import conv_tables, match_rows, place_rows
 from explorer.inference.kernels.builder import Record
 from explorer.inference.native import Isa, machine_code
 
@@ -349,6 +349,6 @@ def read_beyond(
     offsets: NDArray[np.int32], rows: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The same tables, with what the sparse kernel reads ahead past their ends."""
-    return np.append(offsets, np.zeros(conv.OFFSETS_AHEAD + 1, np.int32)), np.append(
-        rows, np.zeros(conv.ROWS_AHEAD, np.int32)
+    return np.append(offsets, np.zeros(conv_tables.OFFSETS_AHEAD + 1, np.int32)), np.append(
+        rows, np.zeros(conv_tables.ROWS_AHEAD, np.int32)
     )

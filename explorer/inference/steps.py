@@ -20,6 +20,7 @@ from explorer.inference.kernels import (
     chain,
     conv,
     conv_channels,
+    conv_tables,
     copy_planes,
     depthwise,
     driver,
@@ -172,7 +173,7 @@ def block_bytes() -> int:
     Of 48 KiB, 24 to 64 are within 5 % and 40 the best. Of 32 KiB (Zen 4), 33 were best in all: 1.03 x as fast as 26 in ResNet-50, 1.02 x in BERT, where 40
     would be slower than 26: longer rows are worth more than the last operand's place in the L1 cache, to a degree.
     """
-    return min(max(l1_bytes() * 13 // 16, _LEAST_BLOCK_BYTES), conv.BUFFER_BYTES // 2)
+    return min(max(l1_bytes() * 13 // 16, _LEAST_BLOCK_BYTES), conv_tables.BUFFER_BYTES // 2)
 
 
 def _dense_block_bytes(row_bytes: int, sparse: int) -> int:
@@ -331,7 +332,7 @@ class _StepBuilder:
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))
         arguments = _fill(
-            conv.ARGUMENTS,
+            conv_tables.ARGUMENTS,
             **_tensors(layouts, places, out),
             **{f"{name}_tile": layout.tile_step(kernel.tile) for name, layout in layouts.items()},
             bias=self.memory.put(words(bias)),

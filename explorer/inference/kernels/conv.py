@@ -14,7 +14,7 @@ The algorithm in plain words
     pairs    two neighbouring output channels whose nonzeros stand in the same places: as if they were one, with two weights for each nonzero
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.
-  The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
+  The loops over nonzeros are in conv_sparse.py. The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
 
 The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
 Convolutions and Guided Pruning" (2017).
@@ -22,7 +22,7 @@ Convolutions and Guided Pruning" (2017).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -33,51 +33,18 @@ from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply
-from explorer.inference.kernels.builder import F32, I1, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Value
+from explorer.inference.kernels.conv_sparse import SparseLoops
+from explorer.inference.kernels.conv_tables import (
+    ARGUMENTS,
+    BLOCK,
+    BUFFER_BYTES,
+    FIRST_BLOCK,
+    LAST_BLOCK,
+    WEIGHT_PREFETCH_BYTES,
+)
 from explorer.inference.kernels.registers import dense_parts, pair_parts, unroll
 from explorer.inference.native import Isa
-
-ARGUMENTS = Record(
-    (
-        "x", "x_image", "x_tile", "out", "out_image", "out_tile", "out_plane", "residual", "residual_image", "residual_tile",
-        "residual_plane", "bias", "low", "high", "tiles", "parts", "back", "mask", "blocks", "n_blocks",
-    )
-)  # fmt: skip
-"""One convolution. `..._tile`: bytes from one tile to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
-evenly."""
-
-BLOCK = Record(
-    (
-        "stage", "n_sources", "sources", "depth", "offsets", "weights", "rows", "groups", "n_groups", "n_pair_groups",
-        "first_channel",
-    )
-)  # fmt: skip
-"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
-the buffer. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
-Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
-nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
-Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows; weights [group][k][R]."""
-
-FIRST_BLOCK, LAST_BLOCK = 1, 2
-
-BUFFER_BYTES = 1 << 17
-"""Start of the sums in a thread's scratch; the packed operands lie before it."""
-
-OFFSETS_AHEAD = 3
-"""Nonzeros whose offset is loaded before their turn. Cores serve loads by age: the offset of a nonzero would wait behind the operands of those before it,
-and its own operands for the offset. (ResNet-50 at 90 %: 1.05 x on AMD Zen 5, 1 to 4 alike.) As many may be read past the last one. Two are read by one
-load, so that the operands have the others: another 1.03 x."""
-
-ROWS_AHEAD = 4
-"""Rows of weights before its turn that what the last block writes (and adds to) is fetched: rows come in the order of their lengths, which no hardware
-foresees. (ResNet-50 at 90 % on Zen 4: 1.01 x.) As many row numbers may be read past the last one."""
-
-_WEIGHT_PREFETCH_BYTES = 3072
-"""How far ahead of their use weights are fetched: of a large network they come from the outermost cache or from memory."""
-
-
-Nonzeros = Callable[[range, list[Value]], list[Value]]
-"""Goes through the nonzeros of a row, for these vectors of the tile: from what is carried before to what is carried after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,154 +243,24 @@ class _Generator:
     def _sparse(self) -> str:
         name = "sparse"
         f, k = self._inner(name), self.k
-        b = f.b
-        block, operands = f.arguments[:2]
-        align = self.width if self.packed else None
-        groups, rows, places, weights = (
-            f.field(block, BLOCK, n, PTR) for n in ("groups", "rows", "offsets", "weights")
-        )
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
-        n, parts = k.channels, self._parts(k.channels)
 
-        def add(which: range, offset: Value, splats: list[Value], sums: list[Value]) -> list[Value]:
-            """One nonzero: a load for each vector, and an FMA of each with the weight of each channel."""
-            pointer, new = f.opaque(f.at(operands, offset)), list(sums)
-            for i, vector in enumerate(which):
-                x = f.read(pointer, self.width * vector, align)
-                for c, weight in enumerate(splats):
-                    at = c * len(which) + i
-                    new[at] = f.fma(weight, x, new[at])
-            return new
+        def fetch(channels: Callable[[], list[Value]]) -> None:
+            with f.b.if_then(is_last):
+                self._fetch(f, channels())
 
-        def offsets_of(places: Value, count: int, first: int = OFFSETS_AHEAD) -> list[Value]:
-            """Offsets of `count` nonzeros, two by one load."""
-            result = []
-            for i in range(first, first + count // 2 * 2, 2):
-                two = f.load(places, I64, 4 * i)
-                result += [b.sext(b.trunc(two, I32), I64), b.ashr(two, I64(32))]
-            if count % 2:
-                result.append(b.sext(f.load(places, I32, 4 * (first + count - 1)), I64))
-            return result
-
-        def turn(
-            which: range, count: int, places: Value, weights: Value, carried: Sequence[Value]
-        ) -> list[Value]:
-            """`count` nonzeros, each added to the next set of sums."""
-            n_sums = n * len(which)
-            offsets = [*carried[:OFFSETS_AHEAD], *offsets_of(places, count)]
-            sums = list(carried[OFFSETS_AHEAD:])
-            for u in range(count):
-                splats = [f.weight(weights, 4 * (u * n + c)) for c in range(n)]
-                at = u % k.unroll * n_sums
-                sums[at : at + n_sums] = add(which, offsets[u], splats, sums[at : at + n_sums])
-            return [f.at(places, 4 * count), f.at(weights, 4 * n * count), *offsets[count:], *sums]
-
-        def both(
-            which: range, columns: int, places: Value, weights: Value, carried: Sequence[Value]
-        ) -> list[Value]:
-            """One nonzero of each of two rows: of a column that both have, or (`columns`: 2) of one each."""
-            offsets = [*carried[:OFFSETS_AHEAD], *offsets_of(places, columns)]
-            sums, splats = list(carried[OFFSETS_AHEAD:]), [f.weight(weights, 4 * c) for c in range(2)]
-            if columns == 1:
-                sums = add(which, offsets[0], splats, sums)
-            else:
-                size = len(which)
-                sums = [
-                    total
-                    for c in range(2)
-                    for total in add(which, offsets[c], splats[c : c + 1], sums[c * size : (c + 1) * size])
-                ]
-            return [f.at(places, 4 * columns), f.at(weights, 8), *offsets[columns:], *sums]
-
-        # Where a row has but one set of sums, an odd nonzero is taken before the loop over two: rows are not filled up for it. Few rows have no partner.
-        step = 1 if k.partners else max(2, k.unroll)
-
-        def one_turn(
-            rows_at_once: int, add_all: Nonzeros, places: Value, weights: Value, row: Value, *ahead: Value
-        ) -> list[Value]:
-            """A row, or a pair of them; `add_all` goes through its nonzeros."""
-            for line in range(rows_at_once):
-                f.prefetch(places, _WEIGHT_PREFETCH_BYTES + 64 * line)
-            for line in range(n * rows_at_once):
-                f.prefetch(weights, _WEIGHT_PREFETCH_BYTES * n + 64 * line)
-
-            def channels_from(first: int) -> list[Value]:
-                firsts = [b.sext(f.load(row, I32, 4 * (first + r)), I64) for r in range(rows_at_once)]
-                return [b.add(channel, I64(c)) if c else channel for channel in firsts for c in range(n)]
-
-            channels = channels_from(0)
-            with b.if_then(is_last):
-                self._fetch(f, channels_from(ROWS_AHEAD))
-            begin: list[Value] = [places, weights, *ahead]
-            carried: list[Value] = []
-            for which in parts:
-                if carried:  # the same nonzeros again
-                    begin[2:] = offsets_of(places, OFFSETS_AHEAD, 0)
-                start = self._start(f, is_first, channels, which)
-                sets = 1 if rows_at_once > 1 else k.unroll
-                zeros = [f.constant(0.0)] * (len(start) * (sets - 1))
-                carried = add_all(which, [*begin, *start, *zeros])
-                sums = self._sum_of_sets(f, carried[len(begin) :], len(start))
-                self._end(f, is_last, channels, sums, which)
-            places, weights, *soon = carried[: len(begin)]
-            return [places, weights, f.at(row, 4 * rows_at_once), *soon]
-
-        def all_of(
-            n_rows: Value, rows_at_once: int, add_all: Nonzeros, carried: Sequence[Value]
-        ) -> list[Value]:
-            return f.loop(n_rows, lambda _, *c: one_turn(rows_at_once, add_all, *c), carried)
-
-        def fields(index: Value) -> list[Value]:
-            group = f.at(groups, b.mul(index, I64(12)))
-            return [b.zext(f.load(group, I32, 4 * i), I64) for i in range(3)]
-
-        def alone(index: Value, *carried: Value) -> list[Value]:
-            """A run of rows of one length."""
-            _, count, n_rows = fields(index)
-
-            def turns(stop: Value, which: range, carried: list[Value], *, odd: bool = False) -> list[Value]:
-                if odd:
-                    carried = turn(which, 1, carried[0], carried[1], carried[2:])
-                return f.loop(stop, lambda _, p, w, *c: turn(which, step, p, w, c), carried)
-
-            if step == k.unroll:
-                return all_of(n_rows, 1, partial(turns, count), carried)
-            half, is_odd = b.lshr(count, I64(1)), b.trunc(count, I1)
-            return f.either(
-                is_odd,
-                lambda: all_of(n_rows, 1, partial(turns, half, odd=True), carried),
-                lambda: all_of(n_rows, 1, partial(turns, half), carried),
-            )
-
-        def together(index: Value, *carried: Value) -> list[Value]:
-            """A run of pairs of rows that share as many columns and are of one length."""
-            shared, count, n_pairs = fields(index)
-
-            def turns(which: range, carried: list[Value]) -> list[Value]:
-                for stop, columns in ((shared, 1), (count, 2)):
-                    carried = f.loop(
-                        stop, lambda _, p, w, *c, columns=columns: both(which, columns, p, w, c), carried
-                    )
-                return carried
-
-            return all_of(n_pairs, 2, turns, carried)
-
-        ahead = offsets_of(places, OFFSETS_AHEAD, 0)
-        n_alone = f.field(block, BLOCK, "n_groups")
-        carried = f.loop(n_alone, alone, [places, weights, rows, *ahead])
-        if k.partners:
-            stop = b.add(n_alone, f.field(block, BLOCK, "n_pair_groups"))
-            f.loop(stop, together, carried, n_alone)
-        b.ret_void()
+        SparseLoops(
+            f,
+            k.channels,
+            k.unroll,
+            self._parts(k.channels),
+            self.width if self.packed else None,
+            partial(self._start, f, is_first),
+            partial(self._end, f, is_last),
+            fetch,
+        ).run(partners=k.partners)
+        f.b.ret_void()
         return name
-
-    @staticmethod
-    def _sum_of_sets(f: Function, sets: list[Value], n_sums: int) -> list[Value]:
-        """Add the sums of the `unroll` independent chains, in pairs."""
-        while len(sets) > n_sums:
-            half = len(sets) // 2
-            sets = [f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
-        return sets
 
     # ---- dense
 
@@ -459,7 +296,7 @@ class _Generator:
         def one_k(which: range, _: Value, weight: Value, offset: Value, *totals: Value) -> list[Value]:
             """One k for some vectors of the tile."""
             if which.start == 0:
-                f.prefetch(weight, _WEIGHT_PREFETCH_BYTES)
+                f.prefetch(weight, WEIGHT_PREFETCH_BYTES)
             pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
 
             def load_x(i: int) -> Value:

@@ -1,0 +1,192 @@
+"""The loops of the sparse convolution over the nonzeros of one K block, see conv.py.
+
+The algorithm in plain words
+  A row of weights is an output channel, or two of one pattern ("pairs"). Its sums, one for each vector of the tile, stay in registers while its nonzeros are
+  added one by one: an offset tells where the operand lies, T loads and T multiply-adds follow. Rows come in groups of equally many nonzeros, so that the
+  core foresees the end of each row: a wrong guess costs as much as two nonzeros.
+  Two rows that share columns ("partners") are taken at once: first the columns that both have, each loaded once for 2 x T multiply-adds, then those that only
+  one has, one of each row in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from explorer.inference.kernels.builder import I1, I32, I64, PTR, Function, Value
+from explorer.inference.kernels.conv_tables import BLOCK, OFFSETS_AHEAD, ROWS_AHEAD, WEIGHT_PREFETCH_BYTES
+
+Nonzeros = Callable[[range, list[Value]], list[Value]]
+"""Adds all nonzeros of a row, or of two, for some vectors of the tile: ``carried = add_all(vectors, carried)``. What is carried: the places that come next in
+the offsets and in the weights, the `OFFSETS_AHEAD` offsets that are loaded already, and the sums."""
+
+_GROUP_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLoops:
+    """Writes the loops into a function whose first arguments are a row of `BLOCK` and the address that offsets count from.
+
+    Attributes
+    ----------
+    f : Function
+    channels : int
+        Output channels of a row of weights, 1 or 2.
+    sets : int
+        Sets of sums of a row, which successive nonzeros are added to in turn.
+    parts : list of range
+        The vectors of the tile that are taken at once; for each part the nonzeros are gone through again.
+    align : int or None
+        Of operands, in bytes.
+    start : callable
+        ``start(channels, vectors)``: the sums before the block, channel by channel.
+    end : callable
+        ``end(channels, sums, vectors)``: what becomes of them after it.
+    fetch : callable
+        ``fetch(channels)``, which is a callable as well: fetch what `end` will need for them, some rows later.
+    """
+
+    f: Function
+    channels: int
+    sets: int
+    parts: list[range]
+    align: int | None
+    start: Callable[[list[Value], range], list[Value]]
+    end: Callable[[list[Value], list[Value], range], None]
+    fetch: Callable[[Callable[[], list[Value]]], None]
+
+    def run(self, *, partners: bool) -> None:
+        """All rows of the block: those that stand alone, then, if there are any, the partners."""
+        f = self.f
+        block = f.arguments[0]
+        rows, places, weights = (f.field(block, BLOCK, name, PTR) for name in ("rows", "offsets", "weights"))
+        begin = [places, weights, rows, *self._offsets(places, OFFSETS_AHEAD, 0)]
+        alone = f.field(block, BLOCK, "n_groups")
+        if not partners:
+            f.loop(alone, self._rows_of_one_length, begin)
+            return
+        carried = f.loop(alone, self._rows_without_partner, begin)
+        f.loop(f.b.add(alone, f.field(block, BLOCK, "n_pair_groups")), self._partners, carried, alone)
+
+    # ---- groups of rows
+
+    def _group(self, index: Value) -> list[Value]:
+        """{columns that two rows share, turns, rows or pairs of them}, see `explorer.inference.sparse_rows.Entries`."""
+        f = self.f
+        groups = f.field(f.arguments[0], BLOCK, "groups", PTR)
+        group = f.at(groups, f.b.mul(index, I64(_GROUP_BYTES)))
+        return [f.b.zext(f.load(group, I32, 4 * i), I64) for i in range(3)]
+
+    def _rows_of_one_length(self, index: Value, *carried: Value) -> list[Value]:
+        b = self.f.b
+        _, turns, n_rows = self._group(index)
+        if self.sets > 1:  # a turn is a nonzero for each set
+            return self._all(n_rows, 1, partial(self._add_row, turns, self.sets), carried)
+        # Two nonzeros at a time; an odd one is taken before them, since rows of one set are not filled up.
+        half, is_odd = b.lshr(turns, I64(1)), b.trunc(turns, I1)
+        return self.f.either(
+            is_odd,
+            lambda: self._all(n_rows, 1, partial(self._add_row, half, 2, odd=True), carried),
+            lambda: self._all(n_rows, 1, partial(self._add_row, half, 2), carried),
+        )
+
+    def _rows_without_partner(self, index: Value, *carried: Value) -> list[Value]:
+        """They are few: a loop over single nonzeros, which is less code, will do."""
+        _, turns, n_rows = self._group(index)
+        return self._all(n_rows, 1, partial(self._add_row, turns, 1), carried)
+
+    def _partners(self, index: Value, *carried: Value) -> list[Value]:
+        shared, turns, n_pairs = self._group(index)
+        return self._all(n_pairs, 2, partial(self._add_two_rows, shared, turns), carried)
+
+    def _all(
+        self, count: Value, rows_at_once: int, add_all: Nonzeros, carried: Sequence[Value]
+    ) -> list[Value]:
+        return self.f.loop(count, lambda _, *c: self._one(rows_at_once, add_all, *c), carried)
+
+    def _one(
+        self, rows_at_once: int, add_all: Nonzeros, places: Value, weights: Value, row: Value, *ahead: Value
+    ) -> list[Value]:
+        """A row, or two, from the first to the last of its nonzeros."""
+        f, n = self.f, self.channels
+        for line in range(rows_at_once):
+            f.prefetch(places, WEIGHT_PREFETCH_BYTES + 64 * line)
+        for line in range(n * rows_at_once):
+            f.prefetch(weights, WEIGHT_PREFETCH_BYTES * n + 64 * line)
+
+        def channels_from(first: int) -> list[Value]:
+            numbers = [f.b.sext(f.load(row, I32, 4 * (first + r)), I64) for r in range(rows_at_once)]
+            return [f.b.add(number, I64(c)) if c else number for number in numbers for c in range(n)]
+
+        channels = channels_from(0)
+        self.fetch(lambda: channels_from(ROWS_AHEAD))
+        begin: list[Value] = [places, weights, *ahead]
+        after: list[Value] = []
+        for vectors in self.parts:
+            if after:  # the same nonzeros again
+                begin[2:] = self._offsets(places, OFFSETS_AHEAD, 0)
+            sums = self.start(channels, vectors)
+            more_sets = [f.constant(0.0)] * (len(sums) * (self.sets - 1))
+            after = add_all(vectors, [*begin, *sums, *more_sets])
+            self.end(channels, self._sum_of_sets(after[len(begin) :], len(sums)), vectors)
+        places, weights, *ahead_of_next = after[: len(begin)]
+        return [places, weights, f.at(row, 4 * rows_at_once), *ahead_of_next]
+
+    def _sum_of_sets(self, sets: list[Value], n_sums: int) -> list[Value]:
+        """Add the sums of the independent sets, in pairs."""
+        while len(sets) > n_sums:
+            half = len(sets) // 2
+            sets = [self.f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
+        return sets
+
+    # ---- nonzeros
+
+    def _add_row(
+        self, turns: Value, count: int, vectors: range, carried: list[Value], *, odd: bool = False
+    ) -> list[Value]:
+        """The nonzeros of a row, `count` of them in each turn."""
+        if odd:
+            carried = self._add(vectors, [range(self.channels)], carried)
+        columns = [range(self.channels)] * count
+        return self.f.loop(turns, lambda _, *c: self._add(vectors, columns, list(c)), carried)
+
+    def _add_two_rows(self, shared: Value, turns: Value, vectors: range, carried: list[Value]) -> list[Value]:
+        """What two rows share, then one nonzero of each in turn."""
+        both, each = [range(2)], [range(1), range(1, 2)]
+        carried = self.f.loop(shared, lambda _, *c: self._add(vectors, both, list(c)), carried)
+        return self.f.loop(turns, lambda _, *c: self._add(vectors, each, list(c)), carried)
+
+    def _add(self, vectors: range, columns: list[range], carried: list[Value]) -> list[Value]:
+        """Some columns, each for the given channels: a load for each vector, and a multiply-add of it with the weight of each channel."""
+        f, size = self.f, len(vectors)
+        places, weights, *rest = carried
+        offsets = [*rest[:OFFSETS_AHEAD], *self._offsets(places, len(columns))]
+        sums = rest[OFFSETS_AHEAD:]
+        n_sums, n_weights = len(sums) // self.sets, 0
+        for u, channels in enumerate(columns):
+            splats = [f.weight(weights, 4 * (n_weights + c)) for c in range(len(channels))]
+            n_weights += len(channels)
+            first = u % self.sets * n_sums
+            pointer = f.opaque(f.at(f.arguments[1], offsets[u]))
+            for i, vector in enumerate(vectors):
+                x = f.read(pointer, f.width * vector, self.align)
+                for channel, weight in zip(channels, splats, strict=True):
+                    at = first + channel * size + i
+                    sums[at] = f.fma(weight, x, sums[at])
+        return [
+            f.at(places, 4 * len(columns)),
+            f.at(weights, 4 * n_weights),
+            *offsets[len(columns) :],
+            *sums,
+        ]
+
+    def _offsets(self, places: Value, count: int, first: int = OFFSETS_AHEAD) -> list[Value]:
+        """`count` offsets from number `first` on, two by one load."""
+        f, b, found = self.f, self.f.b, []
+        for i in range(first, first + count // 2 * 2, 2):
+            two = f.load(places, I64, 4 * i)
+            found += [b.sext(b.trunc(two, I32), I64), b.ashr(two, I64(32))]
+        if count % 2:
+            found.append(b.sext(f.load(places, I32, 4 * (first + count - 1)), I64))
+        return found
