@@ -672,9 +672,11 @@ class SparseModule:
         if any(len(several) > 1 for several in candidates.values()):
             self._time_candidates(candidates, packed)
             cache.put({question: self._choices[i].label for i, question in questions.items()})
-        order = choice_cache().get(self._order_question())
-        by_bands = order != _LAYERS  # known: cutting a network into bands takes time too
-        self._install(build_steps(self._plan, self._graph, self._choices, packed, by_bands=by_bands))
+        # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
+        by_bands = choice_cache().get(self._order_question()) != _LAYERS
+        steps = build_steps(self._plan, self._graph, self._choices, packed, by_bands=by_bands)
+        steps.use_bands = by_bands
+        self._install(steps)
         self._order_bands()
 
     def _order_question(self) -> str:
