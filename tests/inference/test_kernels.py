@@ -509,12 +509,11 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
         ),
         conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, pairs=True),
         *(
-            conv.ConvKernel(tile, reach, 0, 0, **flags, partners=True)
+            conv.ConvKernel(tile, reach, 0, 0, **flags, **more, partners=True)
             for tile in range(1, 9)
-            for reach in ("shift", "direct")
+            for reach, more in (("shift", {}), ("direct", {}), ("compact", compact | {"plane": tile + 1}))
             if registers.has_partners(tile, isa)
         ),
-        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, partners=True),
     ]
 
 

@@ -251,4 +251,4 @@ def test_one_loop_loads_for_two_rows_and_the_other_for_one(cpu: str) -> None:
 def test_partners_where_their_sums_stay_in_registers() -> None:
     narrow = native.Isa("test", 8, 16, "", "")
     assert [registers.has_partners(tile, WIDE) for tile in (1, 2, 3, 8)] == [False, False, True, True]
-    assert [registers.has_partners(tile, narrow) for tile in (2, 3, 6, 7)] == [False, True, True, False]
+    assert not any(registers.has_partners(tile, narrow) for tile in range(1, 9))
