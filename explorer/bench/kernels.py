@@ -28,6 +28,9 @@ from explorer.inference.steps import block_bytes
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
 
 CHANNELS_OUT = 256
+ROWS = ("alone", "partners", "pairs")
+"""How the loop takes output channels: one by one, two that happen to share operands at once, or two that share their pattern."""
+
 _REPEATS = 50
 _TURNS = 9
 
@@ -42,8 +45,8 @@ class KernelSpeed:
         Vectors of pixels that a nonzero is multiplied with.
     nonzeros : float
         Of a row of weights in the K block, on average.
-    pairs : bool
-        Whether two output channels share their pattern.
+    rows : str
+        One of `ROWS`.
     gflops : float
         Products and sums of nonzeros, in 1e9 per second.
     share : float
@@ -52,7 +55,7 @@ class KernelSpeed:
 
     tile: int
     nonzeros: float
-    pairs: bool
+    rows: str
     gflops: float
     share: float
 
@@ -66,13 +69,14 @@ class Loop:
         Vectors of pixels.
     nonzeros : float
         Of a row, on average: each weight is kept with the same probability, as uniform pruning of random weights leaves them.
-    pairs : bool
+    taken : str
+        One of `ROWS`.
     """
 
-    def __init__(self, tile: int, nonzeros: float, *, pairs: bool = False) -> None:
+    def __init__(self, tile: int, nonzeros: float, taken: str = "alone") -> None:
         self.isa = isa = current_isa()
-        self.tile, self.nonzeros, self.pairs = tile, nonzeros, pairs
-        partners = not pairs and has_partners(tile, isa)
+        self.tile, self.nonzeros, self.rows = tile, nonzeros, taken
+        pairs, partners = taken == "pairs", taken == "partners"
         kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, pairs=pairs, partners=partners)
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
@@ -161,7 +165,7 @@ def _repeating(isa: Isa) -> tuple[Value, str]:
 
 
 def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[KernelSpeed]:
-    """Measure every combination, and pairs of channels, in turn; the best of some turns of each.
+    """Measure every combination, with all `ROWS` that this CPU's kernels take, in turn; the best of some turns of each.
 
     Parameters
     ----------
@@ -170,8 +174,13 @@ def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[Kerne
     nonzeros : sequence of float
         Of a row and K block.
     """
+    isa = current_isa()
     loops = [
-        Loop(tile, count, pairs=pairs) for pairs in (False, True) for tile in tiles for count in nonzeros
+        Loop(tile, count, taken)
+        for taken in ROWS
+        for tile in tiles
+        for count in nonzeros
+        if taken != "partners" or has_partners(tile, isa)
     ]
     best = [float("inf")] * len(loops)
     for _ in range(_TURNS):
@@ -180,12 +189,12 @@ def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[Kerne
             start = time.perf_counter()
             loop.run(_REPEATS)
             best[i] = min(best[i], (time.perf_counter() - start) / _REPEATS)
-    peak = peak_of(current_isa()).gflops
+    peak = peak_of(isa).gflops
     return [
         KernelSpeed(
             loop.tile,
             loop.nonzeros,
-            loop.pairs,
+            loop.rows,
             loop.operations / seconds / 1e9,
             loop.operations / seconds / 1e9 / peak,
         )
@@ -197,8 +206,8 @@ def table(speeds: Sequence[KernelSpeed]) -> str:
     """The shares of the peak as lines of text: a row for each tile, a column for each number of nonzeros."""
     counts = sorted({speed.nonzeros for speed in speeds})
     lines = ["nonzeros a row:        " + "".join(f"{count:>8g}" for count in counts)]
-    for pairs, tile in sorted({(speed.pairs, speed.tile) for speed in speeds}):
-        shares = {s.nonzeros: s.share for s in speeds if (s.pairs, s.tile) == (pairs, tile)}
-        name = f"{tile} vectors{', pairs' if pairs else ''}"
+    for taken, tile in dict.fromkeys((speed.rows, speed.tile) for speed in speeds):
+        shares = {s.nonzeros: s.share for s in speeds if (s.rows, s.tile) == (taken, tile)}
+        name = f"{tile} vectors{'' if taken == 'alone' else f', {taken}'}"
         lines.append(f"{name:<23}" + "".join(f"{shares[count]:>8.0%}" for count in counts))
     return "\n".join(lines)
