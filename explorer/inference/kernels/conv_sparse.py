@@ -3,7 +3,7 @@
 The algorithm in plain words
   A row of weights is an output channel, or two of one pattern ("pairs"). Its sums, one for each vector of the tile, stay in registers while its nonzeros are
   added one by one: an offset tells where the operand lies, T loads and T multiply-adds follow. Rows come in groups of equally many nonzeros, so that the
-  core foresees the end of each row: a wrong guess costs as much as two nonzeros.
+  core foresees the end of each row.
   Two rows that share columns ("partners") are taken at once: first the columns that both have, each loaded once for 2 x T multiply-adds, then those that only
   one has, one of each row in turn.
 """
