@@ -77,11 +77,11 @@ class Loop:
         self.isa = isa = current_isa()
         self.tile, self.nonzeros, self.rows = tile, nonzeros, taken
         pairs, partners = taken == "pairs", taken == "partners"
-        kernel = conv.ConvKernel(tile, "direct", 0, 0, False, False, pairs=pairs, partners=partners)
+        kernel = conv.ConvKernel(tile, pairs=pairs, partners=partners)
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
-        weights = SparseWeights.of(self.weight, None, kernel.channels)
+        weights = SparseWeights.of(self.weight, isa, channels=kernel.channels)
         entries = sparse_entries(
             weights,
             weights.columns * row_bytes,
@@ -127,8 +127,8 @@ class Loop:
         )
         self._arguments = memory.put(arguments)
         self._scratch = address(memory.zeros(kernel.scratch_bytes(CHANNELS_OUT, isa) // 4 + 1, np.float32))
-        self._kernel = machine_code(isa, repr(kernel), lambda: kernel.build(isa))
-        repeat = machine_code(isa, "repeat a kernel", lambda: _repeating(isa))
+        self._kernel = machine_code(isa, kernel)
+        repeat = machine_code(isa, _RepeatKernel())
         self._repeat = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(repeat)
         self.operations = 2 * isa.lanes * tile * np.count_nonzero(self.weight)
 
@@ -149,19 +149,22 @@ def _set(index: Callable[[str], int], row: NDArray[np.int64], **values: int) -> 
         row[index(name)] = value
 
 
-def _repeating(isa: Isa) -> tuple[Value, str]:
+@dataclass(frozen=True, slots=True)
+class _RepeatKernel:
     """Calls a kernel again and again for its first job: (kernel, arguments, scratch, times)."""
-    module = ir.Module("repeat")
-    f = Function(module, "repeat", VOID, [I64, PTR, PTR, I64], isa)
-    kernel, arguments, scratch, times = f.arguments
-    type_ = ir.FunctionType(VOID, [PTR, I64, PTR]).as_pointer()
 
-    def once(_: Value) -> None:
-        f.b.call(f.b.inttoptr(kernel, type_), [arguments, I64(0), scratch])
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        module = ir.Module("repeat")
+        f = Function(module, "repeat", VOID, [I64, PTR, PTR, I64], isa)
+        kernel, arguments, scratch, times = f.arguments
+        type_ = ir.FunctionType(VOID, [PTR, I64, PTR]).as_pointer()
 
-    f.loop(times, once)
-    f.b.ret_void()
-    return module, "repeat"
+        def once(_: Value) -> None:
+            f.b.call(f.b.inttoptr(kernel, type_), [arguments, I64(0), scratch])
+
+        f.loop(times, once)
+        f.b.ret_void()
+        return module, "repeat"
 
 
 def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[KernelSpeed]:

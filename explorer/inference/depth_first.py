@@ -88,13 +88,19 @@ def order(steps: Sequence[Step]) -> list[tuple[int, int]]:
     done = [0] * len(steps)
     found: list[tuple[int, int]] = []
     total = sum(map(len, steps))
+
+    def can_go_on(s: int) -> bool:
+        if done[s] == len(steps[s]):
+            return False
+        waits_for = needed[s][done[s]]
+        # What is done stays so: nothing is looked at again.
+        while waits_for and done[waits_for[-1][0]] >= waits_for[-1][1]:
+            waits_for.pop()
+        return not waits_for
+
     while len(found) < total:
         # The first step that is not done can always go on.
-        s = next(
-            s
-            for s in range(len(steps) - 1, -1, -1)
-            if done[s] < len(steps[s]) and all(done[e] >= count for e, count in needed[s][done[s]])
-        )
+        s = next(s for s in range(len(steps) - 1, -1, -1) if can_go_on(s))
         found.append((s, done[s]))
         done[s] += 1
     return found

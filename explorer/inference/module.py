@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
+from explorer.inference.ahead import code_ahead
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
@@ -151,7 +152,8 @@ def compile(
                 stacklevel=2,
             )
         isa = half or isa
-    graph = capture(module, inputs)
+    with code_ahead(isa, sparse=sparse != "dense"):
+        graph = capture(module, inputs)
     compiled = (
         _fastest(graph, inputs, sparse, isa)
         if threads == "auto"

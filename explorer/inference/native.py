@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -275,24 +275,28 @@ _lock = fork.EngineLock()
 _loaded: dict[str, tuple[int, Any]] = {}
 
 
-def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]]) -> int:
+class Kernel(Protocol):
+    """Names a native function and all that its code depends on besides the CPU: equal texts (``repr``) mean equal code."""
+
+    def build(self, isa: Isa) -> tuple[Any, str]:
+        """The llvmlite IR module and the symbol wanted. Called only when no cached object fits."""
+
+
+def machine_code(isa: Isa, kernel: Kernel) -> int:
     """The address of a native function.
 
     Parameters
     ----------
     isa : Isa
         The CPU to generate for.
-    signature : str
-        Names the kernel and all its parameters; equal signatures mean equal code.
-    build : callable
-        Returns the llvmlite IR module and the symbol wanted. Called only when no cached object fits.
+    kernel : Kernel
 
     Returns
     -------
     int
         Address; it stays valid as long as the process lives.
     """
-    key = _key(isa, signature)
+    key = _key(isa, kernel)
     there = _loaded.get(key)
     if there is not None:
         return there[0]  # without waiting for what another thread compiles
@@ -307,7 +311,7 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
         symbol = "kernel"
         code = cached.read()
         if code is None:
-            code = _emit(machine, build, symbol)
+            code = _emit(machine, kernel.build(isa), symbol)
             cached.write(code)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -315,14 +319,14 @@ def machine_code(isa: Isa, signature: str, build: Callable[[], tuple[Any, str]])
         address = int(engine.get_function_address(symbol))
         if not address:
             raise EngineError(
-                f"The kernel {signature!r} was compiled but could not be loaded. Please report this."
+                f"The kernel {kernel!r} was compiled but could not be loaded. Please report this."
             )
         _loaded[key] = (address, engine)
         return address
 
 
-def _key(isa: Isa, signature: str) -> str:
-    return hashlib.sha256(f"{generator_version()} {isa} {signature}".encode()).hexdigest()
+def _key(isa: Isa, kernel: Kernel) -> str:
+    return hashlib.sha256(f"{generator_version()} {isa} {kernel!r}".encode()).hexdigest()
 
 
 class Emitter:
@@ -338,18 +342,18 @@ class Emitter:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def code(self, isa: Isa, signature: str, build: Callable[[], tuple[Any, str]]) -> Callable[[], int]:
+    def code(self, isa: Isa, kernel: Kernel) -> Callable[[], int]:
         """As `machine_code`, but what is returned waits for the address when it is called, and raises what went wrong."""
-        there = _loaded.get(_key(isa, signature))
+        there = _loaded.get(_key(isa, kernel))
         if there is not None:
             return lambda: there[0]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "explorer-emitter")
-        return self._pool.submit(machine_code, isa, signature, build).result
+        return self._pool.submit(machine_code, isa, kernel).result
 
 
-def _emit(machine: Any, build: Callable[[], tuple[Any, str]], symbol: str) -> bytes:
-    module, name = build()
+def _emit(machine: Any, built: tuple[Any, str], symbol: str) -> bytes:
+    module, name = built
     module.globals[name].name = symbol
     text = str(module)
     parsed = llvm.parse_assembly(text)

@@ -30,16 +30,24 @@ class Operands:
         Byte offset of each operand in the row that its source becomes ("direct": from the pixel itself).
     n_bytes : (S,) int64
         Bytes of each source's row in the buffer ("direct": its share of what its channel occupies in the cache).
+    is_copied : bool
+        Whether there is a buffer at all, or operands are read where they lie ("direct").
     """
 
     sources: NDArray[np.int64]
     source: NDArray[np.int64]
     within: NDArray[np.int64]
     n_bytes: NDArray[np.int64]
+    is_copied: bool = True
 
 
 def operands(
-    planes: NDArray[np.int64], shifts: NDArray[np.int64], plane: int, kernel: conv.ConvKernel, isa: Isa
+    planes: NDArray[np.int64],
+    shifts: NDArray[np.int64],
+    plane: int,
+    reach: str,
+    tile: int,
+    isa: Isa,
 ) -> Operands:
     """Plan how operands are reached.
 
@@ -51,21 +59,25 @@ def operands(
         Elements from a pixel to the operand of each tap.
     plane : int
         Elements from one plane to the next.
-    kernel : ConvKernel
+    reach : str
+        "direct", "shift" or "compact", see `conv`.
+    tile : int
+        Vectors of pixels.
     isa : Isa
     """
     channels, taps = planes.shape
     lanes, size, width = isa.lanes, isa.element_bytes, isa.width
-    row_bytes = width * kernel.tile
+    row_bytes = width * tile
     place = (planes * plane + shifts) * size
-    if kernel.reach != "shift":
+    if reach != "shift":
         each = np.arange(channels * taps)
         sources = np.stack([place.reshape(-1), np.zeros(channels * taps, np.int64)], 1)
-        if kernel.reach == "compact":
+        if reach == "compact":
             return Operands(sources, each, np.zeros_like(each), np.full(len(each), row_bytes))
         # Taps of one channel overlap in the cache: together they occupy a tile and the distance between the outermost of them.
         channel_bytes = row_bytes + size * int(np.ptp(shifts))
-        return Operands(sources, each, place.reshape(-1), np.full(len(each), -(-channel_bytes // taps)))
+        n_bytes = np.full(len(each), -(-channel_bytes // taps))
+        return Operands(sources, each, place.reshape(-1), n_bytes, is_copied=False)
     # Taps that read the same plane, at shifts that differ by whole vectors, share a source. All channels are alike.
     groups: list[list[int]] = []
     for tap in sorted(range(taps), key=lambda t: (planes[0, t], shifts[t] % lanes, shifts[t])):
@@ -74,7 +86,7 @@ def operands(
             bool(groups)
             and planes[0, last] == planes[0, tap]
             and (shifts[tap] - shifts[last]) % lanes == 0
-            and shifts[tap] - shifts[last] <= _LONGEST_SHARE * kernel.tile * lanes
+            and shifts[tap] - shifts[last] <= _LONGEST_SHARE * tile * lanes
         )
         if together:
             groups[-1].append(tap)
@@ -187,7 +199,7 @@ def conv_sparse(
     for (low, piece), sources in zip(pieces, needed, strict=True):
         block_of = _blocks_of(reach, sources, n_blocks)
         row_start = np.zeros(n_sources, np.int64)
-        if kernel.reach != "direct":
+        if reach.is_copied:
             # Each block fills the buffer from its beginning.
             end = np.cumsum(reach.n_bytes[sources])
             edges = np.searchsorted(block_of[sources], np.arange(n_blocks))
@@ -202,7 +214,7 @@ def conv_sparse(
         blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
-            "n_sources": np.diff(cuts),
+            "n_sources": np.diff(cuts) * reach.is_copied,
             "sources": before[4] + cuts[:-1],
             "offsets": before[0] + starts[:-1, 0],
             "weights": before[1] + starts[:-1, 1],
@@ -262,7 +274,7 @@ def conv_dense(
             mine = np.flatnonzero(block_of == i)
             ks = np.flatnonzero(block_of[reach.source] == i)
             where = reach.within[ks]
-            if kernel.reach != "direct":
+            if reach.is_copied:
                 where = where + starts[reach.source[ks]] - starts[mine[0]]
             piece = part[:, ks]
             body = piece[: full * step].reshape(full, step, len(ks)).transpose(0, 2, 1).reshape(-1)
@@ -271,7 +283,7 @@ def conv_dense(
             sources.append(reach.sources[mine])
             fields = {
                 "stage": int(stage),
-                "n_sources": len(mine),
+                "n_sources": len(mine) * reach.is_copied,
                 "sources": n_sources,
                 "depth": len(ks),
                 "offsets": n_offsets,

@@ -58,7 +58,7 @@ def peak_of(isa: Isa) -> MachinePeak:
 
     def fastest(kind: str, rounds: int) -> float:
         kernel = peak.PeakKernel(kind)
-        code = machine_code(isa, repr(kernel), lambda: kernel.build(isa))
+        code = machine_code(isa, kernel)
         run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(code)
         times = []
         for _ in range(_TURNS):

@@ -36,7 +36,7 @@ from explorer.inference.kernels import (
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_tile, tile_of
 from explorer.inference.memory import Memory, address
-from explorer.inference.native import Emitter, Isa, l1_bytes, l2_bytes
+from explorer.inference.native import Emitter, Isa, Kernel, l1_bytes, l2_bytes
 from explorer.inference.pack import (
     PackedConv,
     conv_channels_dense,
@@ -224,10 +224,9 @@ class _StepBuilder:
             return self._split(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
-    def code(self, kernel: Any, isa: Isa | None = None) -> Callable[[], int]:
+    def code(self, kernel: Kernel, isa: Isa | None = None) -> Callable[[], int]:
         """Have the machine code of a kernel made; the result waits for its address."""
-        isa = isa or self.plan.isa
-        return self.emitter.code(isa, repr(kernel), lambda: kernel.build(isa))
+        return self.emitter.code(isa or self.plan.isa, kernel)
 
     def _once(self, operation: Operation, choice: Choice, pack: Callable[[], Any]) -> Any:
         """Packed weights, from an earlier round with the same choice when there was one."""
@@ -263,7 +262,7 @@ class _StepBuilder:
         """The nonzeros of the weight as a matrix (M, K), so many output channels together."""
         weight = self._array(operation.weight)
         gain = None if operation.gain is None else self._array(operation.gain)
-        weights = SparseWeights.of(weight.reshape(len(weight), -1), gain, channels)
+        weights = SparseWeights.of(weight.reshape(len(weight), -1), self.plan.isa, gain, channels)
         self._fitting(operation, weights.values)
         return weights
 
@@ -316,7 +315,7 @@ class _StepBuilder:
             and a["groups"] == 1
             and registers.has_partners(kernel.tile, self.plan.isa),
         )
-        reach = operands(planes, shifts, x.plane, kernel, self.plan.isa)
+        reach = operands(planes, shifts, x.plane, choice.reach, kernel.tile, self.plan.isa)
 
         words = partial(weight_words, isa=self.plan.isa)
 
@@ -339,7 +338,7 @@ class _StepBuilder:
             tiles=tiles,
             parts=parts,
             back=0 if choice.reach == "compact" else y.vector_bytes * (tiles * kernel.tile - y.vectors),
-            mask=self._mask(y),
+            mask=self._mask(y) if y.has_gaps and not y.tile else 0,  # of tiles, nobody counts the gaps
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
             **self._bounds(operation),
@@ -457,11 +456,8 @@ class _StepBuilder:
         rows = min(registers.dense_rows(tile, self.plan.isa, whole=whole), channels) if choice.dense else 0
         kernel = conv.ConvKernel(
             tile,
-            choice.reach,
             rows,
             channels % rows if rows else 0,
-            "residual" in layouts,
-            y.has_gaps and not y.tile,  # of tiles, nobody counts the gaps
             pairs=choice.pairs,
             **compact,
         )

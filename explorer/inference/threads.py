@@ -43,9 +43,9 @@ class _State:
         self.asleep = [False] * threads
         self.calls = 0  # of the helpers, whether they slept or not
         self.scratch: list[int] = []
-        run = machine_code(isa, "driver run", lambda: driver.build("run", isa))
-        turns = machine_code(isa, "driver run turns", lambda: driver.build("run_turns", isa))
-        help_ = machine_code(isa, "driver help", lambda: driver.build("help", isa))
+        run, turns, help_ = (
+            machine_code(isa, driver.DriverKernel(name)) for name in ("run", "run_turns", "help")
+        )
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run)
         self.run_turns = ctypes.CFUNCTYPE(
             None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
@@ -228,9 +228,7 @@ class Runner:
 @cache
 def cycles_per_ms(isa: Isa) -> float:
     """Ticks of the driver's clock per millisecond, calibrated against the system's clock once per process."""
-    clock = ctypes.CFUNCTYPE(ctypes.c_int64)(
-        machine_code(isa, "driver clock", lambda: driver.build("clock", isa))
-    )
+    clock = ctypes.CFUNCTYPE(ctypes.c_int64)(machine_code(isa, driver.DriverKernel("clock")))
     start, ticks = time.perf_counter_ns(), clock()
     while (elapsed := time.perf_counter_ns() - start) < 10_000_000:
         pass

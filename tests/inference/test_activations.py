@@ -49,7 +49,7 @@ def apply(kind: str, x: NDArray[np.float32], isa: str | None = None) -> NDArray[
         "vectors": vectors,
     }
     row = np.array([fields.get(name, 0) for name in pointwise.ARGUMENTS.fields], np.int64)
-    code = native.machine_code(cpu, repr(kernel), lambda: kernel.build(cpu))
+    code = native.machine_code(cpu, kernel)
     ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(code)(address(row), 0, None)
     return out[: x.size].copy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -199,10 +200,9 @@ def test_columns_of_a_square_of_vectors_become_its_rows() -> None:
 
     from explorer.inference.kernels.builder import PTR, VOID, Function
 
-    for name in filter(runnable, ISAS):
-        isa = native.host_isa(name)
-
-        def build(isa: native.Isa = isa) -> tuple[ir.Module, str]:
+    @dataclass(frozen=True)
+    class Transpose:
+        def build(self, isa: native.Isa) -> tuple[ir.Module, str]:
             module = ir.Module("transpose")
             f = Function(module, "transpose", VOID, [PTR, PTR], isa)
             source, to = f.arguments
@@ -212,9 +212,9 @@ def test_columns_of_a_square_of_vectors_become_its_rows() -> None:
             f.b.ret_void()
             return module, "transpose"
 
-        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(
-            native.machine_code(isa, f"test transposition {isa.name}", build)
-        )
+    for name in filter(runnable, ISAS):
+        isa = native.host_isa(name)
+        call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(native.machine_code(isa, Transpose()))
         square = np.arange(isa.lanes**2, dtype=np.float32).reshape(isa.lanes, isa.lanes)
         got = np.zeros_like(square)
         call(square.ctypes.data, got.ctypes.data)

@@ -199,11 +199,10 @@ def test_the_phases_equal_their_numpy_twin(
 def test_shared_copies_hold_the_operand_of_every_tap(
     channels: int, shifts: list[int], tile: int, lanes: int
 ) -> None:
-    kernel = conv.ConvKernel(tile, "shift", 0, 0, False, False)
     taps, plane, start = len(shifts), 1000, 200
     memory = np.arange(channels * plane + 2 * start)  # each element holds its own place
     planes = np.tile(np.arange(channels)[:, None], (1, taps))
-    reach = operands(planes, np.array(shifts), plane, kernel, native.Isa("test", lanes, 16, "", ""))
+    reach = operands(planes, np.array(shifts), plane, "shift", tile, native.Isa("test", lanes, 16, "", ""))
     buffer: list[int] = []
     rows = []
     for offset, extra in reach.sources:
@@ -220,9 +219,8 @@ def test_shared_copies_hold_the_operand_of_every_tap(
 
 
 def test_in_rows_of_whole_vectors_three_copies_serve_nine_taps() -> None:
-    kernel = conv.ConvKernel(7, "shift", 0, 0, False, False)
     shifts = np.array([dy * 16 + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
-    reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, kernel, native.Isa("test", 16, 32, "", ""))
+    reach = operands(np.zeros((1, 9), np.int64), shifts, 1000, "shift", 7, native.Isa("test", 16, 32, "", ""))
     assert reach.sources.tolist() == [[-4 * 16, 2], [4 * (1 - 16), 2], [4 * (-1 - 16), 2]]
 
 
@@ -492,26 +490,19 @@ def innermost_loops(text: str) -> list[list[str]]:
 
 def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
     """Sparse and dense kernels at every tile, with the most rows that the registers are said to hold."""
-    flags = {"residual": True, "masked": True}
     compact = {"columns": 4, "pitch": 5}
     rows = {tile: registers.dense_rows(tile, isa) for tile in (1, 4, 7, 8)}
     return [
-        *(conv.ConvKernel(tile, "shift", 0, 0, **flags) for tile in rows),
-        *(conv.ConvKernel(tile, "direct", 0, 0, **flags) for tile in rows),
-        *(conv.ConvKernel(tile, "shift", r, 0, **flags) for tile, r in rows.items()),
-        *(conv.ConvKernel(tile, "direct", r, 0, **flags) for tile, r in rows.items()),
-        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5),
-        conv.ConvKernel(4, "compact", rows[4], 0, **flags, **compact, plane=5),
+        *(conv.ConvKernel(tile) for tile in rows),
+        *(conv.ConvKernel(tile, r) for tile, r in rows.items()),
+        conv.ConvKernel(4, **compact, plane=5),
+        conv.ConvKernel(4, rows[4], **compact, plane=5),
+        *(conv.ConvKernel(tile, pairs=True) for tile in (1, 2, 4, 6, 7, 8)),
+        conv.ConvKernel(4, **compact, plane=5, pairs=True),
         *(
-            conv.ConvKernel(tile, reach, 0, 0, **flags, pairs=True)
-            for tile in (1, 2, 4, 6, 7, 8)
-            for reach in ("shift", "direct")
-        ),
-        conv.ConvKernel(4, "compact", 0, 0, **flags, **compact, plane=5, pairs=True),
-        *(
-            conv.ConvKernel(tile, reach, 0, 0, **flags, **more, partners=True)
+            conv.ConvKernel(tile, **more, partners=True)
             for tile in range(1, 9)
-            for reach, more in (("shift", {}), ("direct", {}), ("compact", compact | {"plane": tile + 1}))
+            for more in ({}, compact | {"plane": tile + 1})
             if registers.has_partners(tile, isa)
         ),
     ]
@@ -519,7 +510,7 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
 
 def sizes_of_parts(kernel: conv.ConvKernel, isa: native.Isa) -> tuple[int, ...]:
     """Vectors of the tile that a hot loop takes at once."""
-    if kernel.dense_rows and kernel.reach != "compact":
+    if kernel.dense_rows and not kernel.compact:
         return registers.dense_parts(kernel.tile, kernel.dense_rows, isa)
     return registers.pair_parts(kernel.tile, isa) if kernel.pairs else (kernel.tile,)
 
@@ -676,8 +667,7 @@ def test_every_instruction_set_filters_channels_like_the_numpy_twin(
 
 def test_a_spill_in_a_hot_loop_would_be_found() -> None:
     isa, triple, *_ = CPUS["avx2"]
-    flags = {"residual": False, "masked": False}
     # 32 sums in 16 registers: what lies compact is not taken in parts.
-    kernel = conv.ConvKernel(8, "compact", 4, 0, **flags, columns=4, pitch=5, plane=10)
+    kernel = conv.ConvKernel(8, 4, columns=4, pitch=5, plane=10)
     loops = innermost_loops(native.assembly(isa, kernel.build(isa)[0], triple))
     assert any("%rsp" in line for loop in loops for line in loop if "ymm" in line)

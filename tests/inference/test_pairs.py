@@ -184,7 +184,7 @@ def test_rows_of_pairs_hold_the_weights_of_both_channels_and_their_gains() -> No
     weight[generator.random(weight.shape) < 0.5] = 0
     gain = generator.standard_normal(10)
     rebuilt = np.zeros((10, 7))
-    pairs = SparseWeights.of(weight, gain, channels=2)
+    pairs = SparseWeights.of(weight, native.current_isa(), gain, channels=2)
     assert pairs.shape == (5, 7)
     row = np.repeat(np.arange(5), np.diff(pairs.starts))
     for channel in range(2):
@@ -198,7 +198,7 @@ def test_an_operand_is_loaded_once_for_both_channels(cpu: str) -> None:
     from explorer.inference.kernels.conv import ConvKernel
 
     isa, triple, instruction, register = CPUS[cpu]
-    kernel = ConvKernel(4, "shift", 0, 0, residual=False, masked=False, pairs=True)
+    kernel = ConvKernel(4, pairs=True)
     loops = innermost_loops(native.assembly(isa, kernel.build(isa)[0], triple))
     hot = [loop for loop in loops if any(instruction in line for line in loop)]
     assert hot

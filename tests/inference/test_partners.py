@@ -38,7 +38,7 @@ def random_rows(rows: int, columns: int, density: float, seed: int) -> NDArray[n
 
 
 def entries_of(weight: NDArray[np.float32], block: NDArray[np.int64], *, partners: bool = True) -> Entries:
-    weights = SparseWeights.of(weight)
+    weights = SparseWeights.of(weight, native.current_isa())
     return sparse_entries(
         weights,
         weights.columns * 4,
@@ -83,7 +83,7 @@ def unpacked(entries: Entries, shape: tuple[int, ...]) -> NDArray[np.float64]:
 def test_partners_are_those_of_the_numpy_twin(
     rows: int, columns: int, density: float, runs: int, grain: int, seed: int
 ) -> None:
-    weights = SparseWeights.of(random_rows(rows, columns, density, seed))
+    weights = SparseWeights.of(random_rows(rows, columns, density, seed), native.current_isa())
     run_end = np.array([-(-rows * (i * runs // rows + 1) // runs) for i in range(rows)], np.int64)
     set_words = -(-columns // 512) * match_rows.SET_WORDS
     base = 1000  # of a block that does not begin at column 0
@@ -236,7 +236,7 @@ def test_one_loop_loads_for_two_rows_and_the_other_for_one(cpu: str) -> None:
     isa, triple, instruction, _ = CPUS[cpu]
     tile = 4
     assert registers.has_partners(tile, isa)
-    kernel = conv.ConvKernel(tile, "shift", 0, 0, residual=False, masked=False, partners=True)
+    kernel = conv.ConvKernel(tile, partners=True)
     text = native.assembly(isa, kernel.build(isa)[0], triple)
     hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
     fmas = [sum(instruction in line for line in loop) for loop in hot]

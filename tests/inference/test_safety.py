@@ -189,7 +189,7 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((40, 33)).astype(np.float32)
     weight[generator.random(weight.shape) < generator.random((40, 1))] = 0
-    weights = SparseWeights.of(weight)
+    weights = SparseWeights.of(weight, native.current_isa())
     block = np.arange(33) * 3 // 33  # three blocks of columns
     entries = sparse_entries(
         weights,

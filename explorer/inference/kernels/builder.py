@@ -21,6 +21,7 @@ from explorer.inference.native import Isa
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, PTR, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
+NULL = ir.Constant(PTR, None)
 
 Value = Any  # an llvmlite value; llvmlite ships no types
 
@@ -103,6 +104,10 @@ class Function:
                 return pointer
             offset = I64(offset)
         return self.b.gep(pointer, [offset], source_etype=I8)
+
+    def is_there(self, pointer: Value) -> Value:
+        """Whether an address is not null."""
+        return self.b.icmp_signed("!=", pointer, NULL)
 
     def load(self, pointer: Value, type_: Value, offset: int | Value = 0, align: int = 4) -> Value:
         value = self.b.load(self.at(pointer, offset), typ=type_)

@@ -1,4 +1,4 @@
-"""Convolution of one tile of pixels for many output channels: sparse or dense weights, one way of reaching the operands.
+"""Convolution of one tile of pixels for many output channels, with sparse or dense weights.
 
 The algorithm in plain words
   A job is one tile (T vectors of neighbouring pixels of one image) times a part of the output channels. The K dimension (input channel x
@@ -7,6 +7,7 @@ The algorithm in plain words
              "shift"    the shifted pixels are first copied into an L1 buffer, so that the hot loop loads whole cache lines. Taps whose shifts
                         differ by whole vectors share one copy, a few vectors longer: in rows of whole vectors, 3 copies serve 3 x 3 taps
              "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
+             The first two are one kernel: a block that names nothing to copy is read where it lies.
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     partners two output channels at once that share some of their operands: 2 x T sums; T loads of what they share serve 2 x T FMAs, then one operand of
@@ -14,7 +15,9 @@ The algorithm in plain words
     pairs    two neighbouring output channels whose nonzeros stand in the same places: as if they were one, with two weights for each nonzero
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.
-  The loops over nonzeros are in conv_sparse.py. The first block starts from the bias, the last adds the residual, clamps (ReLU, ReLU6) or applies another activation, and zeroes the gap between image rows.
+  The loops over nonzeros are in conv_sparse.py. The first block starts from the bias, the last adds the residual, if there is one, clamps (ReLU, ReLU6) or
+  applies another activation, and zeroes the gaps between image rows where a mask asks for it. Residual and mask are questions of the table, asked once a row:
+  kernels of their own would be four times as many to compile.
 
 The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
 Convolutions and Guided Pruning" (2017).
@@ -33,7 +36,7 @@ from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply
-from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Value
+from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Value
 from explorer.inference.kernels.conv_sparse import SparseLoops
 from explorer.inference.kernels.conv_tables import (
     ARGUMENTS,
@@ -55,16 +58,12 @@ class ConvKernel:
     ----------
     tile : int
         Vectors of pixels in a tile (T).
-    reach : str
-        "direct", "shift" or "compact".
     dense_rows : int
         Output channels that share their operand loads (R); 0 for the sparse kernel.
     remainder : int
         Output channels of the last, smaller group (dense only).
-    residual, masked : bool
-        Whether a residual is added, and whether the gaps of the output must be zeroed.
     columns, pitch, plane : int
-        "compact" only: pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
+        Where gaps between image rows are left out ("compact"): pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
         vectors without gaps.
     activation : Activation or None
         Applied last, instead of the clamp.
@@ -77,11 +76,8 @@ class ConvKernel:
     """
 
     tile: int
-    reach: str
-    dense_rows: int
-    remainder: int
-    residual: bool
-    masked: bool
+    dense_rows: int = 0
+    remainder: int = 0
     columns: int = 0
     pitch: int = 0
     plane: int = 0
@@ -89,6 +85,11 @@ class ConvKernel:
     pairs: bool = False
     partners: bool = False
     capped: bool = True
+
+    @property
+    def compact(self) -> bool:
+        """Whether the gaps between image rows are left out."""
+        return self.plane > 0
 
     @property
     def channels(self) -> int:
@@ -116,7 +117,6 @@ class _Generator:
         self.width = isa.width
         self.row_bytes = self.width * kernel.tile
         self._all = range(kernel.tile)
-        self.packed = kernel.reach != "direct"
 
     def module(self) -> tuple[Value, str]:
         k = self.k
@@ -166,22 +166,26 @@ class _Generator:
     ) -> None:
         """Residual, clamp or activation, gap mask, store: the epilogue of one output channel, for these vectors of its tile."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
+        k, all_of = self.k, range(self.k.plane) if self.k.compact else which
+
+        def added() -> list[Value]:
+            more = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, all_of)
+            more = self._compact(f, more) if k.compact else more
+            return [f.b.fadd(s, r) for s, r in zip(sums, more, strict=True)]
+
+        def kept() -> list[Value]:
+            masks = [f.read_mask(mask, self.width * i) for i in all_of]
+            return [f.keep(s, m) for s, m in zip(sums, masks, strict=True)]
+
+        sums = f.either(f.is_there(residual), added, lambda: sums)
+        sums = [
+            apply(k.activation, f, s) if k.activation else f.clamp(s, low, high, capped=k.capped)
+            for s in sums
+        ]
+        sums = self._spread(f, sums) if k.compact else sums
+        sums = f.either(f.is_there(mask), kept, lambda: sums)
         to = f.at(out, f.b.mul(channel, out_plane))
-        activation = self.k.activation
-        if activation and not self.k.residual:
-            sums = [apply(activation, f, s) for s in sums]  # before the gaps are there
-        if self.k.reach == "compact":
-            sums, which = self._spread(f, sums), range(self.k.plane)
-        if self.k.residual:
-            added = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, which)
-            sums = [f.b.fadd(s, r) for s, r in zip(sums, added, strict=True)]
-            if activation:
-                sums = [apply(activation, f, s) for s in sums]
-        if not activation:
-            sums = [f.clamp(s, low, high, capped=self.k.capped) for s in sums]
-        if self.k.masked:
-            sums = [f.keep(s, f.read_mask(mask, self.width * i)) for i, s in zip(which, sums, strict=True)]
-        for i, s in zip(which, sums, strict=True):
+        for i, s in zip(all_of, sums, strict=True):
             f.write(s, to, self.width * i, self.width)
 
     def _is(self, f: Function, stage: int) -> Value:
@@ -224,7 +228,8 @@ class _Generator:
     def _fetch(self, f: Function, channels: list[Value]) -> None:
         """Fetch the cache lines that `_finish` will read and write for these channels."""
         _, _, _, _, out, out_plane, residual, residual_plane, *_ = f.arguments
-        where, plane = (residual, residual_plane) if self.k.residual else (out, out_plane)
+        is_there = f.is_there(residual)
+        where, plane = f.b.select(is_there, residual, out), f.b.select(is_there, residual_plane, out_plane)
         for channel in channels:
             line = f.at(where, f.b.mul(channel, plane))
             for i in range(self.k.tile):
@@ -234,7 +239,7 @@ class _Generator:
         """The vectors that so many output channels take at once. What lies "compact" is spread out as a whole, and is taken so."""
         k = self.k
         sizes: tuple[int, ...] = (k.tile,)
-        if k.reach != "compact" and (k.dense_rows or k.pairs):
+        if not k.compact and (k.dense_rows or k.pairs):
             sizes = pair_parts(k.tile, self.isa) if k.pairs else dense_parts(k.tile, n_rows, self.isa)
         return [range(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
 
@@ -254,7 +259,6 @@ class _Generator:
             k.channels,
             k.unroll,
             self._parts(k.channels),
-            self.width if self.packed else None,
             partial(self._start, f, is_first),
             partial(self._end, f, is_last),
             fetch,
@@ -271,7 +275,6 @@ class _Generator:
         b = f.b
         block, operands = f.arguments[:2]
         is_first, is_last = self._is(f, FIRST_BLOCK), self._is(f, LAST_BLOCK)
-        align = self.width if self.packed else None
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "weights", PTR)
         is_rest = n_rows == k.remainder and n_rows != k.dense_rows
@@ -300,7 +303,7 @@ class _Generator:
             pointer = f.opaque(f.at(operands, b.sext(f.load(offset, I32), I64)))
 
             def load_x(i: int) -> Value:
-                return f.read(pointer, self.width * which[i], align)
+                return f.read(pointer, self.width * which[i])
 
             def load_w(r: int) -> Value:
                 return f.weight(weight, 4 * r)
@@ -337,11 +340,10 @@ class _Generator:
                 f.write(value, to, self.width * i, self.width)
             return [f.at(source, 16), f.at(to, self.row_bytes)]
 
-        body = shifted if self.k.reach == "shift" else compacted
+        body = compacted if self.k.compact else shifted
         f.loop(f.field(block, BLOCK, "n_sources"), body, [sources, buffer])
 
     def _job(self, inner: list[str]) -> None:
-        k = self.k
         f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa)
         b, (args, job, scratch) = f.b, f.arguments
 
@@ -364,8 +366,9 @@ class _Generator:
 
         x = tensor("x")
         out = tensor("out")
-        residual = tensor("residual") if k.residual else out
-        mask = f.at(field("mask", PTR), position(I64(self.row_bytes))) if k.masked else out
+        residual = b.select(f.is_there(field("residual", PTR)), tensor("residual"), NULL)
+        masks = field("mask", PTR)
+        mask = b.select(f.is_there(masks), f.at(masks, position(I64(self.row_bytes))), NULL)
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         bias, n_blocks = field("bias", PTR), field("n_blocks")
         blocks = f.row(field("blocks", PTR), BLOCK, b.mul(part, n_blocks))
@@ -373,9 +376,9 @@ class _Generator:
 
         def one_block(index: Value) -> None:
             block = f.row(blocks, BLOCK, index)
-            operands = scratch if self.packed else x
-            if self.packed:
-                self._pack(f, block, x, scratch)
+            is_copied = b.icmp_signed("!=", f.field(block, BLOCK, "n_sources"), I64(0))
+            operands = b.select(is_copied, scratch, x)
+            self._pack(f, block, x, scratch)
 
             for name in inner:
                 b.call(

@@ -37,8 +37,6 @@ class SparseLoops:
         Sets of sums of a row, which successive nonzeros are added to in turn.
     parts : list of range
         The vectors of the tile that are taken at once; for each part the nonzeros are gone through again.
-    align : int or None
-        Of operands, in bytes.
     start : callable
         ``start(channels, vectors)``: the sums before the block, channel by channel.
     end : callable
@@ -51,7 +49,6 @@ class SparseLoops:
     channels: int
     sets: int
     parts: list[range]
-    align: int | None
     start: Callable[[list[Value], range], list[Value]]
     end: Callable[[list[Value], list[Value], range], None]
     fetch: Callable[[Callable[[], list[Value]]], None]
@@ -170,7 +167,7 @@ class SparseLoops:
             first = u % self.sets * n_sums
             pointer = f.opaque(f.at(f.arguments[1], offsets[u]))
             for i, vector in enumerate(vectors):
-                x = f.read(pointer, f.width * vector, self.align)
+                x = f.read(pointer, f.width * vector)
                 for channel, weight in zip(channels, splats, strict=True):
                     at = first + channel * size + i
                     sums[at] = f.fma(weight, x, sums[at])

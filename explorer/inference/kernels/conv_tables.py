@@ -11,7 +11,7 @@ ARGUMENTS = Record(
     )
 )  # fmt: skip
 """One convolution. `..._tile`: bytes from one tile to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
-evenly."""
+evenly. `residual`, `mask`: 0 for none."""
 
 BLOCK = Record(
     (
@@ -20,7 +20,7 @@ BLOCK = Record(
     )
 )  # fmt: skip
 """One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
-the buffer. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
+the buffer; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
 Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
 nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows; weights [group][k][R]."""

@@ -15,6 +15,7 @@ The caller writes the cycle counter into `stamps` when each step begins and ends
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 
 from llvmlite import ir
 
@@ -209,17 +210,26 @@ def _clock(module: Value, isa: Isa) -> None:
     f.b.ret(cycles(f))
 
 
-def build(entry: str, isa: Isa) -> tuple[Value, str]:
-    """The IR module with `entry`: "run", "run_turns", "help" or "clock"."""
-    module = ir.Module("driver")
-    if entry == "clock":
-        _clock(module, isa)
-        return module, entry
-    work = _work(module, isa)
-    if entry == "help":
-        _help(module, work, isa)
-    else:
-        run = _run(module, work, isa)
-        if entry == "run_turns":
-            _run_turns(module, run, isa)
-    return module, entry
+ENTRIES = ("run", "run_turns", "help", "clock")
+
+
+@dataclass(frozen=True, slots=True)
+class DriverKernel:
+    """One of `ENTRIES`; the machine code depends on nothing else but the CPU."""
+
+    entry: str
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module with the entry, and its name."""
+        module = ir.Module("driver")
+        if self.entry == "clock":
+            _clock(module, isa)
+            return module, self.entry
+        work = _work(module, isa)
+        if self.entry == "help":
+            _help(module, work, isa)
+        else:
+            run = _run(module, work, isa)
+            if self.entry == "run_turns":
+                _run_turns(module, run, isa)
+        return module, self.entry
