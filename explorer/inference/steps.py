@@ -494,9 +494,7 @@ class _StepBuilder:
             masked = vectors * y.lanes != y.columns
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
-        kernel = depthwise.DepthwiseKernel(
-            taps, sx, x.pitch, masked, a.get("activation"), _is_capped(operation)
-        )
+        kernel = depthwise.DepthwiseKernel(taps, sx, masked, a.get("activation"), _is_capped(operation))
         jobs = self._channel_jobs(y.channels)
         arguments = _fill(
             depthwise.ARGUMENTS,
@@ -511,6 +509,7 @@ class _StepBuilder:
             mask=mask,
             rows=rows,
             vectors=vectors,
+            x_pitch=x.pitch_bytes,
             x_row=sy * x.pitch_bytes,
             out_row=y.pitch_bytes,
             **jobs,

@@ -27,11 +27,11 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job",
-        "weights", "bias", "mask", "rows", "vectors", "x_row", "out_row",
+        "weights", "bias", "mask", "rows", "vectors", "x_pitch", "x_row", "out_row",
     )
 )  # fmt: skip
-"""`weights`: (channels, taps), and `bias`: (channels,), as `Function.weight` reads them. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_row`, `out_row`: bytes
-from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide."""
+"""`weights`: (channels, taps), and `bias`: (channels,), as `Function.weight` reads them. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_pitch`: bytes
+from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide."""
 
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
@@ -47,8 +47,6 @@ class DepthwiseKernel:
         Rows and columns from an output pixel (times the stride) to each weight's pixel.
     stride : int
         Columns from one output pixel to the next in the input: 1 or 2.
-    pitch : int
-        Elements from one input row to the next.
     masked : bool
         Whether there are elements that are no pixels, to be set to zero.
     activation : Activation or None
@@ -59,7 +57,6 @@ class DepthwiseKernel:
 
     taps: tuple[tuple[int, int], ...]
     stride: int
-    pitch: int
     masked: bool
     activation: Activation | None = None
     capped: bool = True
@@ -99,6 +96,7 @@ class _Generator:
         self.mask, vectors = field("mask", PTR), field("vectors")
         weights, bias = field("weights", PTR), field("bias", PTR)
         rows, x_row, out_row = field("rows"), field("x_row"), field("out_row")
+        pitch = field("x_pitch")
         taps = len(self.k.taps)
 
         def one_channel(channel: Value) -> None:
@@ -114,7 +112,7 @@ class _Generator:
             self.weight = weight
             f.loop(
                 rows,
-                lambda _, source, to: self._row(source, to, vectors, x_row, out_row),
+                lambda _, source, to: self._row(source, pitch, to, vectors, x_row, out_row),
                 [f.at(plane, f.element_bytes * self.k.stride * self.ahead), to],
             )
 
@@ -122,21 +120,27 @@ class _Generator:
         b.ret_void()
         return self.ir, "depthwise"
 
-    def _row(self, source: Value, to: Value, vectors: Value, x_row: Value, out_row: Value) -> list[Value]:
+    def _row(
+        self, source: Value, pitch: Value, to: Value, vectors: Value, x_row: Value, out_row: Value
+    ) -> list[Value]:
         f = self.f
+        # Each row of the window has a pointer of its own, so that all of them share the way to a vector.
+        lines = {
+            row: f.at(source, f.b.mul(pitch, I64(row))) for row in sorted({row for row, _ in self.k.taps})
+        }
         # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
         zero = f.constant(0.0)
         most = max(self.kept.values())
         before: list[dict[int, Value]] = []
         for i in range(-most, 0):
             if self.ahead:
-                before.append(self._sums(f.at(source, i * self.width * self.k.stride)))
+                before.append(self._sums(lines, i * self.width * self.k.stride))
             else:
                 before.append(dict.fromkeys(self.columns, zero))
         state = [before[most - n + i][c] for c in self.columns for n in [self.kept[c]] for i in range(n)]
 
-        def one_vector(i: Value, pixels: Value, *state: Value) -> list[Value]:
-            sums = self._sums(pixels)
+        def one_vector(i: Value, offset: Value, *state: Value) -> list[Value]:
+            sums = self._sums(lines, offset)
             total, new, at = self.bias, [], 0
             for column in self.columns:
                 n, back = self.kept[column], self.back[column]
@@ -147,19 +151,18 @@ class _Generator:
                 new += row[1:]
                 at += n
             self._store(total, i, to)
-            return [f.at(pixels, self.width * self.k.stride), *new]
+            return [f.b.add(offset, I64(self.width * self.k.stride)), *new]
 
-        f.loop(vectors, one_vector, [source, *state])
+        f.loop(vectors, one_vector, [I64(0), *state])
         return [f.at(source, x_row), f.at(to, out_row)]
 
-    def _sums(self, pixels: Value) -> dict[int, Value]:
-        """The column sums of one vector."""
+    def _sums(self, lines: dict[int, Value], offset: int | Value) -> dict[int, Value]:
+        """The column sums of one vector, so many bytes after the beginning of each row of the window."""
         f, k = self.f, self.k
-        rows = sorted({row for row, _ in k.taps})
         sums: dict[int, Value] = {}
-        for row in rows:
-            at = f.element_bytes * row * k.pitch
-            loaded = [f.read(pixels, at + self.width * i) for i in range(k.stride)]
+        for row, line in lines.items():
+            pixels = f.at(line, offset)
+            loaded = [f.read(pixels, self.width * i) for i in range(k.stride)]
             phases = {
                 s: f.pick(loaded, [s + k.stride * lane for lane in range(f.lanes)], 1)[0]
                 if k.stride > 1
