@@ -14,7 +14,7 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -213,6 +213,8 @@ def main(side: str, pattern: str, precision: str = "fp32") -> None:
     module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = preferring(lambda choice: choice.pairs)  # type: ignore[method-assign]
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
+    # torch takes most of the time: once for each network will do.
+    module.capture = lru_cache(maxsize=1)(module.capture)  # type: ignore[assignment,attr-defined]
     guards = Guards(side)
     guards.install()
     torch.set_num_threads(1)
