@@ -41,10 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("engines", "kernels", "prediction", "scan", "distributions"),
+        choices=("engines", "kernels", "compile", "prediction", "scan", "distributions"),
         default="engines",
         help="engines: time networks in every engine (default); "
         "kernels: how near the loop over nonzeros comes to the peak of a core; "
+        "compile: how long compiling takes, with an empty cache and a full one, and new weights; "
         "prediction: compare predicted with measured speed-ups of many distributions; "
         "scan: the sensitivity scan against a naive one; "
         "distributions: solved ones against those of the literature, after training",
@@ -61,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_sparsity,
         nargs="+",
         metavar="S",
-        help=f"fractions in [0, 1), default {' '.join(map(str, _SPARSITIES))}; for prediction, those of the uniform distributions, for scan its levels",
+        help=f"fractions in [0, 1), default {' '.join(map(str, _SPARSITIES))}, for compile 0.9; for prediction, those of the uniform distributions, for scan its levels",
     )
     parser.add_argument(
         "--threads",
@@ -173,6 +174,8 @@ def run(options: argparse.Namespace) -> int:
         return _scan(options)
     if options.what == "kernels":
         return _kernels(options)
+    if options.what == "compile":
+        return _compile(options)
     if options.what == "distributions":
         return _distributions(options)
     _refuse(options, ("images", *_TRAINED_ONLY))
@@ -375,6 +378,33 @@ def _kernels(options: argparse.Namespace) -> int:
         "The loop over nonzeros with its operands in the L1 cache, share of that peak, of 256 output channels:"
     )
     print(table(measure_loops((4, 6, 7, 8), (4, 8, 16, 32, 64))))
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> int:
+    _refuse(options, (*_ENGINES_ONLY, *_TRAINED_ONLY, "images", "data"))
+    from explorer.bench.compilation import measure_compilation
+    from explorer.bench.networks import NETWORKS, load_network
+    from explorer.bench.surroundings import BUSY, summary
+
+    for name in options.model:
+        if name not in NETWORKS:
+            load_network(name)
+    print(f"{summary()}; seconds: median (fastest to slowest)", flush=True)
+    sparsities = options.sparsity or [0.9]
+    try:
+        for name, batch_size, threads, sparsity in itertools.product(
+            options.model, options.batch_size, options.threads, sparsities
+        ):
+            found = measure_compilation(name, sparsity, threads=threads, batch_size=batch_size)
+            busy = "; something else was running" if found.noise > BUSY else ""
+            print(
+                f"{name} at {sparsity:.0%}, {threads} thread(s), batch {batch_size}: {found}{busy}",
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 

@@ -34,7 +34,14 @@ from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
 from explorer.inference.straight import StraightPath
-from explorer.inference.timing import Benchmark, LayerTiming, compare_latency, summarise, torch_threads
+from explorer.inference.timing import (
+    Benchmark,
+    CompileTimes,
+    LayerTiming,
+    compare_latency,
+    summarise,
+    torch_threads,
+)
 
 if TYPE_CHECKING:
     # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
@@ -152,14 +159,17 @@ def compile(
                 stacklevel=2,
             )
         isa = half or isa
+    start = time.perf_counter()
     with code_ahead(isa, sparse=sparse != "dense"):
         graph = capture(module, inputs)
+        captured = time.perf_counter()
     compiled = (
         _fastest(graph, inputs, sparse, isa)
         if threads == "auto"
         else _divided(graph, inputs, threads or 1, sparse, isa)
     )
     compiled.remember(module)
+    compiled.compile_times = CompileTimes(captured - start, time.perf_counter() - captured)
     return compiled
 
 
@@ -225,6 +235,8 @@ class SparseModule:
         Operators that run through torch, with the module they belong to.
     choices : dict
         Layer name -> kernel chosen.
+    compile_times : CompileTimes
+        What `compile` took, zeros before it has ended.
     division : str or None
         Of a batch whose images do not fit the caches, one a thread: what the better way to divide it depends on, see `explorer.inference.choices`.
     """
@@ -251,6 +263,7 @@ class SparseModule:
         self._plan = Plan(self._graph, self._isa, threads)
         self.batch_size = self._plan.images
         self.division: str | None = None
+        self.compile_times = CompileTimes(0.0, 0.0)
         self._at_once = at_once or self._images_at_once()
         self._in_head: frozenset[str] = frozenset()
         if self._at_once is not None:

@@ -72,6 +72,22 @@ class LayerTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class CompileTimes:
+    """What it took to compile a network.
+
+    Attributes
+    ----------
+    capture_s : float
+        torch.export, in seconds.
+    rest_s : float
+        All that follows: lowering, machine code, packing, and choosing kernels by measurement.
+    """
+
+    capture_s: float
+    rest_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """Latency of one contestant.
 

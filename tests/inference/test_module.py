@@ -597,3 +597,12 @@ def test_the_faster_division_of_a_batch_is_taken_and_remembered(
         with torch.no_grad():
             assert relative_error(engine(x), network(x)) < 1e-5
         monkeypatch.setattr("explorer.inference.module.compare_latency", None)
+
+
+def test_compiling_tells_what_it_took() -> None:
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(1, 3, 9, 9)
+    start = time.perf_counter()
+    times = explorer.compile(net, x).compile_times
+    assert times.capture_s > 0
+    assert times.rest_s > 0
+    assert times.capture_s + times.rest_s <= time.perf_counter() - start
