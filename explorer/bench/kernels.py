@@ -69,15 +69,14 @@ class Loop:
         Vectors of pixels.
     nonzeros : float
         Of a row, on average: each weight is kept with the same probability, as uniform pruning of random weights leaves them.
-    taken : str
+    rows : str
         One of `ROWS`.
     """
 
-    def __init__(self, tile: int, nonzeros: float, taken: str = "alone") -> None:
+    def __init__(self, tile: int, nonzeros: float, rows: str = "alone") -> None:
         self.isa = isa = current_isa()
-        self.tile, self.nonzeros, self.rows = tile, nonzeros, taken
-        pairs, partners = taken == "pairs", taken == "partners"
-        kernel = conv.ConvKernel(tile, pairs=pairs, partners=partners)
+        self.tile, self.nonzeros, self.rows = tile, nonzeros, rows
+        kernel = conv.ConvKernel(tile, pairs=rows == "pairs", partners=rows == "partners")
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
@@ -91,7 +90,7 @@ class Loop:
             lambda values: weight_words(values, isa),
             isa if kernel.partners else None,
         )
-        offsets, rows = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
+        offsets, channels = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
         self._memory = memory = Memory()
         pixels = tile * isa.lanes
         self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
@@ -104,7 +103,7 @@ class Loop:
             stage=conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK,
             offsets=memory.put(offsets),
             weights=memory.put(entries.words),
-            rows=memory.put(rows),
+            rows=memory.put(channels),
             groups=memory.put(entries.groups),
             n_groups=len(entries.groups) - int(entries.pairs[0]),
             n_pair_groups=int(entries.pairs[0]),
@@ -179,11 +178,11 @@ def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[Kerne
     """
     isa = current_isa()
     loops = [
-        Loop(tile, count, taken)
-        for taken in ROWS
+        Loop(tile, count, rows)
+        for rows in ROWS
         for tile in tiles
         for count in nonzeros
-        if taken != "partners" or has_partners(tile, isa)
+        if rows != "partners" or has_partners(tile, isa)
     ]
     best = [float("inf")] * len(loops)
     for _ in range(_TURNS):
@@ -209,8 +208,8 @@ def table(speeds: Sequence[KernelSpeed]) -> str:
     """The shares of the peak as lines of text: a row for each tile, a column for each number of nonzeros."""
     counts = sorted({speed.nonzeros for speed in speeds})
     lines = ["nonzeros a row:        " + "".join(f"{count:>8g}" for count in counts)]
-    for taken, tile in dict.fromkeys((speed.rows, speed.tile) for speed in speeds):
-        shares = {s.nonzeros: s.share for s in speeds if (s.rows, s.tile) == (taken, tile)}
-        name = f"{tile} vectors{'' if taken == 'alone' else f', {taken}'}"
+    for rows, tile in dict.fromkeys((speed.rows, speed.tile) for speed in speeds):
+        shares = {s.nonzeros: s.share for s in speeds if (s.rows, s.tile) == (rows, tile)}
+        name = f"{tile} vectors{'' if rows == 'alone' else f', {rows}'}"
         lines.append(f"{name:<23}" + "".join(f"{shares[count]:>8.0%}" for count in counts))
     return "\n".join(lines)

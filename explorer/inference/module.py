@@ -688,21 +688,21 @@ class SparseModule:
             self._time_candidates(candidates, packed)
             cache.put({question: self._choices[i].label for i, question in questions.items()})
         # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
-        by_bands = choice_cache().get(self._order_question()) != _LAYERS
+        question = f"order {self._mode} {self._plan.network(self._graph, self._densities)}"
+        by_bands = cache.get(question) != _LAYERS
         steps = build_steps(self._plan, self._graph, self._choices, packed, by_bands=by_bands)
         steps.use_bands = by_bands
         self._install(steps)
-        self._order_bands()
+        self._order_bands(question)
 
-    def _order_question(self) -> str:
-        return f"order {self._mode} {self._plan.network(self._graph, self._densities)}"
+    def _order_bands(self, question: str) -> None:
+        """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.
 
-    def _order_bands(self) -> None:
-        """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here."""
+        The answer is remembered under `question`.
+        """
         steps = self._steps
         if steps is None or not steps.chains:
             return
-        question = self._order_question()
         answer = choice_cache().get(question)
         if answer not in (_BANDS, _LAYERS):
             answer = self._faster_order(steps)

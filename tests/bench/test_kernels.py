@@ -15,17 +15,17 @@ from explorer.inference.native import current_isa, why_torch
 pytestmark = pytest.mark.skipif(why_torch() is not None, reason="no machine code here")
 
 
-@pytest.mark.parametrize("taken", kernels.ROWS)
+@pytest.mark.parametrize("rows", kernels.ROWS)
 @pytest.mark.parametrize(("tile", "nonzeros"), [(1, 3), (4, 9), (7, 2)])
-def test_the_loop_computes_the_product_of_the_pruned_weights(tile: int, nonzeros: float, taken: str) -> None:
-    if taken == "partners" and not has_partners(tile, current_isa()):
+def test_the_loop_computes_the_product_of_the_pruned_weights(tile: int, nonzeros: float, rows: str) -> None:
+    if rows == "partners" and not has_partners(tile, current_isa()):
         pytest.skip("these rows are taken one by one")
-    loop = kernels.Loop(tile, nonzeros, taken)
+    loop = kernels.Loop(tile, nonzeros, rows)
     loop.run(2)
     np.testing.assert_allclose(loop.out, loop.weight @ loop.x, rtol=1e-4, atol=1e-4)
     kept = np.count_nonzero(loop.weight, axis=1)
     assert kept.mean() == pytest.approx(nonzeros, rel=0.15)
-    assert np.array_equal(kept[::2], kept[1::2]) == (taken == "pairs")
+    assert np.array_equal(kept[::2], kept[1::2]) == (rows == "pairs")
     assert loop.operations == 2 * kept.sum() * loop.x.shape[1]
 
 
@@ -33,11 +33,11 @@ def test_speeds_are_of_the_work_that_was_done(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kernels, "_TURNS", 2)
     speeds = kernels.measure_loops([2, 4], [4, 16])
     assert [(s.tile, s.nonzeros, s.rows) for s in speeds] == [
-        (tile, count, taken)
-        for taken in kernels.ROWS
+        (tile, count, rows)
+        for rows in kernels.ROWS
         for tile in (2, 4)
         for count in (4, 16)
-        if taken != "partners" or has_partners(tile, current_isa())
+        if rows != "partners" or has_partners(tile, current_isa())
     ]
     assert all(0 < s.share < 1.2 for s in speeds)
     assert all(s.gflops == pytest.approx(s.share * speeds[0].gflops / speeds[0].share) for s in speeds)

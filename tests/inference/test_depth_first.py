@@ -85,7 +85,7 @@ def test_the_last_layer_begins_as_soon_as_it_can() -> None:
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that can runs band by band, whichever order is faster here."""
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
-    monkeypatch.setattr(SparseModule, "_order_bands", lambda _: None)
+    monkeypatch.setattr(SparseModule, "_order_bands", lambda *_: None)
 
 
 def in_chains(engine: SparseModule) -> int:

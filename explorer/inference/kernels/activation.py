@@ -47,6 +47,13 @@ def apply(activation: Activation, f: Function, x: Value) -> Value:
     return f.b.fptrunc(write(v, f.b.fpext(x, v.type), *activation.parameters), x.type)
 
 
+def apply_or_clamp(
+    activation: Activation | None, f: Function, x: Value, low: Value, high: Value, *, capped: bool = True
+) -> Value:
+    """How a layer ends: with its activation, or, where it has none, between its bounds, see `Function.clamp`."""
+    return apply(activation, f, x) if activation else f.clamp(x, low, high, capped=capped)
+
+
 class _Vector:
     """Arithmetic with constants, so that the formulas below read like formulas."""
 

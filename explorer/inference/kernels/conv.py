@@ -35,7 +35,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
-from explorer.inference.kernels.activation import apply
+from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Value
 from explorer.inference.kernels.conv_sparse import SparseLoops
 from explorer.inference.kernels.conv_tables import (
@@ -178,10 +178,7 @@ class _Generator:
             return [f.keep(s, m) for s, m in zip(sums, masks, strict=True)]
 
         sums = f.either(f.is_there(residual), added, lambda: sums)
-        sums = [
-            apply(k.activation, f, s) if k.activation else f.clamp(s, low, high, capped=k.capped)
-            for s in sums
-        ]
+        sums = [apply_or_clamp(k.activation, f, s, low, high, capped=k.capped) for s in sums]
         sums = self._spread(f, sums) if k.compact else sums
         sums = f.either(f.is_there(mask), kept, lambda: sums)
         to = f.at(out, f.b.mul(channel, out_plane))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from explorer.inference.activations import Activation
-from explorer.inference.kernels.activation import apply
+from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import F32, I1, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
@@ -162,11 +162,7 @@ class _Generator:
                 value = f.read(values, width * v, width)
                 if k.residual:
                     value = f.b.fadd(value, f.read(added, width * v))
-                value = (
-                    apply(k.activation, f, value)
-                    if k.activation
-                    else f.clamp(value, low, high, capped=k.capped)
-                )
+                value = apply_or_clamp(k.activation, f, value, low, high, capped=k.capped)
                 count = min(lanes, k.pixels - v * lanes)
                 if count == lanes:
                     f.write(value, to, width * v)

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
-from explorer.inference.kernels.activation import apply
+from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
@@ -177,11 +177,7 @@ class _Generator:
 
     def _store(self, total: Value, i: Value, to: Value) -> None:
         f, k = self.f, self.k
-        total = (
-            apply(k.activation, f, total)
-            if k.activation
-            else f.clamp(total, self.low, self.high, capped=k.capped)
-        )
+        total = apply_or_clamp(k.activation, f, total, self.low, self.high, capped=k.capped)
         at = f.b.mul(i, I64(self.width))
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
-from explorer.inference.kernels.activation import apply
+from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import F32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
@@ -89,7 +89,7 @@ class PointwiseKernel:
                     value = combine(value, operand("other", planes["other"]))
                 if self.affine:
                     value = f.fma(value, *(operand(n, t) for n, t in tables.items()))
-                value = apply(self.activation, f, value) if self.activation else f.clamp(value, low, high)
+                value = apply_or_clamp(self.activation, f, value, low, high)
                 if self.masked:
                     value = f.keep(value, f.read_mask(f.at(mask, at)))
                 f.write(value, f.at(planes["out"], at), 0, width)
