@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 from llvmlite import ir
@@ -162,28 +162,36 @@ class _Generator:
         return f.pick(pixels, [i if i is not None and i < n else None for i in where], k.plane)
 
     def _finish(
-        self, f: Function, sums: list[Value], channel: Value, low: Value, high: Value, which: range
+        self, f: Function, channels: list[Value], sums: list[Value], low: Value, high: Value, which: range
     ) -> None:
-        """Residual, clamp or activation, gap mask, store: the epilogue of one output channel, for these vectors of its tile."""
+        """Residual, clamp or activation, gap mask, store: the epilogue of some output channels, for these vectors of the tile."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         k, all_of = self.k, range(self.k.plane) if self.k.compact else which
 
+        def each(values: list[Value]) -> list[list[Value]]:
+            """Channel by channel."""
+            n = len(values) // len(channels)
+            return [values[i * n : (i + 1) * n] for i in range(len(channels))]
+
         def added() -> list[Value]:
-            more = self._vectors(f, f.at(residual, f.b.mul(channel, residual_plane)), self.width, all_of)
-            more = self._compact(f, more) if k.compact else more
-            return [f.b.fadd(s, r) for s, r in zip(sums, more, strict=True)]
+            lines = [f.at(residual, f.b.mul(channel, residual_plane)) for channel in channels]
+            more = [self._vectors(f, line, self.width, all_of) for line in lines]
+            more = [self._compact(f, plane) for plane in more] if k.compact else more
+            return [f.b.fadd(s, r) for s, r in zip(sums, chain(*more), strict=True)]
 
         def kept() -> list[Value]:
             masks = [f.read_mask(mask, self.width * i) for i in all_of]
-            return [f.keep(s, m) for s, m in zip(sums, masks, strict=True)]
+            return [f.keep(s, m) for values in each(sums) for s, m in zip(values, masks, strict=True)]
 
+        # One question for all channels: each is a branch.
         sums = f.either(f.is_there(residual), added, lambda: sums)
         sums = [apply_or_clamp(k.activation, f, s, low, high, capped=k.capped) for s in sums]
-        sums = self._spread(f, sums) if k.compact else sums
+        sums = [s for values in each(sums) for s in self._spread(f, values)] if k.compact else sums
         sums = f.either(f.is_there(mask), kept, lambda: sums)
-        to = f.at(out, f.b.mul(channel, out_plane))
-        for i, s in zip(all_of, sums, strict=True):
-            f.write(s, to, self.width * i, self.width)
+        for channel, values in zip(channels, each(sums), strict=True):
+            to = f.at(out, f.b.mul(channel, out_plane))
+            for i, value in zip(all_of, values, strict=True):
+                f.write(value, to, self.width * i, self.width)
 
     def _is(self, f: Function, stage: int) -> Value:
         """Whether this block is the first, or the last, of its part. The same for all rows, so that the branch costs next to nothing."""
@@ -214,8 +222,7 @@ class _Generator:
         with f.b.if_else(is_last) as (yes, no):
             with yes:
                 low, high = f.splat_float(low), f.splat_float(high)
-                for channel, values in zip(channels, mine, strict=True):
-                    self._finish(f, values, channel, low, high, which)
+                self._finish(f, channels, totals, low, high, which)
             with no:
                 for channel, values in zip(channels, mine, strict=True):
                     to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
