@@ -164,7 +164,7 @@ class _Generator:
     def _finish(
         self, f: Function, channels: list[Value], sums: list[Value], low: Value, high: Value, which: range
     ) -> None:
-        """Residual, clamp or activation, gap mask, store: the epilogue of some output channels, for these vectors of the tile."""
+        """Residual, clamp or activation, gap mask, store: the epilogue of one or two output channels, for these vectors of the tile."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         k, all_of = self.k, range(self.k.plane) if self.k.compact else which
 
@@ -183,7 +183,7 @@ class _Generator:
             masks = [f.read_mask(mask, self.width * i) for i in all_of]
             return [f.keep(s, m) for values in each(sums) for s, m in zip(values, masks, strict=True)]
 
-        # One question for all channels: each is a branch.
+        # One question for the channels together: each is a branch.
         sums = f.either(f.is_there(residual), added, lambda: sums)
         sums = [apply_or_clamp(k.activation, f, s, low, high, capped=k.capped) for s in sums]
         sums = [s for values in each(sums) for s in self._spread(f, values)] if k.compact else sums
@@ -222,7 +222,11 @@ class _Generator:
         with f.b.if_else(is_last) as (yes, no):
             with yes:
                 low, high = f.splat_float(low), f.splat_float(high)
-                self._finish(f, channels, totals, low, high, which)
+                if self.k.dense_rows:  # the addresses of so many would not fit the registers
+                    for channel, values in zip(channels, mine, strict=True):
+                        self._finish(f, [channel], values, low, high, which)
+                else:
+                    self._finish(f, channels, totals, low, high, which)
             with no:
                 for channel, values in zip(channels, mine, strict=True):
                     to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
