@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from explorer.errors import EngineError
 from explorer.inference.kernels import conv_tables, find_nonzeros, match_rows, place_rows
 from explorer.inference.kernels.builder import Record
 from explorer.inference.native import Isa, Kernel, machine_code
@@ -57,12 +58,18 @@ class SparseWeights:
             Multiplies the weights of each output channel.
         channels : int
             Output channels of a row; divides M.
+
+        Raises
+        ------
+        EngineError
+            When another thread has changed the weights meanwhile, and was noticed.
         """
         n_rows, n_columns = len(weight) // channels, weight.shape[1]
         # On booleans numpy counts ten times as fast as on floats. Of channels together there are no more than of each.
-        most = np.count_nonzero(weight != 0)
+        most = int(np.count_nonzero(weight != 0))
         starts = np.zeros(n_rows + 1, np.int64)
-        columns, values = np.empty(most + 1, np.int64), np.empty((most + 1, channels), np.float32)
+        space = most + n_columns + 1
+        columns, values = np.empty(space, np.int64), np.empty((space, channels), np.float32)
         tables: dict[str, NDArray[Any]] = {
             "weight": weight,
             "ends": starts[1:],
@@ -72,7 +79,11 @@ class SparseWeights:
         if gain is not None:
             tables["gain"] = gain.astype(np.float64)
         kernel = find_nonzeros.FindNonzerosKernel(channels)
-        _run(kernel, find_nonzeros.ARGUMENTS, isa, tables, rows=n_rows, row_length=n_columns)
+        _run(kernel, find_nonzeros.ARGUMENTS, isa, tables, rows=n_rows, row_length=n_columns, most=most)
+        if starts[-1] > most:
+            raise EngineError(
+                "The weights were changed while they were read. Let the thread that trains them wait, or pass a copy of the module."
+            )
         return cls((n_rows, n_columns), starts, columns[: starts[-1]], values[: starts[-1]])
 
     def rows(self, low: int, high: int) -> SparseWeights:

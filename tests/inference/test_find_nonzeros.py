@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from explorer.errors import EngineError
 from explorer.inference import native
 from explorer.inference.kernels import find_nonzeros
 from explorer.inference.sparse_rows import SparseWeights
@@ -42,3 +43,27 @@ def test_nonzeros_are_those_of_the_numpy_twin(
     np.testing.assert_array_equal(found.starts, [0, *ends])
     np.testing.assert_array_equal(found.columns, places)
     np.testing.assert_array_equal(found.values, values)
+
+
+@pytest.mark.parametrize("isa", [*filter(runnable, ISAS)])
+@pytest.mark.parametrize("counted", [0, 1, 150, 15_000])
+def test_weights_that_change_while_they_are_read_are_an_error_and_nothing_is_written_beyond(
+    isa: str, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = np.ones((200, 100), np.float32)
+    space, empty = counted + weight.shape[1] + 1, np.empty
+    kept = []
+
+    def guarded(shape: int | tuple[int, ...], dtype: type) -> np.ndarray:
+        whole = empty(100_000, dtype)
+        whole[:] = 7
+        kept.append(whole)
+        return whole[:space].reshape(shape)
+
+    # As if most of them had been zero when they were counted.
+    monkeypatch.setattr(np, "count_nonzero", lambda _: counted)
+    monkeypatch.setattr(np, "empty", guarded)
+    with pytest.raises(EngineError, match="changed while they were read"):
+        SparseWeights.of(weight, native.host_isa(isa))
+    assert len(kept) == 2
+    assert all((whole[space:] == 7).all() for whole in kept)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
-ARGUMENTS = Record(("weight", "gain", "ends", "columns", "values", "rows", "row_length"))
+ARGUMENTS = Record(("weight", "gain", "ends", "columns", "values", "rows", "row_length", "most"))
 """`weight`: float32, `rows` of `channels` x `row_length`. `gain`: float64 for each channel, or 0 for none. Results: for each row where its entries end
-(`ends`, int64), the column of each entry (int64), and its weights (`values`, float32, one for each channel). The tables of entries have one more than there
-are nonzeros."""
+(`ends`, int64), the column of each entry (int64), and its weights (`values`, float32, one for each channel). No row is begun behind more than `most` entries,
+so that tables of `most` + `row_length` + 1 are never left, even if another thread changes the weights."""
 
 F64 = ir.DoubleType()
 
@@ -44,7 +44,7 @@ class FindNonzerosKernel:
         weight, gain, ends, columns, values = (
             f.field(args, ARGUMENTS, name, PTR) for name in ARGUMENTS.fields[:5]
         )
-        rows, length = (f.field(args, ARGUMENTS, name) for name in ARGUMENTS.fields[5:])
+        rows, length, most = (f.field(args, ARGUMENTS, name) for name in ARGUMENTS.fields[5:])
         row_bytes = b.shl(length, I64(2))
         has_gain = f.is_there(gain)
 
@@ -68,7 +68,8 @@ class FindNonzerosKernel:
                 is_nonzero = b.icmp_signed("!=", b.shl(any_bit, I32(1)), I32(0))
                 return [b.add(n, b.zext(is_nonzero, I64))]
 
-            (new_end,) = f.loop(length, one_column, [end])
+            fits = b.icmp_signed("<=", end, most)
+            (new_end,) = f.loop(b.select(fits, length, I64(0)), one_column, [end])
             with b.if_then(has_gain):
                 place = b.shl(b.mul(row, I64(channels)), I64(3))
                 gains = [f.load(gain, F64, b.add(place, I64(8 * c)), 8) for c in range(channels)]
