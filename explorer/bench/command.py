@@ -253,14 +253,13 @@ def _measured(
     combination: Combination, options: argparse.Namespace, foreign: Sequence[tuple[str, str]], run_began: str
 ) -> Record:
     from explorer.bench.engines import time_engines
-    from explorer.bench.networks import load_network
+    from explorer.bench.networks import example_batch, load_network
     from explorer.bench.records import Record
 
     model, network = load_network(combination.network)
-    example = model.example_input[:1]
     comparison = time_engines(
         model,
-        example.repeat(combination.batch_size, *[1] * (example.dim() - 1)),
+        example_batch(model, combination.batch_size),
         sparsity=combination.sparsity,
         threads=combination.threads,
         seconds=options.seconds or 5.0,

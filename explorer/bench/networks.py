@@ -10,7 +10,7 @@ from torch import nn
 
 from explorer.models import LoadedModel, PrunableLayer, architectures, load_model
 
-__all__ = ["NETWORKS", "BenchNetwork", "load_network"]
+__all__ = ["NETWORKS", "BenchNetwork", "example_batch", "load_network"]
 
 
 def _all_but_first(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
@@ -73,3 +73,9 @@ def load_network(name: str) -> tuple[LoadedModel, BenchNetwork]:
         return load_model(name), DEMO
     torch.manual_seed(0)
     return load_model(network.build(), torch.randn(1, *network.input_shape), name=name), network
+
+
+def example_batch(model: LoadedModel, batch_size: int) -> torch.Tensor:
+    """The first sample of the model's example input, so many times: (batch_size, ...)."""
+    sample = model.example_input[:1]
+    return sample.repeat(batch_size, *[1] * (sample.dim() - 1))

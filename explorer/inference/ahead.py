@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from explorer.inference.layout import MAX_TILE
 from explorer.inference.native import Emitter, Isa
 
 
@@ -19,7 +20,7 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
     with Emitter() as emitter:
         if sparse:
             emitter.code(isa.single, find_nonzeros.FindNonzerosKernel())
-            if isa.registers >= registers.MANY_REGISTERS:
+            if registers.has_partners(MAX_TILE, isa):
                 emitter.code(isa.single, match_rows.MatchRowsKernel())
                 emitter.code(isa.single, place_rows.PlaceRowsKernel())
         for entry in driver.ENTRIES:

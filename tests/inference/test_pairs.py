@@ -23,6 +23,7 @@ from explorer.inference.sparse_rows import SparseWeights
 from explorer.masks import magnitude_mask, pair_mask
 from tests.inference.graphs import conv_graph, preferring, relative_error
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, convolutions, innermost_loops, runnable
+from tests.inference.test_partners import needs_code
 
 
 def in_pattern(weight: torch.Tensor, sparsity: float, seed: int = 0) -> torch.Tensor:
@@ -178,6 +179,7 @@ def test_new_weights_of_another_pattern_are_right_with_and_without_a_new_choice(
     assert relative_error(engine(x), layer(x).detach()) < TOLERANCE
 
 
+@needs_code
 def test_rows_of_pairs_hold_the_weights_of_both_channels_and_their_gains() -> None:
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((10, 7)).astype(np.float32)

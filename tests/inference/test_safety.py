@@ -34,6 +34,7 @@ from explorer.inference.pack import linear_sparse, weight_words
 from explorer.inference.sparse_rows import SparseWeights, sparse_entries
 from tests.inference.graphs import conv_graph, relative_error
 from tests.inference.test_kernels import why_not
+from tests.inference.test_partners import needs_code
 from tests.inference.workers import X, expected, network, right
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,7 @@ def test_a_nan_behind_a_zero_weight_is_never_read_by_a_sparse_kernel() -> None:
     assert torch.allclose(got, layer(x.nan_to_num()), atol=1e-5)
 
 
+@needs_code
 @pytest.mark.parametrize("unroll", [1, 2, 4])
 def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     generator = np.random.default_rng(0)

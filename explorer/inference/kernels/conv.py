@@ -110,6 +110,12 @@ class ConvKernel:
         return BUFFER_BYTES + n_channels * self.tile * isa.width + 256
 
 
+def _by_channel(channels: int, values: list[Value]) -> list[list[Value]]:
+    """What is carried in one list, channel after channel."""
+    n = len(values) // channels
+    return [values[i * n : (i + 1) * n] for i in range(channels)]
+
+
 class _Generator:
     def __init__(self, kernel: ConvKernel, isa: Isa) -> None:
         self.k, self.isa = kernel, isa
@@ -167,11 +173,7 @@ class _Generator:
         """Residual, clamp or activation, gap mask, store: the epilogue of one or two output channels, for these vectors of the tile."""
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         k, all_of = self.k, range(self.k.plane) if self.k.compact else which
-
-        def each(values: list[Value]) -> list[list[Value]]:
-            """Channel by channel."""
-            n = len(values) // len(channels)
-            return [values[i * n : (i + 1) * n] for i in range(len(channels))]
+        each = partial(_by_channel, len(channels))
 
         def added() -> list[Value]:
             lines = [f.at(residual, f.b.mul(channel, residual_plane)) for channel in channels]
@@ -217,8 +219,7 @@ class _Generator:
     ) -> None:
         """Finish the channels, or leave their sums to the block that follows."""
         _, _, sums, *_, low, high = f.arguments
-        n = len(which)
-        mine = [totals[i * n : (i + 1) * n] for i in range(len(channels))]
+        mine = _by_channel(len(channels), totals)
         with f.b.if_else(is_last) as (yes, no):
             with yes:
                 low, high = f.splat_float(low), f.splat_float(high)
