@@ -23,7 +23,7 @@ _INFINITY = float("inf")
 _VIEWS = {
     "view", "reshape", "flatten", "transpose", "permute", "select", "slice", "squeeze", "unsqueeze", "expand", "chunk", "split",
     "contiguous", "unflatten", "as_strided", "detach", "alias", "t", "unbind", "narrow", "split_with_sizes", "tensor_split",
-    "swapaxes", "movedim", "view_as", "expand_as", "dropout", "_unsafe_view", "diagonal", "unfold",
+    "swapaxes", "movedim", "view_as", "expand_as", "dropout", "_unsafe_view", "diagonal", "unfold", "to", "type_as",
 }  # fmt: skip
 
 
@@ -91,17 +91,42 @@ def _is_inplace(target: Any) -> bool:
 
 
 def _writes_through_views(graph: torch.fx.Graph) -> bool:
-    """Whether an in-place operator writes to a tensor that shares memory with another value."""
+    """Whether an in-place operator changes what somebody reads later under another name than the operator's own result."""
+    when = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op == "call_function" and _is_inplace(node.target):
-            written = node.args[0]
-            family = [written, *written.users] if isinstance(written, torch.fx.Node) else []
-            if any(n.op != "call_function" for n in family[:1]) or any(
-                n.op == "call_function" and (n.target is operator.getitem or _base(n.target) in _VIEWS)
-                for n in family
-            ):
+        if node.op != "call_function" or not _is_inplace(node.target):
+            continue
+        written = node.args[0]
+        for name in _sharing_memory(written, node, when) if isinstance(written, torch.fx.Node) else ():
+            if name.op != "call_function":
+                return True  # an input or a parameter, which the caller keeps
+            # Later readers of what is written itself get the operator's result, see `_read`.
+            if name is not written and any(when[user] > when[node] for user in name.users):
                 return True
     return False
+
+
+def _sharing_memory(
+    written: torch.fx.Node, writer: torch.fx.Node, when: dict[torch.fx.Node, int]
+) -> list[torch.fx.Node]:
+    """`written` and all that is, or may be, the same memory when `writer` runs."""
+    found, waiting = [written], [written]
+    while waiting:
+        node = waiting.pop()
+        sources = node.args[:1] if _may_share(node) else ()
+        readers = [user for user in node.users if _may_share(user) and when[user] < when[writer]]
+        for other in (*sources, *readers):
+            if isinstance(other, torch.fx.Node) and other not in found:
+                found.append(other)
+                waiting.append(other)
+    return found
+
+
+def _may_share(node: torch.fx.Node) -> bool:
+    """Whether the result may lie in the memory of the first operand."""
+    return node.op == "call_function" and (
+        node.target is operator.getitem or _base(node.target) in _VIEWS or _is_inplace(node.target)
+    )
 
 
 def _read(exported: Any) -> Graph:
@@ -153,7 +178,7 @@ def _read(exported: Any) -> Graph:
             raise EngineError(
                 "The module uses a higher-order operator (cond, while, map), which the engine cannot run."
             )
-    _name_slices(graph)
+    _name_items(graph)
     spec = exported.call_spec.out_spec
     if spec is not None:
         graph.unflatten = lambda values: pytree.tree_unflatten(values, spec)
@@ -382,29 +407,45 @@ def _slice(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     operation.attributes = {"first": first}
 
 
-def _name_slices(graph: Graph) -> None:
-    """What is taken out of a chunk or split over channels becomes a slice of what was split."""
+_DECOMPOSED_NORM = "_native_batch_norm_legit_no_training"
+"""What `run_decompositions` makes of a batch norm: the normalised values, and two tensors that are empty."""
+
+
+def _name_items(graph: Graph) -> None:
+    """Give what is taken out of a tuple the operator that yields it alone, where there is one; nobody then reads the tuple, see lower.py."""
     producer = {o.output: o for o in graph.operations}
     for item in graph.operations:
         if item.target is not operator.getitem:
             continue
-        whole, position = item.args[0].name, item.args[1]
-        split = producer.get(whole)
-        if split is None or _base(split.target) not in ("chunk", "split", "split_with_sizes"):
+        whole = producer.get(item.args[0].name)
+        if whole is None:
             continue
-        a = bound_arguments(split.target, split.args, split.kwargs)
-        source = a["self"].name
-        shape = graph.shapes.get(source, ())
-        if len(shape) != 4 or a["dim"] % 4 != 1 or graph.dtypes[source] != torch.float32:
-            continue
-        if "chunks" in a:
-            first = position * -(-shape[1] // a["chunks"])
-        else:
-            sizes = a["split_size"] if "split_size" in a else a["split_sizes"]
-            first = position * sizes if isinstance(sizes, int) else sum(sizes[:position])
-        last = first + graph.shapes[item.output][1]
-        item.kind, item.inputs, item.attributes = "slice", [source], {"first": first}
-        item.target, item.args, item.kwargs = torch.ops.aten.slice.Tensor, (Ref(source), 1, first, last), {}
+        base = _base(whole.target)
+        if base in ("chunk", "split", "split_with_sizes"):
+            _slice_of(item, bound_arguments(whole.target, whole.args, whole.kwargs), graph)
+        elif base == _DECOMPOSED_NORM and item.args[1] == 0:
+            a = bound_arguments(whole.target, whole.args, whole.kwargs)
+            _batch_norm(item, a, graph)
+            if item.kind == "batch_norm":
+                item.name, item.target = whole.name, torch.ops.aten.batch_norm.default
+                statistics = (a[name] for name in ("weight", "bias", "running_mean", "running_var"))
+                item.args = (a["input"], *statistics, False, a["momentum"], a["eps"], False)
+
+
+def _slice_of(item: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """`item` is a part of a chunk or split over channels, of these arguments: a slice of what was split."""
+    source, position = a["self"].name, item.args[1]
+    shape = graph.shapes.get(source, ())
+    if len(shape) != 4 or a["dim"] % 4 != 1 or graph.dtypes[source] != torch.float32:
+        return
+    if "chunks" in a:
+        first = position * -(-shape[1] // a["chunks"])
+    else:
+        sizes = a["split_size"] if "split_size" in a else a["split_sizes"]
+        first = position * sizes if isinstance(sizes, int) else sum(sizes[:position])
+    last = first + graph.shapes[item.output][1]
+    item.kind, item.inputs, item.attributes = "slice", [source], {"first": first}
+    item.target, item.args, item.kwargs = torch.ops.aten.slice.Tensor, (Ref(source), 1, first, last), {}
 
 
 def _max_pool(operation: Operation, a: dict[str, Any], graph: Graph) -> None:

@@ -17,7 +17,8 @@ def lower(graph: Graph) -> Graph:
 
     - "same" operations are gone,
     - a batch norm after a convolution or linear layer is folded into its weight and bias; one on its own becomes a scale and a shift,
-    - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them,
+    - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them; a depthwise one takes no
+      addition, and no convolution a second,
     - a convolution with a stride (that is not depthwise) reads the phases of its input instead,
     - attention over heads that are ranges of features becomes one operation.
 
@@ -36,10 +37,10 @@ def lower(graph: Graph) -> Graph:
     _fold_batch_norm(lowered)
     _compute_affine(lowered)
     _drop_unread(lowered)
+    _mark_depthwise(lowered)
     _ride(lowered, "add")
     _ride(lowered, "clamp")
     _ride(lowered, "activation")
-    _mark_depthwise(lowered)
     _split_phases(lowered)
     return lowered
 
@@ -83,11 +84,13 @@ def _drop_same(graph: Graph) -> None:
     graph.operations = kept
 
 
-_WITHOUT_EFFECT = {"chunk", "split", "split_with_sizes", "expand", "expand_as", "slice"}
+_WITHOUT_EFFECT = {
+    "chunk", "split", "split_with_sizes", "expand", "expand_as", "slice", "_native_batch_norm_legit_no_training",
+}  # fmt: skip
 
 
 def _drop_unread(graph: Graph) -> None:
-    """Drop what was only needed for values that are now made in another way: a split whose parts are slices, an expansion."""
+    """Drop what was only needed for values that are now made in another way: a split whose parts are slices, an expansion, a tuple."""
     kept: list[Operation] = []
     read = {output.name for output in graph.outputs if isinstance(output, Ref)}
     for operation in reversed(graph.operations):
@@ -201,6 +204,8 @@ def _ride(graph: Graph, kind: str) -> None:
             other = rider.inputs[0] if rider.inputs[1] == carrier.output else rider.inputs[1]
             if other == carrier.output or (carrier.kind == "linear" and _is_vector(graph, carrier)):
                 continue
+            if len(carrier.inputs) > 1 or carrier.attributes.get("depthwise"):
+                continue
             carrier.inputs = [*carrier.inputs, other]
         elif carrier.kind in ("add", "mul", "affine") and len(graph.shapes[carrier.output]) not in (2, 3, 4):
             continue  # no layout for it: it may have to run through torch, without the rider
@@ -233,7 +238,7 @@ elements sums are shifted."""
 def _mark_depthwise(graph: Graph) -> None:
     """Find convolutions that filter each channel on its own: they have a kernel of their own, which takes strides as they are."""
     for operation in graph.operations:
-        if operation.kind != "conv" or len(operation.inputs) > 1:
+        if operation.kind != "conv":
             continue
         a, weight = operation.attributes, graph.shapes[operation.weight or ""]
         per_channel = a["groups"] == weight[0] == graph.shapes[operation.inputs[0]][1] and a["groups"] > 1

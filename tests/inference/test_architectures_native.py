@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -334,6 +335,83 @@ class RegNet(nn.Module):
         return self.fc(self.avgpool(self.trunk(self.stem(x))).flatten(start_dim=1))
 
 
+class RepVggBlock(nn.Module):
+    """The block of RepVGG and MobileOne before its branches are merged: three batch norms, of a 3 x 3 convolution, of a 1 x 1 and of nothing, are added."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int = 1) -> None:
+        super().__init__()
+        self.three = conv_norm(inputs, outputs, 3, stride, groups, act=None)
+        self.one = conv_norm(inputs, outputs, 1, stride, groups, act=None)
+        self.identity = nn.BatchNorm2d(inputs) if stride == 1 and inputs == outputs else None
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.three(x) + self.one(x)
+        return self.act(y if self.identity is None else y + self.identity(x))
+
+
+class RepVgg(nn.Module):
+    """And their depthwise form, which MobileOne has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [(3, 12, 2, 1), (12, 12, 1, 1), (12, 12, 1, 12), (12, 20, 2, 1), (20, 20, 1, 1), (20, 20, 2, 20)]
+        self.blocks = nn.Sequential(*(RepVggBlock(*block) for block in blocks))
+        self.fc = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.adaptive_avg_pool2d(self.blocks(x), 1).flatten(1))
+
+
+class GhostModule(nn.Module):
+    """Half of the channels are cheap filters of the other half; what is too much is cut off."""
+
+    def __init__(self, inputs: int, outputs: int, act: bool) -> None:
+        super().__init__()
+        half, self.outputs = -(-outputs // 2), outputs
+        relu = partial(nn.ReLU, inplace=True) if act else None
+        self.primary = conv_norm(inputs, half, 1, act=relu)
+        self.cheap = conv_norm(half, half, 3, groups=half, act=relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.primary(x)
+        return torch.cat([first, self.cheap(first)], 1)[:, : self.outputs]
+
+
+class GhostBlock(nn.Module):
+    """The shortcut is added in place."""
+
+    def __init__(self, inputs: int, wide: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.ghost1, self.ghost2 = GhostModule(inputs, wide, True), GhostModule(wide, outputs, False)
+        self.down = conv_norm(wide, wide, 3, stride, wide, act=None) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                conv_norm(inputs, inputs, 3, stride, inputs, act=None),
+                conv_norm(inputs, outputs, 1, act=None),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ghost2(self.down(self.ghost1(x)))
+        y += self.shortcut(x)
+        return y
+
+
+class Ghost(nn.Module):
+    """GhostNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            conv_norm(3, 8, 3, 2), GhostBlock(8, 8, 8, 1), GhostBlock(8, 18, 13, 2), GhostBlock(13, 30, 13, 1)
+        )
+        self.classifier = nn.Linear(13, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
 class VitBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -447,6 +525,8 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str
     "vgg": (Vgg, (3, 56, 56), set()),
     "vgg_bn": (lambda: Vgg(batch_norm=True), IMAGE, set()),
     "regnet": (RegNet, IMAGE, set()),
+    "repvgg": (RepVgg, IMAGE, set()),
+    "ghostnet": (Ghost, IMAGE, set()),
     "convnext": (ConvNext, IMAGE, {"layer_norm", "permute", "flatten"}),
     "vit": (
         Vit,

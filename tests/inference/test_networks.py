@@ -141,6 +141,80 @@ def test_in_place_writes_views_and_structured_outputs_come_out_as_in_torch() -> 
         assert relative_error(a, b) < 1e-5
 
 
+def writes_a_part_that_is_read_as_a_whole(v: torch.Tensor) -> torch.Tensor:
+    part = v[:, :3]
+    part += 1
+    return v * 2
+
+
+def writes_what_was_viewed_before(v: torch.Tensor) -> torch.Tensor:
+    line = v.flatten(2)
+    v.relu_()
+    return line * 2
+
+
+def writes_a_part_of_what_was_written(v: torch.Tensor) -> torch.Tensor:
+    part = v.relu_()[:, :3]
+    part.add_(1)
+    return v * 2
+
+
+def writes_a_part_that_overlaps_another(v: torch.Tensor) -> torch.Tensor:
+    v[:, :3].mul_(2)
+    return v[:, 1:] * 2
+
+
+def writes_what_a_chunk_shares(v: torch.Tensor) -> torch.Tensor:
+    left, right = v.chunk(2, 1)
+    left.mul_(2)
+    return torch.cat([right, v, left], 1)
+
+
+def writes_a_part_that_nobody_else_reads(v: torch.Tensor) -> torch.Tensor:
+    part = torch.cat([v, v * 2], 1)[:, 2:8]
+    part += v[:, :6]
+    return part.relu_() * 2
+
+
+WRITES = {
+    writes_a_part_that_is_read_as_a_whole: False,
+    writes_what_was_viewed_before: False,
+    writes_a_part_of_what_was_written: False,
+    writes_a_part_that_overlaps_another: False,
+    writes_what_a_chunk_shares: False,
+    writes_a_part_that_nobody_else_reads: True,
+}
+"""And whether native kernels can do all of it, as nobody sees the write under another name."""
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_what_is_written_in_place_is_seen_by_all_who_share_the_memory(
+    write: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.norm, self.after = (
+                nn.Conv2d(2, 6, 3, padding=1),
+                nn.BatchNorm2d(6),
+                nn.LazyConv2d(4, 1),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = write(self.norm(self.before(x)))
+            return self.after(y if y.dim() == 4 else y[..., None])
+
+    torch.manual_seed(0)
+    network, x = Writing().eval(), torch.randn(2, 2, 6, 7)
+    with torch.no_grad():
+        wanted = network(x)
+        engine = explorer.compile(network, x)
+        assert relative_error(engine(x), wanted) < 1e-5
+    assert not [name for name in engine.fallbacks if "batch_norm" in name]
+    if WRITES[write]:
+        assert engine.fallbacks == ()
+
+
 class Mixing(nn.Module):
     """One sample's output depends on the others', outside the engine's own kernels."""
 
