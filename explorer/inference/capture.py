@@ -7,7 +7,7 @@ functional: after ``relu_(x)``, whoever reads x reads the result.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,8 @@ def _writes_through_views(graph: torch.fx.Graph) -> bool:
     """Whether an in-place operator changes what somebody reads later under another name than the operator's own result."""
     when = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
+        if node.op == "get_attr" and _writes(getattr(graph.owning_module, str(node.target))):
+            return True  # in an inner graph: nobody has looked whose memory it is
         if node.op != "call_function" or not _is_inplace(node.target):
             continue
         written = node.args[0]
@@ -104,6 +106,17 @@ def _writes_through_views(graph: torch.fx.Graph) -> bool:
             if name is not written and any(when[user] > when[node] for user in name.users):
                 return True
     return False
+
+
+def _writes(inner: Any) -> bool:
+    """Whether an inner graph has an in-place operator."""
+    nodes = inner.graph.nodes if isinstance(inner, torch.fx.GraphModule) else ()
+    return any(
+        _is_inplace(node.target)
+        if node.op == "call_function"
+        else node.op == "get_attr" and _writes(getattr(inner, str(node.target)))
+        for node in nodes
+    )
 
 
 def _sharing_memory(
@@ -135,27 +148,10 @@ def _read(exported: Any) -> Graph:
     lifted = dict(signature.inputs_to_lifted_tensor_constants)
     tensors = {**exported.state_dict, **exported.constants}
     graph = Graph([], [], [], {}, {}, {}, state, lambda values: values)
-    renamed: dict[str, str] = {}
-
-    def reference(item: Any) -> Any:
-        if isinstance(item, torch.fx.Node):
-            return Ref(renamed.get(item.name, item.name))
-        if isinstance(item, list | tuple):
-            return (
-                type(item)(reference(part) for part in item)
-                if type(item) in (list, tuple)
-                else [reference(p) for p in item]
-            )
-        if isinstance(item, dict):
-            return {k: reference(v) for k, v in item.items()}
-        return item
-
+    reader = _Reader(graph)
     for node in exported.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            graph.shapes[node.name] = tuple(int(s) for s in value.shape)
-            graph.dtypes[node.name] = value.dtype
         if node.op == "placeholder":
+            reader.remember(node)
             if node.name in state or node.name in lifted:
                 graph.constants[node.name] = tensors[state.get(node.name) or lifted[node.name]].detach()
             elif node.name in signature.user_inputs:
@@ -164,20 +160,12 @@ def _read(exported: Any) -> Graph:
                 raise EngineError(
                     f"The input {node.name!r} of the captured network is of a kind that the engine does not know."
                 )
-        elif node.op == "call_function":
-            args, kwargs = reference(node.args), reference(node.kwargs)
-            operation = _operation(node, args, kwargs, graph)
-            graph.operations.append(operation)
-            if _is_inplace(node.target):
-                renamed[node.args[0].name] = node.name
         elif node.op == "output":
             flat = node.args[0]
             wanted = [n for n in flat if not isinstance(n, torch.fx.Node) or n.name in signature.user_outputs]
-            graph.outputs = [reference(n) for n in wanted]
-        elif node.op == "get_attr":
-            raise EngineError(
-                "The module uses a higher-order operator (cond, while, map), which the engine cannot run."
-            )
+            graph.outputs = [reader.reference(n) for n in wanted]
+        else:
+            reader.read(node)
     _name_items(graph)
     spec = exported.call_spec.out_spec
     if spec is not None:
@@ -185,12 +173,77 @@ def _read(exported: Any) -> Graph:
     return graph
 
 
+_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Operators that run a graph under another setting, and how many arguments stand before the graph."""
+
+
+class _Reader:
+    """Writes the nodes of a captured graph, and of the graphs inside it, into `graph`."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        # What stands for a node: a value's name, a graph, or the values of a tuple.
+        self._meaning: dict[torch.fx.Node, Any] = {}
+        self._renamed: dict[str, str] = {}
+
+    def reference(self, item: Any) -> Any:
+        """An argument with names in the place of nodes."""
+        if isinstance(item, torch.fx.Node):
+            meaning = self._meaning[item]
+            return Ref(self._renamed.get(meaning.name, meaning.name)) if isinstance(meaning, Ref) else meaning
+        if isinstance(item, list | tuple):
+            parts = [self.reference(part) for part in item]
+            return type(item)(parts) if type(item) in (list, tuple) else parts
+        if isinstance(item, dict):
+            return {k: self.reference(v) for k, v in item.items()}
+        return item
+
+    def remember(self, node: torch.fx.Node, inside: str = "") -> None:
+        """Give a node's value its name, shape and dtype."""
+        name, value = inside + node.name, node.meta.get("val")
+        self._meaning[node] = Ref(name)
+        if isinstance(value, Tensor):
+            self.graph.shapes[name] = tuple(int(s) for s in value.shape)
+            self.graph.dtypes[name] = value.dtype
+
+    def read(self, node: torch.fx.Node, inside: str = "") -> None:
+        """Read a node that is neither an input nor an output; `inside` is what the names in an inner graph begin with."""
+        if node.op == "get_attr":
+            self._meaning[node] = getattr(node.graph.owning_module, str(node.target))
+            return
+        args, kwargs = self.reference(node.args), self.reference(node.kwargs)
+        if node.target is operator.getitem and isinstance(args[0], tuple | list):
+            self._meaning[node] = args[0][args[1]]
+            return
+        before = _WRAPPERS.get(str(node.target))
+        if before is not None and not (before > 1 and args[2]):  # autocast that is switched on computes in another precision: left to torch
+            self._meaning[node] = self._inline(args[before], args[before + 1 :], f"{inside}{node.name}.")
+            return
+        self.remember(node, inside)
+        operation = _operation(node, inside + node.name, args, kwargs, self.graph)
+        self.graph.operations.append(operation)
+        if _is_inplace(node.target):
+            self._renamed[args[0].name] = operation.output
+
+    def _inline(self, inner: torch.fx.GraphModule, arguments: Sequence[Any], inside: str) -> Any:
+        """Read an inner graph as if it stood here; the result is what it returns."""
+        given = iter(arguments)
+        for node in inner.graph.nodes:
+            if node.op == "placeholder":
+                self._meaning[node] = next(given)
+            elif node.op == "output":
+                return self.reference(node.args[0])
+            else:
+                self.read(node, inside)
+        raise AssertionError("a graph without an output")
+
+
 def _module_name(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Operation:
+def _operation(node: torch.fx.Node, output: str, args: Any, kwargs: Any, graph: Graph) -> Operation:
     assert callable(node.target)
     target: Any = node.target
     if _base(target) in ("view", "_unsafe_view") and not any(isinstance(part, torch.dtype) for part in args):
@@ -200,11 +253,11 @@ def _operation(node: torch.fx.Node, args: Any, kwargs: Any, graph: Graph) -> Ope
         # Nobody reads the old value, so a new one will do; written in place, it could change a concatenation that shares its memory.
         packet = getattr(torch.ops.aten, _base(target).removesuffix("_"), None)
         target = getattr(packet, target._overloadname, None) or _OnCopy(target)  # noqa: SLF001 - the only way to name overloads
-    operation = Operation("torch", node.name, [], _module_name(node), target, tuple(args), dict(kwargs))
+    operation = Operation("torch", output, [], _module_name(node), target, tuple(args), dict(kwargs))
     reader = _READERS.get(_base(node.target).rstrip("_"))
     names = operation.references()
-    floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (node.name, *names))
-    if reader is not None and floats and node.name in graph.shapes:
+    floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (output, *names))
+    if reader is not None and floats and output in graph.shapes:
         reader(operation, bound_arguments(target, args, kwargs), graph)
     return operation
 

@@ -132,6 +132,8 @@ def _joined(
     operation: Operation, graph: Graph, readers: dict[str, list[Operation]], returned: set[str]
 ) -> Operation | None:
     """The operation that yields (samples, tokens, heads * features) from the result and is all that becomes of it."""
+    if len(graph.shapes[operation.output]) != 4:
+        return None
     samples, heads, tokens, features = graph.shapes[operation.output]
     value, moved = operation.output, torch.empty(graph.shapes[operation.output], device="meta")
     while value not in returned and len(readers.get(value, [])) == 1:

@@ -101,6 +101,8 @@ def _display(name: str) -> str:
 def check_weights(module: nn.Module) -> None:
     """Refuse a network that cannot be studied: weights that are NaN or infinite, elsewhere than on the CPU, or not materialised.
 
+    A buffer may be infinite, as masks of attention and open bounds are, if it is not what a normalisation has learnt.
+
     Parameters
     ----------
     module : nn.Module
@@ -109,8 +111,9 @@ def check_weights(module: nn.Module) -> None:
     ------
     ModelError
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in tensors:
+    parameters = dict(module.named_parameters())
+    learnt = ("running_mean", "running_var")
+    for name, tensor in (parameters | dict(module.named_buffers())).items():
         if torch.nn.parameter.is_lazy(tensor):
             raise ModelError(
                 f"{name!r} has no shape yet (a lazy module): run the model once on an example input before loading it."
@@ -119,8 +122,9 @@ def check_weights(module: nn.Module) -> None:
             raise ModelError(
                 f"{name!r} is on device '{tensor.device}'; the model must be on the CPU: pass model.cpu()."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        must_be_finite = name in parameters or name.endswith(learnt)
+        bad = int((~torch.isfinite(tensor) if must_be_finite else torch.isnan(tensor)).sum())
+        if bad:
             raise ModelError(
                 f"{name!r} has {bad} NaN or infinite values of {tensor.numel()}; the training that made it diverged. "
                 "Load weights that are finite."

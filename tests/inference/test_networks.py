@@ -215,6 +215,38 @@ def test_what_is_written_in_place_is_seen_by_all_who_share_the_memory(
         assert engine.fallbacks == ()
 
 
+class OtherSettings(nn.Module):
+    """Graphs within the graph: parts under other settings, one of them nested and one in bfloat16, and a condition."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.a(x).relu_()
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            x, y = self.b(x).relu_() if self.in_place else self.b(x).relu(), x + 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = self.c(y).float()
+        w = torch.cond(x.sum() > 0, lambda v: v.sin(), lambda v: v.cos(), (y,))
+        return x + w, z
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_graphs_within_the_graph_are_run_too(in_place: bool) -> None:
+    torch.manual_seed(0)
+    network, x = OtherSettings(in_place).eval(), torch.randn(2, 3, 6, 7)
+    engine = explorer.compile(network, x)
+    with torch.no_grad():
+        for v in (x, -x):
+            for got, wanted in zip(engine(v), network(v), strict=True):
+                assert relative_error(got, wanted) < 1e-5
+    # Only one of the three convolutions asks for bfloat16.
+    assert len([name for name in engine.fallbacks if "conv" in name or "wrap" in name]) == 1
+    assert [name for name in engine.fallbacks if "cond" in name] != []
+
+
 class Mixing(nn.Module):
     """One sample's output depends on the others', outside the engine's own kernels."""
 

@@ -191,6 +191,10 @@ class Unusual(nn.Module):
                 layer(x).unflatten(2, (-1, 2)).permute(0, 3, 1, 2) for layer in (self.q, self.k, self.v)
             )
             mixed = functional.scaled_dot_product_attention(q, k, v)
+        elif self.kind == "windows":
+            # Of three tokens each, as Hiera and other hierarchical transformers attend: an axis more.
+            windows = (layer.unflatten(2, (-1, 3)) for layer in (q, k, v))
+            mixed = functional.scaled_dot_product_attention(*windows).flatten(2, 3)
         else:
             mixed = functional.scaled_dot_product_attention(q, k, v)
         if self.kind == "heads kept":
@@ -202,7 +206,9 @@ class Unusual(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("kind", ["causal", "mask", "interleaved", "heads kept", "read twice", "heads mixed"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "mask", "interleaved", "windows", "heads kept", "read twice", "heads mixed"]
+)
 def test_attention_of_another_kind_runs_through_torch_and_is_right(kind: str) -> None:
     torch.manual_seed(0)
     engine = check(Unusual(kind), torch.randn(2, 9, 8))

@@ -196,9 +196,22 @@ def with_bad_weight(value: float) -> nn.Module:
     return module
 
 
+def with_buffer(name: str, value: float) -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    module[1].register_buffer("mask", torch.zeros(4))
+    getattr(module[1], name)[2] = value
+    return module.eval()
+
+
+def test_a_mask_may_be_infinite():
+    assert len(prunable_layers(with_buffer("mask", float("-inf")), torch.randn(1, 3))) == 2
+
+
 @pytest.mark.parametrize(
     ("module", "x", "message"),
     [
+        (with_buffer("mask", float("nan")), torch.randn(1, 3), "'1.mask' has 1 NaN or infinite"),
+        (with_buffer("running_var", float("inf")), torch.randn(1, 3), "'1.running_var' has 1 NaN or infinite"),
         (nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(1, 3), "no layer that can be pruned"),
         (with_bad_weight(float("nan")), torch.randn(1, 3), "'1.weight' has 1 NaN or infinite"),
         (with_bad_weight(float("inf")), torch.randn(1, 3), "'1.weight' has 1 NaN or infinite"),
