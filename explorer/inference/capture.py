@@ -216,7 +216,9 @@ class _Reader:
             self._meaning[node] = args[0][args[1]]
             return
         before = _WRAPPERS.get(str(node.target))
-        if before is not None and not (before > 1 and args[2]):  # autocast that is switched on computes in another precision: left to torch
+        if before is not None and not (
+            before > 1 and args[2]
+        ):  # autocast that is switched on computes in another precision: left to torch
             self._meaning[node] = self._inline(args[before], args[before + 1 :], f"{inside}{node.name}.")
             return
         self.remember(node, inside)

@@ -40,6 +40,15 @@ class Operands:
     n_bytes: NDArray[np.int64]
     is_copied: bool = True
 
+    def of_groups(self, groups: range, count: int) -> Operands:
+        """What neighbouring groups of the input channels hold, of `count` groups in all."""
+        mine, weights = (
+            slice(n // count * groups.start, n // count * groups.stop)
+            for n in (len(self.sources), len(self.source))
+        )
+        source = self.source[weights] - mine.start
+        return Operands(self.sources[mine], source, self.within[weights], self.n_bytes[mine], self.is_copied)
+
 
 def operands(
     planes: NDArray[np.int64],
@@ -154,9 +163,58 @@ def _stages(n_blocks: int) -> NDArray[np.int64]:
     return stages
 
 
-def part_bounds(channels: int, parts: int, step: int = 1) -> list[int]:
-    """Where the parts of the output channels begin and end: multiples of `step`, about equal."""
-    return [min(channels, -(-channels * p // parts // step) * step) for p in range(parts)] + [channels]
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Output channels that run as jobs of their own, or rows of weights that stand for them.
+
+    Attributes
+    ----------
+    low, high : int
+        Rows [low, high).
+    groups : range
+        The groups of input channels that they read.
+    """
+
+    low: int
+    high: int
+    groups: range
+
+
+def parts_of(rows: int, parts: int, step: int = 1, groups: int = 1) -> list[Part]:
+    """Cut the rows of a convolution's weights into parts: multiples of `step` of a group's rows, about equal, or whole groups.
+
+    Parameters
+    ----------
+    rows : int
+        Divided by `groups` without remainder.
+    parts : int
+        A multiple of `groups`, or less than them.
+    step : int
+        Where a group is cut.
+    groups : int
+    """
+    each = rows // groups
+    if parts < groups:
+        bounds = [groups * p // parts for p in range(parts + 1)]
+        return [Part(each * low, each * high, range(low, high)) for low, high in pairwise(bounds)]
+    cuts = parts // groups
+    bounds = [min(each, -(-each * p // cuts // step) * step) for p in range(cuts)] + [each]
+    return [
+        Part(each * group + low, each * group + high, range(group, group + 1))
+        for group in range(groups)
+        for low, high in pairwise(bounds)
+    ]
+
+
+def _rows_of(weights: SparseWeights, part: Part, groups: int) -> SparseWeights:
+    """The rows of a part, whose columns count from its first group on: what is left of a block-diagonal matrix."""
+    piece = weights.rows(part.low, part.high)
+    if len(part.groups) == 1:
+        return piece
+    group = np.arange(len(piece.starts) - 1) * groups // weights.shape[0]
+    columns = piece.columns + np.repeat(group, np.diff(piece.starts)) * weights.shape[1]
+    shape = (piece.shape[0], piece.shape[1] * len(part.groups))
+    return SparseWeights(shape, piece.starts, columns, piece.values)
 
 
 def conv_sparse(
@@ -167,45 +225,49 @@ def conv_sparse(
     block_bytes: int,
     words: Words,
     isa: Isa,
+    groups: int = 1,
 ) -> PackedConv:
     """Sparse weights of a convolution, (M, K) or (M / 2, K) in pairs, see `SparseWeights`.
 
     Parameters
     ----------
     weights : SparseWeights
+        K is what an output channel reads: of several groups, the operands of one.
     reach : Operands
+        Of all groups.
     kernel : ConvKernel
     parts : int
-        Parts of the output channels that run as separate jobs.
+        Parts of the output channels that run as separate jobs, see `parts_of`.
     block_bytes : int
         Operands of one K block, in bytes: what stays in the L1 cache.
     words : callable
     isa : Isa
         The CPU that packs, which is the one that will run them.
+    groups : int
     """
-    n_sources = len(reach.sources)
-    pieces, needed = [], []
-    for low, high in pairwise(part_bounds(weights.shape[0], parts)):
-        piece = weights.rows(low, high)
+    pieces = []
+    for part in parts_of(weights.shape[0], parts, groups=groups):
+        piece, mine = _rows_of(weights, part, groups), reach.of_groups(part.groups, groups)
         # What no nonzero of a part reads need not be copied.
-        used = np.zeros(n_sources, bool)
-        used[reach.source[np.bincount(piece.columns, minlength=weights.shape[1]) > 0]] = True
-        pieces.append((low, piece))
-        needed.append(np.flatnonzero(used))
-    n_blocks = max(1, *(-(-int(reach.n_bytes[sources].sum()) // block_bytes) for sources in needed))
+        used = np.zeros(len(mine.sources), bool)
+        used[mine.source[np.bincount(piece.columns, minlength=piece.shape[1]) > 0]] = True
+        pieces.append((part.low, piece, mine, np.flatnonzero(used)))
+    n_blocks = max(
+        1, *(-(-int(mine.n_bytes[sources].sum()) // block_bytes) for _, _, mine, sources in pieces)
+    )
     tables: list[tuple[NDArray[Any], ...]] = []
     rows_of_blocks = []
     before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
-    for (low, piece), sources in zip(pieces, needed, strict=True):
-        block_of = _blocks_of(reach, sources, n_blocks)
-        row_start = np.zeros(n_sources, np.int64)
-        if reach.is_copied:
+    for low, piece, mine, sources in pieces:
+        block_of = _blocks_of(mine, sources, n_blocks)
+        row_start = np.zeros(len(mine.sources), np.int64)
+        if mine.is_copied:
             # Each block fills the buffer from its beginning.
-            end = np.cumsum(reach.n_bytes[sources])
+            end = np.cumsum(mine.n_bytes[sources])
             edges = np.searchsorted(block_of[sources], np.arange(n_blocks))
-            row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
-        where = (reach.within + row_start[reach.source])[piece.columns]
-        block = block_of[reach.source][piece.columns]
+            row_start[sources] = end - mine.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
+        where = (mine.within + row_start[mine.source])[piece.columns]
+        block = block_of[mine.source][piece.columns]
         entries = sparse_entries(
             piece, where, block, n_blocks, kernel.unroll, words, isa if kernel.partners else None
         )
@@ -214,7 +276,7 @@ def conv_sparse(
         blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
-            "n_sources": np.diff(cuts) * reach.is_copied,
+            "n_sources": np.diff(cuts) * mine.is_copied,
             "sources": before[4] + cuts[:-1],
             "offsets": before[0] + starts[:-1, 0],
             "weights": before[1] + starts[:-1, 1],
@@ -226,7 +288,7 @@ def conv_sparse(
             blocks[:, conv_tables.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
         rows = (entries.rows + np.int32(low)) * kernel.channels
-        tables.append((entries.offsets, entries.words, rows, entries.groups, reach.sources[sources]))
+        tables.append((entries.offsets, entries.words, rows, entries.groups, mine.sources[sources]))
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
     joined[0], joined[2] = read_beyond(joined[0], joined[2])
@@ -252,47 +314,51 @@ def conv_dense(
     parts: int,
     block_bytes: int,
     words: Words,
+    groups: int = 1,
 ) -> PackedConv:
     """Dense weights of a convolution: in each block [group of R channels][k][R], then [k][channels left over].
 
     Parameters
     ----------
     weight : (M, K) float32
-    reach, kernel, parts, block_bytes, words
+    reach, kernel, block_bytes, words, groups
         As for `conv_sparse`.
+    parts : int
+        A multiple of `groups`.
     """
-    m, step = len(weight), kernel.dense_rows
-    n_blocks = max(1, -(-int(reach.n_bytes.sum()) // block_bytes))
-    block_of = _blocks_of(reach, np.arange(len(reach.sources)), n_blocks)
-    starts = np.cumsum(reach.n_bytes) - reach.n_bytes
+    step = kernel.dense_rows
+    n_blocks = max(1, -(-int(reach.n_bytes.sum()) // groups // block_bytes))
     weights, offsets, sources, rows_of_blocks = [], [], [], []
     n_weights = n_offsets = n_sources = 0
-    for low, high in pairwise(part_bounds(m, parts, step)):
-        part = weight[low:high]
-        full = len(part) // step
+    for part in parts_of(len(weight), parts, step, groups):
+        mine = reach.of_groups(part.groups, groups)
+        block_of = _blocks_of(mine, np.arange(len(mine.sources)), n_blocks)
+        starts = np.cumsum(mine.n_bytes) - mine.n_bytes
+        rows = weight[part.low : part.high]
+        full = len(rows) // step
         for i, stage in enumerate(_stages(n_blocks)):
-            mine = np.flatnonzero(block_of == i)
-            ks = np.flatnonzero(block_of[reach.source] == i)
-            where = reach.within[ks]
-            if reach.is_copied:
-                where = where + starts[reach.source[ks]] - starts[mine[0]]
-            piece = part[:, ks]
+            here = np.flatnonzero(block_of == i)
+            ks = np.flatnonzero(block_of[mine.source] == i)
+            where = mine.within[ks]
+            if mine.is_copied:
+                where = where + starts[mine.source[ks]] - starts[here[0]]
+            piece = rows[:, ks]
             body = piece[: full * step].reshape(full, step, len(ks)).transpose(0, 2, 1).reshape(-1)
             weights += [body, piece[full * step :].T.reshape(-1)]
             offsets.append(where.astype(np.int32))
-            sources.append(reach.sources[mine])
+            sources.append(mine.sources[here])
             fields = {
                 "stage": int(stage),
-                "n_sources": len(mine) * reach.is_copied,
+                "n_sources": len(here) * mine.is_copied,
                 "sources": n_sources,
                 "depth": len(ks),
                 "offsets": n_offsets,
                 "weights": n_weights,
-                "rows": int(len(part) % step != 0),
+                "rows": int(len(rows) % step != 0),
                 "n_groups": full,
-                "first_channel": low,
+                "first_channel": part.low,
             }
-            n_sources += len(mine)
+            n_sources += len(here)
             n_offsets += len(ks)
             n_weights += piece.size
             row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
@@ -342,60 +408,6 @@ def conv_channels_dense(
         "weights": np.concatenate([by_group[:, low:high].reshape(-1) for low, high in pairwise(edges)]),
     }
     return PackedConv(tables, blocks, n_blocks, conv_channels.BLOCK)
-
-
-def conv_grouped(
-    weights: SparseWeights,
-    groups: int,
-    reach: Operands,
-    kernel: conv.ConvKernel,
-    parts: int,
-    words: Words,
-) -> PackedConv:
-    """A grouped convolution is a block-diagonal sparse matrix: each row holds the operands of its own group only, read where they lie.
-
-    Parameters
-    ----------
-    weights : SparseWeights
-        (M, C / groups * taps).
-    groups : int
-    reach : Operands
-        "direct".
-    kernel : ConvKernel
-    parts : int
-        Parts of the groups that run as separate jobs.
-    words : callable
-    """
-    m, depth = weights.shape
-    per_group = m // groups
-    where = reach.within.reshape(groups, depth)
-    tables, rows_of_blocks = [], []
-    before = np.zeros(4, np.int64)
-    for p in range(parts):
-        low, high = (groups * i // parts * per_group for i in (p, p + 1))
-        piece = weights.rows(low, high)
-        group = np.repeat(np.arange(low, high) // per_group, np.diff(piece.starts))
-        entries = sparse_entries(
-            piece, where[group, piece.columns], np.zeros_like(group), 1, kernel.unroll, words
-        )
-        row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
-        fields = {
-            "stage": _stages(1)[0],
-            "offsets": before[0],
-            "weights": before[1],
-            "rows": before[2],
-            "groups": before[3],
-            "n_groups": len(entries.groups),
-        }
-        for name, value in fields.items():
-            row[conv_tables.BLOCK.index(name)] = value
-        rows_of_blocks.append(row)
-        tables.append((entries.offsets, entries.words, entries.rows + np.int32(low), entries.groups))
-        before += entries.starts[-1]
-    joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
-    joined[0], joined[2] = read_beyond(joined[0], joined[2])
-    named: dict[str, NDArray[Any]] = dict(zip(("offsets", "weights", "rows", "groups"), joined, strict=True))
-    return PackedConv(named, np.array(rows_of_blocks), 1)
 
 
 def linear_sparse(

@@ -687,22 +687,23 @@ class Plan:
         if operation.kind == "conv" and self._family[operation.output] == "planes":
             if a.get("depthwise"):
                 return [Choice(True, "depthwise")]
-            if a["groups"] > 1:
-                return [Choice(False)]
+            if 1 < a["groups"] == graph.shapes[operation.output][1]:
+                return [Choice(False)]  # one output channel of a group has nobody to share operands with
             out = self.places[operation.output].layout
             assert isinstance(out, Planes)
             if out.is_compactable:
                 forms = ["compact", "direct"]
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
-            if out.has_gaps and self._fits_channels(graph, operation, out):
+            if a["groups"] == 1 and out.has_gaps and self._fits_channels(graph, operation, out):
                 # It has been the fastest nearly everywhere: one other is enough to compare with. Not so with 16 registers, where its tile is small, and
                 # "direct" often wins, as few loads of 32 bytes cross a cache line: the first layer of ResNet-50 took 0.7 of the time on Zen 3.
                 few = self.isa.registers < MANY_REGISTERS
                 dense_forms = [*forms, "channels"] if few else ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
         sparse = [Choice(False, form) for form in forms]
-        if paired and self._family[operation.output] != "vectors":
+        in_group = graph.shapes[operation.output][1] // a.get("groups", 1)
+        if paired and in_group % 2 == 0 and self._family[operation.output] != "vectors":
             out = self.places[operation.output].layout
             assert isinstance(out, Planes)
             fitting = [

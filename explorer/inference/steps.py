@@ -41,7 +41,6 @@ from explorer.inference.pack import (
     PackedConv,
     conv_channels_dense,
     conv_dense,
-    conv_grouped,
     conv_sparse,
     linear_dense,
     linear_sparse,
@@ -305,28 +304,29 @@ class _StepBuilder:
         planes = np.arange(channels)[:, None] * len(phases) + which
         if choice.reach == "channels":
             return self._conv_channels(operation, places, out, planes * x.plane + shifts, shifts, choice)
-        layouts = _planes(places, out)
-        kernel, tiles, parts = self._conv_kernel(layouts, weight, choice)
+        layouts, groups = _planes(places, out), a["groups"]
+        kernel, tiles, parts = self._conv_kernel(layouts, weight, choice, groups)
         kernel = replace(
             kernel,
             activation=a.get("activation"),
             capped=_is_capped(operation),
             partners=not (choice.dense or choice.pairs)
-            and a["groups"] == 1
             and registers.has_partners(kernel.tile, self.plan.isa),
         )
         reach = operands(planes, shifts, x.plane, choice.reach, kernel.tile, self.plan.isa)
+        if groups > 1 and not choice.dense and parts == groups:
+            # As many groups at once as fill a K block, and no fewer parts than there are threads.
+            fewest = min(groups, self.plan.threads if tiles < self.plan.threads else 1)
+            parts = min(groups, max(fewest, -(-int(reach.n_bytes.sum()) // self.block_bytes)))
 
         words = partial(weight_words, isa=self.plan.isa)
 
         def pack() -> PackedConv:
-            if a["groups"] > 1:
-                return conv_grouped(self._sparse(operation), a["groups"], reach, kernel, parts, words)
             if choice.dense:
                 size = _dense_block_bytes(kernel.tile * self.plan.isa.width, self.block_bytes)
-                return conv_dense(self._dense(operation), reach, kernel, parts, size, words)
+                return conv_dense(self._dense(operation), reach, kernel, parts, size, words, groups)
             weights = self._sparse(operation, kernel.channels)
-            return conv_sparse(weights, reach, kernel, parts, self.block_bytes, words, self.plan.isa)
+            return conv_sparse(weights, reach, kernel, parts, self.block_bytes, words, self.plan.isa, groups)
 
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))
@@ -435,11 +435,11 @@ class _StepBuilder:
         return _Row(self.code(kernel), arguments, chunks * parts, choice.label, cut)
 
     def _conv_kernel(
-        self, layouts: Mapping[str, Planes], weight: NDArray[np.float32], choice: Choice
+        self, layouts: Mapping[str, Planes], weight: NDArray[np.float32], choice: Choice, groups: int = 1
     ) -> tuple[conv.ConvKernel, int, int]:
-        """The kernel for these tensors (see `_planes`), and into how many tiles and parts of the channels its work is cut."""
+        """The kernel for these tensors (see `_planes`), and into how many tiles and parts of the channels its work is cut: at least one part for each group."""
         compact: dict[str, Any] = {}
-        y, channels = layouts["out"], len(weight)
+        y, channels = layouts["out"], len(weight) // groups
         fixed = max(layout.tile for layout in layouts.values())
         assert all(layout.tile in (0, fixed) for layout in layouts.values())
         tile = fixed or tile_of(y.vectors)
@@ -461,10 +461,10 @@ class _StepBuilder:
             pairs=choice.pairs,
             **compact,
         )
-        parts = _parts(tiles, channels, self.plan.threads, y.images)
-        if in_place:
+        parts = _parts(tiles * groups, channels, self.plan.threads, y.images)
+        if in_place and groups == 1:
             parts = max(parts, self._parts_by_sums(weight, tile))
-        return kernel, tiles, parts
+        return kernel, tiles, groups * parts
 
     def _parts_by_sums(self, weight: NDArray[np.float32], tile: int) -> int:
         """Parts of the output channels of a 1 x 1 convolution or linear layer whose sums stay in the L2 cache from one K block to the next.

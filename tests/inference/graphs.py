@@ -69,11 +69,17 @@ def run(graph: Graph, *inputs: torch.Tensor, mode: Mode, threads: int = 1) -> to
     return SparseModule(graph, inputs, threads, mode)(*inputs)
 
 
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """L2 norm of the difference over the norm of what was wanted."""
+def relative_error(got: torch.Tensor, wanted: torch.Tensor, usual: torch.Tensor | None = None) -> float:
+    """L2 norm of the difference over the norm of what was wanted, or of `usual` where that is larger."""
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-12))
+    size = wanted.norm() if usual is None else torch.maximum(wanted.norm(), usual.double().norm())
+    return float((got - wanted).norm() / size.clamp(min=1e-12))
+
+
+def usual_size(x: torch.Tensor, weight: torch.Tensor, **attributes: Any) -> torch.Tensor:
+    """How large each sum of a convolution is with random signs. Products that happen to cancel out leave their rounding errors, which are not the kernel's."""
+    return torch.nn.functional.conv2d(x.double() ** 2, weight.double() ** 2, None, **attributes).sqrt()
 
 
 def preferring(wanted: Callable[[Choice], bool]) -> Callable[..., list[Choice]]:

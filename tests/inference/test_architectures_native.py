@@ -355,7 +355,14 @@ class RepVgg(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks = [(3, 12, 2, 1), (12, 12, 1, 1), (12, 12, 1, 12), (12, 20, 2, 1), (20, 20, 1, 1), (20, 20, 2, 20)]
+        blocks = [
+            (3, 12, 2, 1),
+            (12, 12, 1, 1),
+            (12, 12, 1, 12),
+            (12, 20, 2, 1),
+            (20, 20, 1, 1),
+            (20, 20, 2, 20),
+        ]
         self.blocks = nn.Sequential(*(RepVggBlock(*block) for block in blocks))
         self.fc = nn.Linear(20, 10)
 

@@ -21,7 +21,7 @@ from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Plan
 from explorer.inference.sparse_rows import SparseWeights
 from explorer.masks import magnitude_mask, pair_mask
-from tests.inference.graphs import conv_graph, preferring, relative_error
+from tests.inference.graphs import conv_graph, preferring, relative_error, usual_size
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, convolutions, innermost_loops, runnable
 from tests.inference.test_partners import needs_code
 
@@ -52,13 +52,14 @@ def test_any_convolution_in_pairs_equals_torch(case: dict, unbalanced: bool) -> 
     generator = torch.Generator().manual_seed(case["seed"])
     shape, outputs = (case["images"], case["channels"], *case["size"]), 2 * case["outputs"]
     sparsity = max(case["sparsity"], 0.5)
+    in_group = case["channels"] // case["groups"]
     weight = in_pattern(
-        torch.randn(outputs, case["channels"], *case["kernel"], generator=generator), sparsity, case["seed"]
+        torch.randn(outputs, in_group, *case["kernel"], generator=generator), sparsity, case["seed"]
     )
     if unbalanced:  # one channel of a pair lacks a few of the other's weights
         weight[0] *= torch.rand(weight[0].shape, generator=generator) > 0.1
     bias = torch.randn(outputs, generator=generator) if case["bias"] else None
-    attributes = {k: case[k] for k in ("stride", "padding", "dilation")} | {"groups": 1}
+    attributes = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
     graph = conv_graph(shape, weight, bias, residual=case["residual"], **attributes)
     inputs = [torch.randn(shape, generator=generator)]
     wide = None if bias is None else bias.double()
@@ -73,7 +74,9 @@ def test_any_convolution_in_pairs_equals_torch(case: dict, unbalanced: bool) -> 
     if engine.isa != "torch" and in_pairs(weight.numpy()) and wanted[0, 0].numel() > 1:
         assert "sparse pairs" in engine.choices["conv"]
     for _ in range(2):  # a residual must not be added to in its own place
-        assert relative_error(engine(*inputs), wanted) < TOLERANCE
+        assert (
+            relative_error(engine(*inputs), wanted, usual_size(inputs[0], weight, **attributes)) < TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -154,11 +157,12 @@ def test_what_is_in_pairs_and_what_is_not() -> None:
     assert not found(only_at_first)
 
 
-def test_depthwise_and_grouped_convolutions_keep_their_kernels() -> None:
-    for groups in (2, 8):
-        layer = nn.Conv2d(8, 8, 3, groups=groups)
-        layer.weight.data = in_pattern(layer.weight.data, 0.5)
-        assert "pairs" not in kernel_of(layer, torch.randn(1, 8, 9, 9))
+@pytest.mark.parametrize(("outputs", "groups", "pairs"), [(8, 2, True), (6, 2, False), (8, 8, False)])
+def test_pairs_are_found_in_groups_that_they_do_not_straddle(outputs: int, groups: int, pairs: bool) -> None:
+    layer, x = nn.Conv2d(8 * outputs, outputs, 3, groups=groups), torch.randn(1, 8 * outputs, 9, 9)
+    layer.weight.data = in_pattern(layer.weight.data, 0.5)
+    assert ("pairs" in kernel_of(layer, x)) is pairs
+    assert relative_error(explorer.compile(layer, x, sparse="sparse")(x), layer(x).detach()) < TOLERANCE
 
 
 def test_new_weights_of_another_pattern_are_right_with_and_without_a_new_choice() -> None:

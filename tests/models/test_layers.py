@@ -211,7 +211,11 @@ def test_a_mask_may_be_infinite():
     ("module", "x", "message"),
     [
         (with_buffer("mask", float("nan")), torch.randn(1, 3), "'1.mask' has 1 NaN or infinite"),
-        (with_buffer("running_var", float("inf")), torch.randn(1, 3), "'1.running_var' has 1 NaN or infinite"),
+        (
+            with_buffer("running_var", float("inf")),
+            torch.randn(1, 3),
+            "'1.running_var' has 1 NaN or infinite",
+        ),
         (nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(1, 3), "no layer that can be pruned"),
         (with_bad_weight(float("nan")), torch.randn(1, 3), "'1.weight' has 1 NaN or infinite"),
         (with_bad_weight(float("inf")), torch.randn(1, 3), "'1.weight' has 1 NaN or infinite"),
