@@ -260,24 +260,33 @@ def tile_of(vectors: int) -> int:
     return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
 
 
-def channel_tile(columns: int, channels: int, isa: Isa) -> tuple[int, int] | None:
-    """Pixels P and vectors of output channels R of a tile with channels in the lanes (see kernels/conv_channels.py); None where no P divides a row.
+def channel_tile(columns: int, channels: int, isa: Isa, *, overlap: bool = False) -> tuple[int, int] | None:
+    """Pixels P and vectors of output channels R of a tile with channels in the lanes (see kernels/conv_channels.py); None where none fits.
 
-    The fewest cycles for each product that is wanted: channels that do not exist waste lanes.
+    The fewest cycles for each product that is wanted: channels that do not exist waste lanes, and so do pixels that are computed twice where the last tile of
+    a row may `overlap` the one before it. Otherwise P divides a row.
     """
     best, best_cost = None, float("inf")
     held, lanes = channel_tile_held(isa), isa.lanes
-    for pixels in (p for p in range(4, 15) if columns % p == 0):
+    for pixels in range(4, min(columns, 14) + 1):
+        if columns % pixels and not overlap:
+            continue
+        in_row = len(channel_columns(columns, pixels)) * pixels / columns
         for vectors in range(1, 5):
             if pixels * vectors + vectors + held > isa.registers:
                 continue
             sums, width = pixels * vectors, vectors * lanes
             # Of a core with two FMA units of four cycles and two loads a cycle; half a cycle for the loop.
             cycles = max(sums / 2, 4, (pixels + vectors) / 2) + 0.5
-            cost = cycles * (-(-channels // width) * width / channels) / sums
+            cost = cycles * (-(-channels // width) * width / channels) * in_row / sums
             if cost < best_cost:
                 best, best_cost = (pixels, vectors), cost
     return best
+
+
+def channel_columns(columns: int, pixels: int) -> NDArray[np.int64]:
+    """Where the tiles of a row begin: side by side, and a last one that does not fit over its neighbour."""
+    return np.minimum(np.arange(0, columns, pixels), columns - pixels)
 
 
 def channel_tile_held(isa: Isa) -> int:

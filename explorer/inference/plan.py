@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, pair_parts
-from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_tile
+from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_columns, channel_tile
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
 
@@ -725,11 +725,13 @@ class Plan:
 
     def _fits_channels(self, graph: Graph, operation: Operation, out: Planes) -> bool:
         """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles."""
-        form = channel_tile(out.columns, graph.shapes[operation.output][1], self.isa)
+        form = channel_tile(
+            out.columns, graph.shapes[operation.output][1], self.isa, overlap=len(operation.inputs) == 1
+        )
         tile = max(self._tiles(operation)) * self.isa.lanes
         if form is None or not tile:
             return form is not None
-        first = np.arange(out.rows)[:, None] * out.pitch + np.arange(0, out.columns, form[0])
+        first = np.arange(out.rows)[:, None] * out.pitch + channel_columns(out.columns, form[0])
         return bool(np.all(first // tile == (first + form[0] - 1) // tile))
 
     def layers(self, graph: Graph) -> list[int]:

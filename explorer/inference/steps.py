@@ -27,14 +27,14 @@ from explorer.inference.kernels import (
     flatten,
     layer_norm,
     linear,
-    max_pool,
     pointwise,
     pool,
     registers,
     split,
+    window_pool,
 )
 from explorer.inference.kernels.builder import Record
-from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_tile, tile_of
+from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_columns, channel_tile, tile_of
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Emitter, Isa, Kernel, l1_bytes, l2_bytes
 from explorer.inference.pack import (
@@ -372,7 +372,8 @@ class _StepBuilder:
         weight, bias = self._constants(operation)
         m, isa, y = len(weight), self.plan.isa, out.layout
         assert isinstance(y, Planes)
-        form = channel_tile(y.columns, m, isa)
+        # A residual may lie where the result does: a pixel that is computed twice would be added to twice.
+        form = channel_tile(y.columns, m, isa, overlap=len(places) == 1)
         assert form is not None
         pixels, vectors = form
         layouts = _planes(places, out)
@@ -385,7 +386,7 @@ class _StepBuilder:
         )
         width = vectors * isa.lanes
         groups = -(-m // width)
-        rows, columns = np.arange(y.rows)[:, None] * y.pitch, np.arange(0, y.columns, pixels)
+        rows, columns = np.arange(y.rows)[:, None] * y.pitch, channel_columns(y.columns, pixels)
         positions = (rows + columns).reshape(-1)
         # The sums of a job should stay in the L2 cache, beside the pixels that it reads.
         most = max(1, _SUMS_BYTES // (groups * kernel.sums_bytes(isa)))
@@ -743,8 +744,11 @@ class _StepBuilder:
             return _Row(self.code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
         a = operation.attributes
         (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
-        if operation.kind == "max_pool" and (dy, dx) == (1, 1) and a["stride"][1] <= max_pool.LARGEST_STRIDE:
-            kernel = max_pool.MaxPoolKernel(
+        average = operation.kind == "average_pool"
+        scale = _window_scale(x, y, a) if average else np.zeros(0, np.float32)
+        if (dy, dx) == (1, 1) and a["stride"][1] <= window_pool.LARGEST_STRIDE:
+            kernel = window_pool.WindowPoolKernel(
+                average,
                 (kh, kw),
                 a["stride"],
                 (py, px),
@@ -757,12 +761,15 @@ class _StepBuilder:
                 y.vectors,
             )
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(self.plan.isa))
-            arguments = _fill(max_pool.ARGUMENTS, out_image=y.image_bytes, out_plane=y.plane_bytes, **common)
+            arguments = _fill(
+                window_pool.ARGUMENTS,
+                out_image=y.image_bytes,
+                out_plane=y.plane_bytes,
+                scale=self.memory.put(np.append(scale, np.zeros(y.lanes, np.float32))),
+                **common,
+            )
             return _Row(self.code(kernel), arguments, jobs["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
-        scale = 0
-        if operation.kind == "average_pool":
-            scale = self.memory.put(_window_scale(x, y, a))
         arguments = _fill(
             pool.ARGUMENTS,
             out_image=y.image_bytes,
@@ -772,10 +779,10 @@ class _StepBuilder:
             table=self._taps(x, y, window, a["stride"]),
             table_tap=4 * y.vectors * y.lanes,
             mask=self._mask(y),
-            scale=scale,
+            scale=self.memory.put(scale) if average else 0,
             **common,
         )
-        kind = "max" if operation.kind == "max_pool" else "average"
+        kind = "average" if average else "max"
         return _Row(self.code(pool.PoolKernel(kind)), arguments, jobs["jobs"], "pool")
 
     def _split(self, operation: Operation, place: Place, out: Place) -> _Row:

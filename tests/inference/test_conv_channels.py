@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from explorer.inference import native, steps
 from explorer.inference.kernels import conv
 from explorer.inference.kernels.conv_channels import ConvChannelsKernel
-from explorer.inference.layout import channel_tile
+from explorer.inference.layout import channel_columns, channel_tile
 from explorer.inference.module import SparseModule
 from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import conv_graph, preferring, relative_error
@@ -82,9 +82,13 @@ def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     check(size, outputs, images=2, residual=True, bounds=(0.0, math.inf))
 
 
+PRIME = (17, 19, 31)
+"""Columns that no tile divides: the last tile lies over the one before it, which none does that adds a residual."""
+
+
 @given(
     rows=st.integers(1, 20),
-    columns=st.sampled_from([4, 5, 7, 10, 12, 14, 18, 28]),
+    columns=st.sampled_from([4, 5, 7, 10, 12, 14, 17, 18, 19, 28, 31]),
     outputs=st.integers(1, 70),
     channels=st.integers(1, 40),
     images=st.integers(1, 3),
@@ -116,6 +120,7 @@ def test_any_shape_equals_the_numpy_twin(
     height = max(1, (rows - 1) * stride[0] + reach[0] + 1 - 2 * padding[0])
     if width < 1:
         return
+    residual = residual and columns not in PRIME
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "candidates", preferring(ACROSS.__eq__))
         check(
@@ -147,32 +152,39 @@ def test_it_is_a_candidate_where_rows_have_gaps_and_tiles_fit() -> None:
     if isa.name == "torch":
         pytest.skip("no machine code on this machine")
 
-    def offered(columns: int, padding: int) -> bool:
+    def offered(columns: int, padding: int, residual: bool = False) -> bool:
         weight = torch.ones(4, 3, 1, 1 + 2 * padding)
-        graph = conv_graph(
-            (1, 3, 6, columns), weight, None, stride=(1, 1), padding=(0, padding), dilation=(1, 1), groups=1
-        )
+        attributes = {"stride": (1, 1), "padding": (0, padding), "dilation": (1, 1), "groups": 1}
+        graph = conv_graph((1, 3, 6, columns), weight, None, residual=residual, **attributes)
         return ACROSS in Plan(graph, isa, 1).candidates(graph, 0, "auto", 1.0)
 
     assert offered(14, 1)
     assert offered(7, 1)
     assert not offered(64, 0)  # whole vectors without gaps: neighbouring pixels in the lanes waste nothing
-    assert not offered(17, 1)  # no tile divides a row
+    assert offered(17, 1)
+    assert offered(14, 1, residual=True)
+    assert not offered(17, 1, residual=True)  # no tile divides a row
+    assert not offered(3, 1)
 
 
 @pytest.mark.parametrize("isa", [*(cpu[0] for cpu in CPUS.values()), native.Isa("generic", 4, 16, "", "")])
 @pytest.mark.parametrize("channels", [1, 24, 64, 512])
-def test_tiles_divide_rows_and_fit_the_registers(isa: native.Isa, channels: int) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tiles_cover_rows_and_fit_the_registers(isa: native.Isa, channels: int, overlap: bool) -> None:
     for columns in range(1, 120):
-        tile, registers = channel_tile(columns, channels, isa), isa.registers
+        tile, registers = channel_tile(columns, channels, isa, overlap=overlap), isa.registers
         # The smallest tile of a row is one vector of channels: even it must find room.
         held = 1 if isa.width > 16 else 4
-        fitting = [p for p in range(4, 15) if columns % p == 0 and p + 1 + held <= registers]
-        assert (tile is None) == (not fitting)
+        sizes = [p for p in range(4, min(columns, 14) + 1) if overlap or columns % p == 0]
+        assert (tile is None) == (not [p for p in sizes if p + 1 + held <= registers])
         if tile is not None:
             pixels, vectors = tile
-            assert columns % pixels == 0
             assert pixels * vectors + vectors + held <= registers
+            times = np.zeros(columns, int)
+            for first in channel_columns(columns, pixels):
+                times[first : first + pixels] += 1
+            assert times.min() == 1
+            assert overlap or times.max() == 1
 
 
 @pytest.mark.parametrize("cpu", CPUS)

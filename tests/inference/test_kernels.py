@@ -20,11 +20,11 @@ from explorer.inference.kernels import (
     conv,
     depthwise,
     linear,
-    max_pool,
     pointwise,
     pool,
     registers,
     split,
+    window_pool,
 )
 from explorer.inference.module import SparseModule
 from explorer.inference.native import host_isa
@@ -268,20 +268,32 @@ def test_maximum_pooling_equals_its_numpy_twin_also_on_negative_values(
     padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)) + shift
     engine = explorer.compile(torch.nn.MaxPool2d(kernel, stride, padding), x)
-    wanted = max_pool.reference(x.numpy(), kernel, stride, padding)
+    wanted = window_pool.reference_maximum(x.numpy(), kernel, stride, padding)
     assert engine.fallbacks == ()
     np.testing.assert_array_equal(engine(x).numpy(), wanted)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (16, 33), (28, 64), (5, 112)])
-@pytest.mark.parametrize("options", [{}, {"ceil_mode": True}, {"dilation": 2}, {"stride": 5}])
+@pytest.mark.parametrize(
+    ("pool", "options"),
+    [
+        (torch.nn.MaxPool2d, {}),
+        (torch.nn.MaxPool2d, {"ceil_mode": True}),
+        (torch.nn.MaxPool2d, {"dilation": 2}),
+        (torch.nn.MaxPool2d, {"stride": 5}),
+        (torch.nn.AvgPool2d, {}),
+        (torch.nn.AvgPool2d, {"ceil_mode": True}),
+        (torch.nn.AvgPool2d, {"stride": 5}),
+        (torch.nn.AvgPool2d, {"divisor_override": 2}),
+    ],
+)
 def test_what_lies_around_the_pixels_of_a_pooled_plane_is_zero_for_the_convolution_that_follows(
-    size: tuple[int, int], options: dict[str, Any]
+    size: tuple[int, int], pool: type[torch.nn.Module], options: dict[str, Any]
 ) -> None:
     import explorer
 
     torch.manual_seed(0)
-    pooled = torch.nn.MaxPool2d(**{"kernel_size": 3, "stride": 2, "padding": 1, **options})
+    pooled = pool(**{"kernel_size": 3, "stride": 2, "padding": 1, **options})
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 6, 3, padding=1), pooled, torch.nn.Conv2d(6, 5, 3, padding=1), torch.nn.ReLU()
     ).eval()
@@ -305,8 +317,12 @@ def test_every_instruction_set_pools_like_the_numpy_twin(
     x = torch.randn(2, 5, 11, 37, generator=torch.Generator().manual_seed(0)) - 1
     engine = explorer.compile(torch.nn.MaxPool2d(3, stride, 1), x)
     assert engine.isa == isa
-    wanted = max_pool.reference(x.numpy(), (3, 3), (stride, stride), (1, 1))
-    np.testing.assert_array_equal(engine(x).numpy(), wanted)
+    window = (3, 3), (stride, stride), (1, 1)
+    np.testing.assert_array_equal(engine(x).numpy(), window_pool.reference_maximum(x.numpy(), *window))
+    for counted in (False, True):
+        averages = explorer.compile(torch.nn.AvgPool2d(3, stride, 1, count_include_pad=counted), x)
+        wanted = window_pool.reference_average(x.numpy(), *window, count_padding=counted)
+        np.testing.assert_allclose(averages(x).numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_nan_in_a_window_is_its_maximum_as_in_torch() -> None:
@@ -337,7 +353,7 @@ def test_average_pooling_equals_its_numpy_twin_and_the_twin_is_torchs(
     padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0))
     module = torch.nn.AvgPool2d(kernel, stride, padding, count_include_pad=count_padding)
-    wanted = pool.reference_average(x.numpy(), kernel, stride, padding, count_padding=count_padding)
+    wanted = window_pool.reference_average(x.numpy(), kernel, stride, padding, count_padding=count_padding)
     np.testing.assert_allclose(wanted, module(x).numpy(), rtol=1e-4, atol=1e-6)
     engine = explorer.compile(module, x)
     assert engine.fallbacks == ()
@@ -355,7 +371,7 @@ def test_maxima_over_dilated_windows_equal_their_numpy_twin_and_the_twin_is_torc
     padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0)) - 2
     module = torch.nn.MaxPool2d(kernel, stride, padding, dilation)
-    wanted = max_pool.reference(x.numpy(), kernel, stride, padding, dilation)
+    wanted = window_pool.reference_maximum(x.numpy(), kernel, stride, padding, dilation)
     np.testing.assert_array_equal(wanted, module(x).numpy())
     engine = explorer.compile(module, x)
     assert engine.fallbacks == ()
@@ -447,7 +463,9 @@ def test_maximum_pooling_is_vector_code_without_gathers_on_other_cpus_too(
     triple: str, lanes: int, cpu: str, compare: str
 ) -> None:
     isa = native.Isa("test", lanes, 32 if lanes == 4 else 16, cpu, "+neon" if lanes == 4 else "")
-    kernel = max_pool.MaxPoolKernel((3, 3), (2, 2), (1, 1), 112, 112, 112, 56, 56, 57, -(-56 * 57 // lanes))
+    kernel = window_pool.WindowPoolKernel(
+        False, (3, 3), (2, 2), (1, 1), 112, 112, 112, 56, 56, 57, -(-56 * 57 // lanes)
+    )
     lines = native.assembly(isa, kernel.build(isa)[0], triple).splitlines()
     compared = [line for line in lines if compare in line]
     assert compared

@@ -1,4 +1,4 @@
-"""Pooling windows (maximum or average) through an index table, and the average of a whole plane.
+"""Pooling through an index table, for windows that `window_pool` does not take, and the average of a whole plane.
 
 The table holds, for each tap of the window and each output pixel, the element of the input plane, or -1 where the window leaves the
 image. A maximum ignores such taps; an average reads a zero there (element -1 of a plane is always zero, see layout.py) and multiplies by
@@ -115,26 +115,6 @@ class PoolKernel:
         y = f.sum_lanes(total)
         y = b.fmul(y, f.load(field("scale", PTR), F32))
         f.store(f.clamp(y, low, high), to)
-
-
-def reference_average(
-    x: NDArray[np.float32],
-    size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    *,
-    count_padding: bool,
-) -> NDArray[np.float32]:
-    """The numpy twin of the average: x (N, C, H, W) float32 -> (N, C, OH, OW) float32, floor mode. That of the maximum is `max_pool.reference`."""
-    pad = ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2)
-
-    def sums(values: NDArray[np.float64], outside: float) -> NDArray[np.float64]:
-        padded = np.pad(values, pad, constant_values=outside)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
-        return np.asarray(windows[:, :, :: stride[0], :: stride[1]].sum(axis=(4, 5)))
-
-    counts = sums(np.ones(x.shape), float(count_padding))
-    return (sums(x.astype(np.float64), 0.0) / counts).astype(np.float32)
 
 
 def reference_plane(x: NDArray[np.float32]) -> NDArray[np.float32]:
