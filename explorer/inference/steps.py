@@ -742,6 +742,10 @@ class _StepBuilder:
                 **common,
             )
             return _Row(self.code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
+        return self._windows(operation, x, y, common)
+
+    def _windows(self, operation: Operation, x: Planes, y: Planes, common: dict[str, int]) -> _Row:
+        """A maximum or an average over windows; `common`: what all pools are told."""
         a = operation.attributes
         (kh, kw), (dy, dx), (py, px) = a["size"], a["dilation"], a["padding"]
         average = operation.kind == "average_pool"
@@ -768,7 +772,7 @@ class _StepBuilder:
                 scale=self.memory.put(np.append(scale, np.zeros(y.lanes, np.float32))),
                 **common,
             )
-            return _Row(self.code(kernel), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(kernel), arguments, common["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         arguments = _fill(
             pool.ARGUMENTS,
@@ -783,7 +787,7 @@ class _StepBuilder:
             **common,
         )
         kind = "average" if average else "max"
-        return _Row(self.code(pool.PoolKernel(kind)), arguments, jobs["jobs"], "pool")
+        return _Row(self.code(pool.PoolKernel(kind)), arguments, common["jobs"], "pool")
 
     def _split(self, operation: Operation, place: Place, out: Place) -> _Row:
         x, y = place.layout, out.layout

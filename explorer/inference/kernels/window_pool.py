@@ -63,19 +63,19 @@ class WindowPoolKernel:
     out_pitch: int
     out_vectors: int
 
-    def _left(self, lanes: int) -> int:
+    def left(self, lanes: int) -> int:
         """Elements of the line before the image: whole vectors."""
         return -(-self.padding[1] // lanes) * lanes
 
-    def _line_vectors(self, lanes: int) -> int:
+    def line_vectors(self, lanes: int) -> int:
         """Vectors of the line: the image, and all that the last output vector reads."""
         stride, out = self.stride[1], -(-self.out_pitch // lanes) * lanes
         last = (out - lanes) * stride - self.padding[1] + self.size[1] - 1 + stride * lanes
-        return -(-(self._left(lanes) + max(last, self.columns)) // lanes) + 1
+        return -(-(self.left(lanes) + max(last, self.columns)) // lanes) + 1
 
     def scratch_bytes(self, isa: Isa) -> int:
         """Bytes of scratch that a job needs."""
-        return F32_BYTES * isa.lanes * self._line_vectors(isa.lanes)
+        return F32_BYTES * isa.lanes * self.line_vectors(isa.lanes)
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -98,8 +98,8 @@ class _Generator:
         x = f.at(self._field("x", PTR), b.mul(image, self._field("x_image")))
         out = f.at(self._field("out", PTR), b.mul(image, self._field("out_image")))
         low, high = (f.splat_float(f.to_float(self._field(n))) for n in ("low", "high"))
-        line = f.at(scratch, self._cell * k._left(f.lanes))
-        for i in range(k._line_vectors(f.lanes)):
+        line = f.at(scratch, self._cell * k.left(f.lanes))
+        for i in range(k.line_vectors(f.lanes)):
             self._keep(self._outside, scratch, i)
 
         def one_channel(channel: Value) -> None:
