@@ -223,6 +223,10 @@ class _Reader:
             return
         self.remember(node, inside)
         operation = _operation(node, inside + node.name, args, kwargs, self.graph)
+        if _is_derived(node, operation, self.graph):
+            self.graph.derived.append(operation)
+            self.graph.derive()
+            return
         self.graph.operations.append(operation)
         if _is_inplace(node.target):
             self._renamed[args[0].name] = operation.output
@@ -238,6 +242,26 @@ class _Reader:
             else:
                 self.read(node, inside)
         raise AssertionError("a graph without an output")
+
+
+_BY_LITERAL_SIZES = {"expand", "expand_as", "repeat", "tile", "broadcast_to"}
+
+
+def _is_derived(node: torch.fx.Node, operation: Operation, graph: Graph) -> bool:
+    """Whether a value follows from constants alone, as a standardised weight or a bias of relative positions does.
+
+    What may hold as many rows as there are images is no constant: a smaller batch has fewer.
+    """
+    names = operation.references()
+    return (
+        bool(names)
+        and all(name in graph.constants for name in names)
+        and isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001 - its only name
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        and not _is_inplace(node.target)
+        and _base(node.target) not in _BY_LITERAL_SIZES
+        and isinstance(node.meta.get("val"), Tensor)
+    )
 
 
 def _module_name(node: torch.fx.Node) -> str:

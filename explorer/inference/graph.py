@@ -96,6 +96,8 @@ class Graph:
         Constant name -> name in the module's state (for `update_weights`).
     unflatten : callable
         Packs the flat list of outputs as the module returned it.
+    derived : list of Operation
+        What computes constants from constants, in order; see `derive`.
     """
 
     operations: list[Operation]
@@ -106,6 +108,24 @@ class Graph:
     constants: dict[str, torch.Tensor]
     parameter_names: dict[str, str]
     unflatten: Callable[[list[Any]], Any]
+    derived: list[Operation] = field(default_factory=list)
+
+    def derive(self) -> None:
+        """Compute the constants that follow from others and are not there: once for each set of weights, in place of in each call."""
+        with torch.no_grad():
+            for operation in self.derived:
+                if operation.output not in self.constants:
+                    args, kwargs = self._resolved(operation.args), self._resolved(operation.kwargs)
+                    self.constants[operation.output] = operation.target(*args, **kwargs)
+
+    def _resolved(self, item: Any) -> Any:
+        if isinstance(item, Ref):
+            return self.constants[item.name]
+        if isinstance(item, list | tuple):
+            return type(item)(self._resolved(part) for part in item)
+        if isinstance(item, dict):
+            return {k: self._resolved(v) for k, v in item.items()}
+        return item
 
     def users(self) -> dict[str, int]:
         """How often each value is read (outputs of the network count)."""

@@ -285,12 +285,13 @@ class SparseModule:
         self._let_go()
 
     def _lowered(self) -> Graph:
+        self._captured.derive()
         if self._isa.name == "torch":
             return through_torch(self._captured)
         graph = lower(self._captured)
         if self._at_once is not None:
             for name, shape in graph.shapes.items():
-                follows = name not in graph.parameter_names and shape[:1] == (self.batch_size,)
+                follows = name not in graph.constants and shape[:1] == (self.batch_size,)
                 if follows and name not in self._in_head:
                     graph.shapes[name] = (self._at_once, *shape[1:])
         return graph
@@ -329,7 +330,8 @@ class SparseModule:
                 read.add(segment.value)
         for graph in (self._captured, self._graph):
             constants = graph.constants
-            for name in [n for n in constants if n in self._captured.parameter_names]:
+            follow = {*self._captured.parameter_names, *(o.output for o in self._captured.derived)}
+            for name in [n for n in constants if n in follow]:
                 if name in read:
                     constants[name] = constants[name].clone()
                 else:
@@ -835,6 +837,8 @@ class SparseModule:
 
     def _adopt(self, constants: Mapping[str, Tensor], *, choose: bool) -> None:
         """Run with these weights from now on."""
+        for operation in self._captured.derived:
+            self._captured.constants.pop(operation.output, None)
         self._captured.constants.update(constants)
         self._graph = self._lowered()
         self._plan.adopt(self._graph)

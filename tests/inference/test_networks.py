@@ -247,6 +247,44 @@ def test_graphs_within_the_graph_are_run_too(in_place: bool) -> None:
     assert [name for name in engine.fallbacks if "cond" in name] != []
 
 
+class Standardised(nn.Conv2d):
+    """Each filter less its mean, over its deviation (normaliser-free ResNets, BiT)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        filters = self.weight.reshape(1, self.out_channels, -1)
+        filters = nn.functional.batch_norm(filters, None, None, training=True, eps=1e-6)
+        return nn.functional.conv2d(x, filters.reshape_as(self.weight), self.bias, padding=1)
+
+
+class Deriving(nn.Module):
+    """Weights that are computed from parameters, a value for each sample that is not, and a number that is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Standardised(3, 4, 3), Standardised(4, 6, 3)
+        self.token = nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.b(self.a(x).relu()).mean((2, 3))
+        noise = nn.functional.dropout(self.token, 0.5, training=False) * 0.5
+        return y + self.token.expand(len(x), -1) + noise
+
+
+@pytest.mark.parametrize("images", [1, 4, 6])
+def test_what_follows_from_weights_alone_is_computed_once_and_again_for_new_ones(images: int) -> None:
+    torch.manual_seed(0)
+    network, x = Deriving().eval(), torch.randn(images, 3, 40, 40)
+    engine = explorer.compile(network, x)
+    assert not [name for name in engine.fallbacks if "conv" in name or "batch_norm" in name]
+    for _ in range(2):
+        with torch.no_grad():
+            for n in (images, 1):
+                assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+            for parameter in network.parameters():
+                parameter += torch.randn(parameter.shape)
+        engine.update_weights(network)
+
+
 class Mixing(nn.Module):
     """One sample's output depends on the others', outside the engine's own kernels."""
 
