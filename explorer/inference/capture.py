@@ -335,19 +335,35 @@ def _conv(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
             d * (k - 1)
             for k, d in zip(graph.shapes[weight][2:], _repeat(a["dilation"], len(shape) - 2), strict=True)
         ]
-        if a["padding"] != "valid" and any(span % 2 for span in spans):
-            return  # "same" padding that differs from side to side
-        a = {**a, "padding": [0 if a["padding"] == "valid" else span // 2 for span in spans]}
+        spans = [0] * len(spans) if a["padding"] == "valid" else spans
+        a = {**a, "padding": [span // 2 for span in spans]}
+        beyond = [span - span // 2 for span in spans]
+    else:
+        beyond = a["padding"]
     flat = len(shape) == 3  # a line of pixels is an image of one row
     operation.kind, operation.inputs = "conv", [a["input"].name]
     operation.weight, operation.bias = weight, bias
     operation.attributes = {
         "stride": (1, _pair(a["stride"])[1]) if flat else _pair(a["stride"]),
         "padding": (0, _pair(a["padding"])[1]) if flat else _pair(a["padding"]),
+        "beyond": (0, _pair(beyond)[1]) if flat else _pair(beyond),
         "dilation": (1, _pair(a["dilation"])[1]) if flat else _pair(a["dilation"]),
         "groups": int(a["groups"]),
     }
     operation.name = _layer_name(weight, graph, operation.name)
+
+
+def _pad(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """Zeros around images or lines of pixels."""
+    name, amounts = next(iter(a.values())).name, list(a["pad"])
+    rank = len(graph.shapes.get(name, ()))
+    if name in graph.constants or a.get("mode", "constant") != "constant" or a.get("value"):
+        return
+    if rank not in (3, 4) or len(amounts) > 2 * (rank - 2) or min(amounts, default=-1) < 0:
+        return
+    left, right, top, bottom = (*amounts, 0, 0)[:4]
+    operation.kind, operation.inputs = "pad", [name]
+    operation.attributes = {"padding": (top, left), "beyond": (bottom, right)}
 
 
 def _linear(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
@@ -634,6 +650,8 @@ _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "rsub": _arithmetic("rsub"),
     "mul": _arithmetic("mul"),
     "div": _arithmetic("div"),
+    "pad": _pad,
+    "constant_pad_nd": _pad,
     "cat": _concat,
     "slice": _slice,
     "max_pool2d": _max_pool,

@@ -24,7 +24,7 @@ class Operation:
     ----------
     kind : str
         "conv", "linear", "add", "mul", "affine" (a scale and a shift per channel), "clamp", "activation", "max_pool", "average_pool",
-        "adaptive_average", "plane_average", "concat" and "slice" (of channels), "flatten", "split" (into phases), "batch_norm", "layer_norm", "attention", "same" (no
+        "adaptive_average", "plane_average", "concat" and "slice" (of channels), "flatten", "split" (into phases), "pad" (zeros around pixels), "batch_norm", "layer_norm", "attention", "same" (no
         change but perhaps between (N, C) and (N, C, 1, 1)), or "torch".
     output : str
         The name of its value.
@@ -33,7 +33,7 @@ class Operation:
     name : str
         Dotted name of the module that owns its weight, else of the module it was called in.
     attributes : dict
-        Parameters of the kind: for "conv" stride, padding, dilation, groups; for clamps low and high; for activations the
+        Parameters of the kind: for "conv" stride, padding (rows above, columns to the left), `beyond` (below, to the right), dilation, groups; for clamps low and high; for activations the
         `explorer.inference.kernels.activation.Activation`; and so on. "affine" names its constants `scale` and `shift`, and the axis of the
         channels: 1, -1, or None when there is but one number.
     weight, bias, gain : str or None

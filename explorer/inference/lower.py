@@ -15,7 +15,7 @@ from explorer.inference.heads import find_attention
 def lower(graph: Graph) -> Graph:
     """Return a new graph that computes the same with less work.
 
-    - "same" operations are gone,
+    - "same" operations are gone, and zeros around pixels are the padding of the convolutions that read them,
     - a batch norm after a convolution or linear layer is folded into its weight and bias; one on its own becomes a scale and a shift,
     - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them; a depthwise one takes no
       addition, and no convolution a second,
@@ -33,6 +33,7 @@ def lower(graph: Graph) -> Graph:
     )
     lowered.outputs = list(graph.outputs)
     _drop_same(lowered)
+    _fold_pads(lowered)
     find_attention(lowered)
     _fold_batch_norm(lowered)
     _compute_affine(lowered)
@@ -82,6 +83,38 @@ def _drop_same(graph: Graph) -> None:
         else:
             kept.append(operation)
     graph.operations = kept
+
+
+def _fold_pads(graph: Graph) -> None:
+    """Let convolutions pad what was padded for them alone; any other padding is left to torch."""
+    returned = {output.name for output in graph.outputs if isinstance(output, Ref)}
+    readers: dict[str, list[Operation]] = {}
+    for operation in graph.operations:
+        for name in {*operation.inputs, *operation.references()}:
+            readers.setdefault(name, []).append(operation)
+    folded: set[int] = set()
+    # Of several in a row the last is folded first.
+    for pad in reversed([o for o in graph.operations if o.kind == "pad"]):
+        [source], mine = pad.inputs, readers.get(pad.output, [])
+        shapes = [graph.shapes[name] for name in (source, *(o.output for o in mine))]
+        fits = (
+            pad.output not in returned
+            and all(o.kind == "conv" and o.inputs == [pad.output] for o in mine)
+            and not any(0 in shape for shape in shapes)
+            and graph.dtypes[source] == torch.float32
+        )
+        if not fits:
+            pad.kind, pad.inputs = "torch", []
+            continue
+        for conv in mine:
+            both = {
+                side: tuple(map(sum, zip(conv.attributes[side], pad.attributes[side], strict=True)))
+                for side in ("padding", "beyond")
+            }
+            conv.inputs, conv.attributes = [source], {**conv.attributes, **both}
+        readers[source] = [o for o in readers[source] if o is not pad] + mine
+        folded.add(id(pad))
+    graph.operations = [o for o in graph.operations if id(o) not in folded]
 
 
 _WITHOUT_EFFECT = {
@@ -260,7 +293,7 @@ def _split_phases(graph: Graph) -> None:
             continue
         shape = graph.shapes[operation.inputs[0]]
         kernel = tuple(graph.constants[operation.weight or ""].shape)
-        if shape[2:] == kernel[2:] and a["padding"] == (0, 0):
+        if shape[2:] == kernel[2:] and not any((*a["padding"], *a.get("beyond", ()))):
             operation.attributes = {**a, "stride": (1, 1)}  # one output pixel: there is nothing to step over
             continue
         if graph.dtypes[operation.inputs[0]] != torch.float32 or 0 in shape:

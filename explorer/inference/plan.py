@@ -113,12 +113,17 @@ def _joins_channels(operation: Operation) -> bool:
     return operation.kind in ("conv", "linear") and not a.get("depthwise") and a.get("groups", 1) == 1
 
 
+def _is_padded(attributes: Mapping[str, Any]) -> bool:
+    """Whether a convolution reads zeros around its image."""
+    return any((*attributes.get("padding", ()), *attributes.get("beyond", ())))
+
+
 def _is_pointwise(graph: Graph, operation: Operation, position: int) -> bool:
     """Whether its operand at `position` is the input of a 1 x 1 convolution, or of a linear layer."""
     if position or not _joins_channels(operation):
         return False
     a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:]
-    return prod(taps) == 1 and "phases" not in a and not any(a.get("padding", ()))
+    return prod(taps) == 1 and "phases" not in a and not _is_padded(a)
 
 
 def _writes_tiles(operation: Operation) -> bool:
@@ -212,7 +217,7 @@ class Plan:
             is_vector = len(shape) == 4 and shape[2:] == (1, 1) and weight.shape[2:] == (1, 1)
             plain = (
                 len(operation.inputs) == 1
-                and operation.attributes["padding"] == (0, 0)
+                and not _is_padded(operation.attributes)
                 and operation.attributes["groups"] == 1
             )
             return "vectors" if is_vector and plain else "planes"
@@ -402,15 +407,20 @@ class Plan:
             if family == "vectors":
                 continue
             a = operation.attributes
+            # The zeros of one side serve the other as well.
+            zeros = [
+                max(sides)
+                for sides in zip(a.get("padding", ()), a.get("beyond", a.get("padding", ())), strict=True)
+            ]
             if a.get("depthwise"):
                 if a["stride"] == (1, 1):
                     classes.tie(ins[0], out)
-                classes.pad(ins[0], *a["padding"])
+                classes.pad(ins[0], *zeros)
             elif operation.kind == "conv":
                 for place in ins:
                     classes.tie(place, out)
                 # In phases, a padding of p pixels is one of p / stride, rounded up.
-                classes.pad(ins[0], *(-(-p // s) for p, s in zip(a["padding"], a["stride"], strict=True)))
+                classes.pad(ins[0], *(-(-p // s) for p, s in zip(zeros, a["stride"], strict=True)))
             elif operation.kind in _ONE_PITCH:
                 for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
