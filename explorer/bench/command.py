@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["demo:fashion-resnet"],
         metavar="NAME",
-        help=f"demo:fashion-resnet (default), or with random weights: {', '.join(NETWORK_NAMES)}",
+        help=f"demo:fashion-resnet (default), or with random weights: {', '.join(NETWORK_NAMES)}; timm:NAME, torchvision:NAME where these are installed",
     )
     parser.add_argument(
         "--sparsity",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from explorer.models import LoadedModel, PrunableLayer, architectures, load_model
+from explorer.models.libraries import LIBRARIES
 
 __all__ = ["NETWORKS", "BenchNetwork", "example_batch", "load_network"]
 
@@ -26,6 +27,10 @@ def _pointwise(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
     return tuple(
         layer for layer in layers if len(layer.weight_shape) == 4 and layer.weight_shape[2:] == (1, 1)
     )
+
+
+def _all_but_first_and_depthwise(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
+    return tuple(layer for layer in layers[1:] if len(layer.weight_shape) != 4 or layer.weight_shape[1] > 1)
 
 
 def _all(layers: tuple[PrunableLayer, ...]) -> tuple[PrunableLayer, ...]:
@@ -56,6 +61,9 @@ class BenchNetwork:
 
 _IMAGE = (3, 224, 224)
 DEMO = BenchNetwork(nn.Identity, (), _all_but_ends, "all layers but the first and the last")
+OTHERS = BenchNetwork(
+    nn.Identity, (), _all_but_first_and_depthwise, "all layers but the first and depthwise ones"
+)
 NETWORKS = {
     "resnet18": BenchNetwork(architectures.resnet18, _IMAGE, _all_but_first, "all layers but the first"),
     "resnet50": BenchNetwork(architectures.resnet50, _IMAGE, _all_but_first, "all layers but the first"),
@@ -67,11 +75,13 @@ NETWORKS = {
 
 
 def load_network(name: str) -> tuple[LoadedModel, BenchNetwork]:
-    """Load one of `NETWORKS` with random weights and input from seed 0, or whatever else `explorer.load_model` knows, such as the demo."""
+    """Load one of `NETWORKS` or of a library, with random weights and input from seed 0, or whatever else `explorer.load_model` knows, such as the demo."""
     network = NETWORKS.get(name)
+    torch.manual_seed(0)
+    if name.partition(":")[0] in LIBRARIES:
+        return load_model(name, pretrained=False), OTHERS
     if network is None:
         return load_model(name), DEMO
-    torch.manual_seed(0)
     return load_model(network.build(), torch.randn(1, *network.input_shape), name=name), network
 
 

@@ -1,4 +1,4 @@
-"""Brings a model in: the bundled demo by name, or any network of the user's with one example input."""
+"""Brings a model in: the bundled demo or a network of another library by name, or any network of the user's with one example input."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from explorer.errors import ModelError
+from explorer.models import libraries
 from explorer.models.demo import DEMOS, load_demo
 from explorer.models.layers import PrunableLayer, scan, warn_not_executed
 
@@ -30,7 +31,7 @@ class LoadedModel:
     not_executed : tuple of str
         Convolutions and linear layers that the example input never reached.
     source : str or None
-        What loads the model again by name, "demo:fashion-resnet" for instance; None for a network that was passed.
+        What loads the model again by name, "demo:fashion-resnet" for instance; None for a network that was passed, or has random weights.
     """
 
     name: str
@@ -42,24 +43,32 @@ class LoadedModel:
 
 
 _ACCEPTED = (
-    f"accepted are {', '.join(repr(f'demo:{name}') for name in sorted(DEMOS))}, or a torch.nn.Module together with example_input=..., "
-    "a tensor (batch, ...) as the model takes it"
+    f"accepted are {', '.join(repr(f'demo:{name}') for name in sorted(DEMOS))}, 'timm:...' or 'torchvision:...' where these are installed, or a "
+    "torch.nn.Module together with example_input=..., a tensor (batch, ...) as the model takes it"
 )
 
 
 def load_model(
-    source: str | nn.Module | LoadedModel, example_input: Tensor | None = None, *, name: str | None = None
+    source: str | nn.Module | LoadedModel,
+    example_input: Tensor | None = None,
+    *,
+    name: str | None = None,
+    pretrained: bool = True,
 ) -> LoadedModel:
     """Load a model and list what can be pruned in it.
 
     Parameters
     ----------
     source : str, nn.Module or LoadedModel
-        "demo:fashion-resnet", or a network. A network of yours is not copied, and is put in evaluation mode.
+        "demo:fashion-resnet"; "timm:resnet50" or "torchvision:resnet50", where these libraries are installed; or a network. A network of yours is not
+        copied, and is put in evaluation mode.
     example_input : Tensor, (batch, ...), optional
-        Needed for a network; for the demo it replaces the usual single image.
+        Needed for a network; where a name is given it replaces the usual single image.
     name : str, optional
-        Shown in tables and files; default: the demo's name or the class name.
+        Shown in tables and files; default: the name after the colon, or the class name.
+    pretrained : bool
+        Whether a network of a library comes with its trained weights, which may have to be downloaded, or with random ones, with which latencies can be
+        measured.
 
     Returns
     -------
@@ -68,7 +77,8 @@ def load_model(
     Raises
     ------
     ModelError
-        When the source is unknown, there is no example input, or the network cannot be studied (see `prunable_layers`).
+        When the source is unknown, its library or weights cannot be loaded, there is no example input, or the network cannot be studied (see
+        `prunable_layers`).
 
     Examples
     --------
@@ -76,15 +86,18 @@ def load_model(
     >>> [layer.name for layer in model.layers][:3]
     ['stem.conv', 'block1.conv1', 'block1.conv2']
     """
+    of_library = isinstance(source, str) and source.partition(":")[0] in libraries.LIBRARIES
+    if not pretrained and not of_library:
+        raise ModelError("pretrained=False is for networks of a library, such as 'timm:resnet50'.")
     if isinstance(source, LoadedModel):
         if example_input is None:
             example_input = source.example_input
         module, default_name, again = source.module, source.name, source.source
     elif isinstance(source, str):
-        module, demo_input, default_name = _from_name(source)
-        again = source
+        module, usual_input, default_name = _from_name(source, pretrained=pretrained)
+        again = source if pretrained else None
         if example_input is None:
-            example_input = demo_input
+            example_input = usual_input
     elif isinstance(source, nn.Module):
         module, default_name, again = source, type(source).__name__, None
     else:
@@ -102,8 +115,10 @@ def load_model(
     )
 
 
-def _from_name(source: str) -> tuple[nn.Module, Tensor, str]:
+def _from_name(source: str, *, pretrained: bool) -> tuple[nn.Module, Tensor, str]:
     prefix, colon, demo = source.partition(":")
+    if prefix in libraries.LIBRARIES:
+        return (*libraries.build(prefix, demo, pretrained=pretrained), demo)
     if colon and prefix == "demo":
         if demo in DEMOS:
             return (*load_demo(demo), demo)

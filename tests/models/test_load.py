@@ -93,7 +93,7 @@ def test_layers_that_never_run_are_listed_and_warned_of():
     [
         ("demo:fashion-resnt", "Did you mean 'demo:fashion-resnet'"),
         ("fashion-resnet", "Did you mean 'demo:fashion-resnet'"),
-        ("resnet50", "accepted are 'demo:fashion-resnet', or a torch.nn.Module"),
+        ("resnet50", "accepted are 'demo:fashion-resnet', 'timm:...' or 'torchvision:...'"),
         ("weights/model.pt", "build the module in Python and pass it"),
         (42, "cannot load a model from int"),
         (nn.Linear(3, 4), "without example_input"),
