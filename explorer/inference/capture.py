@@ -588,6 +588,23 @@ def _adaptive_average(operation: Operation, a: dict[str, Any], graph: Graph) -> 
         operation.kind = "adaptive_average"
 
 
+def _upsample(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """By powers of two, which torch's arithmetic with float32 scales meets exactly."""
+    name = next(iter(a.values())).name
+    before, after = graph.shapes[name], graph.shapes[operation.output]
+    if len(before) != 4 or 0 in before:
+        return
+    scale = tuple(n // m for m, n in zip(before[2:], after[2:], strict=True))
+    given = a.get("scale_factors") or [a.get("scales_h"), a.get("scales_w")]
+    asked = all(f is None or f == s for f, s in zip(given, scale, strict=True))
+    even = all(
+        s > 0 and s & (s - 1) == 0 and s * m == n
+        for s, m, n in zip(scale, before[2:], after[2:], strict=True)
+    )
+    if asked and even:
+        operation.kind, operation.inputs, operation.attributes = "upsample", [name], {"scale": scale}
+
+
 def _mean(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     shape = graph.shapes.get(a["self"].name, ())
     dims = {d % len(shape) for d in a["dim"]} if shape and a["dim"] else set()
@@ -657,6 +674,8 @@ _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "max_pool2d": _max_pool,
     "avg_pool2d": _average_pool,
     "adaptive_avg_pool2d": _adaptive_average,
+    "upsample_nearest2d": _upsample,
+    "_upsample_nearest_exact2d": _upsample,
     "mean": _mean,
     "dropout": _same,
     "clone": _same,

@@ -110,7 +110,7 @@ def compile(
     Native operators: convolutions over images and lines (any kernel, stride, padding, dilation and groups), linear layers, batch norm, layer norm,
     attention without a mask whose heads are ranges of features, addition and multiplication (of equal shapes, with one value per channel, and with
     constants), ReLU, ReLU6, clamp, LeakyReLU, ELU, Hardswish, Hardsigmoid, SiLU, GELU, sigmoid, tanh, maximum, average and adaptive average pooling over
-    images, concatenation and slices of channels, and flattening. Every other operator runs through torch, as does an activation between two of them: see
+    images, nearest-neighbour upsampling by powers of two, concatenation and slices of channels, and flattening. Every other operator runs through torch, as does an activation between two of them: see
     `SparseModule.fallbacks`.
 
     A sparse kernel never looks at what a zero weight would multiply. Where that is infinite or NaN, torch's dense arithmetic gives NaN (0 * inf is NaN) and

@@ -227,6 +227,8 @@ class Plan:
             return "tokens"
         if operation.kind in ("max_pool", "average_pool", "adaptive_average", "plane_average", "split"):
             return "planes"
+        if operation.kind == "upsample":
+            return None if self.isa.lanes % operation.attributes["scale"][1] else "planes"
         families = {self._family.get(self.root(name)) for name in operation.inputs}
         if operation.kind in ("concat", "slice", "flatten"):
             return "planes" if "planes" in families else None

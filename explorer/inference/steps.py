@@ -31,6 +31,7 @@ from explorer.inference.kernels import (
     pool,
     registers,
     split,
+    upsample,
     window_pool,
 )
 from explorer.inference.kernels.builder import Record
@@ -221,6 +222,8 @@ class _StepBuilder:
             return self._attention(operation, places, out)
         if operation.kind == "split":
             return self._split(operation, places[0], out)
+        if operation.kind == "upsample":
+            return self._upsample(operation, places[0], out)
         return self._pool(operation, places[0], out)
 
     def code(self, kernel: Kernel, isa: Isa | None = None) -> Callable[[], int]:
@@ -788,6 +791,33 @@ class _StepBuilder:
         )
         kind = "average" if average else "max"
         return _Row(self.code(pool.PoolKernel(kind)), arguments, common["jobs"], "pool")
+
+    def _upsample(self, operation: Operation, place: Place, out: Place) -> _Row:
+        x, y, (rows, columns) = place.layout, out.layout, operation.attributes["scale"]
+        assert isinstance(x, Planes)
+        assert isinstance(y, Planes)
+        vectors, filled = -(-y.pitch // y.lanes), -(-y.columns // y.lanes)
+        jobs = self._channel_jobs(x.channels)
+        arguments = _fill(
+            upsample.ARGUMENTS,
+            x=place.address,
+            x_image=x.image_bytes,
+            x_plane=x.plane_bytes,
+            x_row=x.pitch_bytes,
+            out=out.address,
+            out_image=y.image_bytes,
+            out_plane=y.plane_bytes,
+            out_row=y.pitch_bytes,
+            rows=x.rows,
+            scale=rows,
+            filled=filled,
+            vectors=vectors,
+            last=(y.vectors - 1) * y.vector_bytes,
+            mask=self._mask_of(np.arange(vectors * y.lanes) < y.columns),
+            **jobs,
+            **self._bounds(operation),
+        )
+        return _Row(self.code(upsample.UpsampleKernel(columns)), arguments, jobs["jobs"], "upsample")
 
     def _split(self, operation: Operation, place: Place, out: Place) -> _Row:
         x, y = place.layout, out.layout

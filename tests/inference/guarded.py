@@ -127,6 +127,12 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
         yield f"pointwise {size}", Pointwise, (2, 3, *size)
         yield f"pool plane {size}", lambda: nn.AdaptiveAvgPool2d(1), (2, 5, *size)
         yield f"pool max {size}", lambda: nn.MaxPool2d(3, 2, 1), (2, 3, *size)
+        yield f"upsample {size}", lambda: nn.Upsample(scale_factor=2), (2, 3, *size)
+        yield (
+            f"padded {size}",
+            lambda: nn.Sequential(nn.ZeroPad2d((0, 2, 0, 1)), nn.Conv2d(3, 4, 3, padding=1)),
+            (2, 3, *size),
+        )
         yield f"pool max same {size}", lambda: nn.MaxPool2d(3, 1, 1), (2, 3, *size)
         yield f"pool max dilated {size}", lambda: nn.MaxPool2d(2, 1, 1, dilation=2), (2, 3, *size)
         yield f"pool average {size}", lambda: nn.AvgPool2d(3, 2, 1), (2, 3, *size)
