@@ -148,3 +148,8 @@ def bound_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         else:
             bound[argument.name] = kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def base_name(target: Any) -> str:
+    """Return the bare name of an operator: relu_ of torch.ops.aten.relu_.default."""
+    return str(getattr(target, "_schema", target)).split("::")[-1].split("(")[0].split(".")[0]
