@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import pytest
 from playwright.sync_api import (
+    Browser,
     BrowserContext,
     ConsoleMessage,
     Error,
@@ -115,15 +116,18 @@ def playwright() -> Iterator[Playwright]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def browser(playwright: Playwright, browser_executable: str) -> Iterator[Browser]:
+    browser = playwright.chromium.launch(executable_path=browser_executable, headless=True, args=BROWSER_FLAGS)
+    yield browser
+    browser.close()
+
+
 @pytest.fixture
-def context(
-    playwright: Playwright, browser_executable: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[BrowserContext]:
-    """A fresh browser; `@pytest.mark.parametrize("context", [{"viewport": ...}], indirect=True)` changes its options."""
+def context(browser: Browser, request: pytest.FixtureRequest) -> Iterator[BrowserContext]:
+    """A profile that knows nothing of others; `@pytest.mark.parametrize("context", [{"viewport": ...}], indirect=True)` changes its options."""
     options = {"viewport": {"width": 1440, "height": 1000}, **getattr(request, "param", {})}
-    context = playwright.chromium.launch_persistent_context(
-        tmp_path / "profile", executable_path=browser_executable, headless=True, args=BROWSER_FLAGS, **options
-    )
+    context = browser.new_context(**options)
     context.set_default_timeout(20_000)
     yield context
     context.close()
