@@ -118,7 +118,9 @@ def playwright() -> Iterator[Playwright]:
 
 @pytest.fixture(scope="session")
 def browser(playwright: Playwright, browser_executable: str) -> Iterator[Browser]:
-    browser = playwright.chromium.launch(executable_path=browser_executable, headless=True, args=BROWSER_FLAGS)
+    browser = playwright.chromium.launch(
+        executable_path=browser_executable, headless=True, args=BROWSER_FLAGS
+    )
     yield browser
     browser.close()
 
