@@ -271,7 +271,7 @@ elements sums are shifted."""
 def _mark_depthwise(graph: Graph) -> None:
     """Find convolutions that filter each channel on its own: they have a kernel of their own, which takes strides as they are."""
     for operation in graph.operations:
-        if operation.kind != "conv":
+        if operation.kind != "conv" or len(operation.inputs) > 1:
             continue
         a, weight = operation.attributes, graph.shapes[operation.weight or ""]
         per_channel = a["groups"] == weight[0] == graph.shapes[operation.inputs[0]][1] and a["groups"] > 1
