@@ -707,7 +707,7 @@ class Plan:
                 forms = ["compact", "direct"]
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
-            if out.has_gaps and self._fits_channels(graph, operation, out):
+            if a["groups"] == 1 and out.has_gaps and self._fits_channels(graph, operation, out):
                 # It has been the fastest nearly everywhere: one other is enough to compare with. Not so with 16 registers, where its tile is small, and
                 # "direct" often wins, as few loads of 32 bytes cross a cache line: the first layer of ResNet-50 took 0.7 of the time on Zen 3.
                 few = self.isa.registers < MANY_REGISTERS
@@ -736,15 +736,10 @@ class Plan:
         return [layout.tile if isinstance(layout, Planes) else 0 for layout in layouts]
 
     def _fits_channels(self, graph: Graph, operation: Operation, out: Planes) -> bool:
-        """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles.
-
-        Nor may its channels read different groups of the input.
-        """
-        groups = operation.attributes.get("groups", 1)
-        channels = graph.shapes[operation.output][1] // groups
-        form = channel_tile(out.columns, channels, self.isa, overlap=len(operation.inputs) == 1)
-        if form is not None and groups > 1 and channels % (form[1] * self.isa.lanes):
-            return False
+        """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles."""
+        form = channel_tile(
+            out.columns, graph.shapes[operation.output][1], self.isa, overlap=len(operation.inputs) == 1
+        )
         tile = max(self._tiles(operation)) * self.isa.lanes
         if form is None or not tile:
             return form is not None

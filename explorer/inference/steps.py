@@ -373,12 +373,10 @@ class _StepBuilder:
     ) -> _Row:
         """A dense convolution with output channels in the lanes; `operands`, (C, taps): elements from a pixel to what each weight reads."""
         weight, bias = self._constants(operation)
-        m, isa, x, y = len(weight), self.plan.isa, places[0].layout, out.layout
-        assert isinstance(x, Planes)
+        m, isa, y = len(weight), self.plan.isa, out.layout
         assert isinstance(y, Planes)
-        n_groups = operation.attributes.get("groups", 1)
         # A residual may lie where the result does: a pixel that is computed twice would be added to twice.
-        form = channel_tile(y.columns, m // n_groups, isa, overlap=len(places) == 1)
+        form = channel_tile(y.columns, m, isa, overlap=len(places) == 1)
         assert form is not None
         pixels, vectors = form
         layouts = _planes(places, out)
@@ -405,7 +403,7 @@ class _StepBuilder:
             choice,
             lambda: conv_channels_dense(
                 self._dense(operation).astype(isa.dtype),
-                operands[: len(operands) // n_groups].reshape(-1) * isa.element_bytes,
+                operands.reshape(-1) * isa.element_bytes,
                 width,
                 l1_bytes() // 2,
             ),
@@ -435,8 +433,6 @@ class _StepBuilder:
             channels=m,
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
-            groups_alike=-(-groups // n_groups),
-            x_group=x.channels // n_groups * x.plane * x.element_bytes,
             **self._bounds(operation),
         )
         cut = partial(bands.of_chunks, positions, pixels, tiles_per_job, parts, shifts, len(places) > 1)

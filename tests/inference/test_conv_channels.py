@@ -43,14 +43,13 @@ def check(
     bounds: tuple[float, float] | None = None,
     residual: bool = False,
     threads: int = 1,
-    groups: int = 1,
 ) -> None:
     """Compile one convolution, see that this kernel runs it, and compare."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((images, channels, *size), np.float32)
-    weight = generator.standard_normal((outputs, channels // groups, *kernel)).astype(np.float32)
+    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
     bias = generator.standard_normal(outputs).astype(np.float32)
-    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
     graph = conv_graph(
         x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
     )
@@ -148,18 +147,6 @@ def test_many_blocks_jobs_and_groups_add_up(threads: int, monkeypatch: pytest.Mo
     check((14, 28), 70, channels=37, images=3, residual=True, threads=threads)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("groups", "vectors"), [(2, 1), (3, 2), (4, 3)])
-@pytest.mark.usefixtures("across")
-def test_groups_of_whole_vectors_read_the_channels_of_their_own(
-    threads: int, stride: int, groups: int, vectors: int
-) -> None:
-    lanes = native.current_isa().lanes
-    options = {"stride": (stride, stride), "residual": True, "images": 2, "threads": threads}
-    check((14, 28), groups * vectors * lanes, channels=5 * groups, groups=groups, **options)
-
-
 def test_it_is_a_candidate_where_rows_have_gaps_and_tiles_fit() -> None:
     isa = native.current_isa()
     if isa.name == "torch":
@@ -178,15 +165,6 @@ def test_it_is_a_candidate_where_rows_have_gaps_and_tiles_fit() -> None:
     assert offered(14, 1, residual=True)
     assert not offered(17, 1, residual=True)  # no tile divides a row
     assert not offered(3, 1)
-
-    def offered_in_groups(outputs: int) -> bool:
-        weight = torch.ones(2 * outputs, 3, 3, 3)
-        attributes = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
-        graph = conv_graph((1, 6, 6, 14), weight, None, **attributes)
-        return ACROSS in Plan(graph, isa, 1).candidates(graph, 0, "auto", 1.0)
-
-    assert offered_in_groups(isa.lanes)
-    assert not offered_in_groups(isa.lanes - 1)  # a vector would hold channels of two groups
 
 
 @pytest.mark.parametrize("isa", [*(cpu[0] for cpu in CPUS.values()), native.Isa("generic", 4, 16, "", "")])

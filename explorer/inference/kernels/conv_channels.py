@@ -29,11 +29,9 @@ ARGUMENTS = Record(
     (
         "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
         "x_at", "out_at", "residual_at", "tiles", "tiles_per_job", "chunks", "parts", "groups", "groups_per_job", "channels", "blocks", "n_blocks",
-        "groups_alike", "x_group",
     )
 )  # fmt: skip
-"""`..._at`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to. `groups_alike`: how many
-groups read the same input channels (of a grouped convolution, as many as one of its groups has), and `x_group`: bytes from theirs to those of the next."""
+"""`..._at`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to."""
 
 BLOCK = Record(("depth", "offsets", "weights"))
 """One K block: byte offsets of the operands (int32) from a tile's first pixel, and weights [group][k][R * lanes]."""
@@ -223,13 +221,11 @@ class _Generator:
                 channel = b.mul(group, I64(k.vectors * lanes))
                 left = f.minimum(b.sub(channels, channel), I64(k.vectors * lanes))
                 mine_bias = f.at(bias, b.mul(channel, I64(f.element_bytes)))
-                x = f.at(tensors["x"], b.mul(b.sdiv(group, field("groups_alike")), field("x_group")))
-                origin = {**tensors, "x": x}
 
                 def one_tile(t: Value) -> None:
                     def first_pixel(name: str) -> Value:
                         place = f.at(places[name], b.mul(t, I64(4)))
-                        return f.at(origin[name], b.sext(f.load(place, I32), I64))
+                        return f.at(tensors[name], b.sext(f.load(place, I32), I64))
 
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
                     # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
