@@ -142,11 +142,10 @@ class _Reader:
         if node.target is operator.getitem and isinstance(args[0], tuple | list):
             self._meaning[node] = args[0][args[1]]
             return
-        before = _WRAPPERS.get(str(node.target))
-        if before is not None and not (
-            before > 1 and args[2]
-        ):  # autocast that is switched on computes in another precision: left to torch
-            self._meaning[node] = self._inline(args[before], args[before + 1 :], f"{inside}{node.name}.")
+        setting = _WRAPPERS.get(str(node.target))
+        # Autocast that is switched on computes in another precision: it is left to torch.
+        if setting is not None and not (setting == _WRAPPERS["wrap_with_autocast"] and args[2]):
+            self._meaning[node] = self._inline(args[setting], args[setting + 1 :], f"{inside}{node.name}.")
             return
         self.remember(node, inside)
         operation = read_operator(node, inside + node.name, args, kwargs, self.graph)
