@@ -108,7 +108,7 @@ def test_padding_of_another_kind_runs_through_torch_and_is_right(kind: str, is_n
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 4])
 def test_every_instruction_set_pads_each_side_alike(
     isa: str, stride: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,11 +116,11 @@ def test_every_instruction_set_pads_each_side_alike(
         pytest.skip(f"this CPU does not run {isa}")
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
     torch.manual_seed(0)
-    for sides in ((0, 1, 0, 1), (2, 0, 1, 0), (0, 3, 4, 0)):
+    for sides in ((0, 1, 0, 1), (2, 0, 1, 0)):
         network = nn.Sequential(
             nn.Conv2d(3, 4, 1), nn.ZeroPad2d(sides), nn.Conv2d(4, 4, 3, stride, groups=groups)
         )
-        for size in ((7, 7), (16, 16), (5, 31)):
+        for size in ((16, 16), (5, 31)):
             x = torch.randn(2, 3, *size)
             engine = explorer.compile(network.eval(), x)
             assert engine.fallbacks == ()

@@ -479,9 +479,9 @@ def guarded_runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...
 @pytest.mark.parametrize(
     ("side", "networks"),
     [
-        ("end", "(5, 9)"),
         pytest.param("end", "all", marks=pytest.mark.slow),
-        pytest.param("start", "all", marks=pytest.mark.slow),
+        # Kernels read ahead more often than back: one size of each network will do.
+        ("start", "(5, 9)"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
