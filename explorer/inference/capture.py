@@ -142,16 +142,17 @@ class _Reader:
         if node.target is operator.getitem and isinstance(args[0], tuple | list):
             self._meaning[node] = args[0][args[1]]
             return
-        setting = _WRAPPERS.get(str(node.target))
+        wrapper = str(node.target)
         # Autocast that is switched on computes in another precision: it is left to torch.
-        if setting is not None and not (setting == _WRAPPERS["wrap_with_autocast"] and args[2]):
-            self._meaning[node] = self._inline(args[setting], args[setting + 1 :], f"{inside}{node.name}.")
+        if wrapper in _WRAPPERS and not (wrapper == "wrap_with_autocast" and args[2]):
+            before = _WRAPPERS[wrapper]
+            self._meaning[node] = self._inline(args[before], args[before + 1 :], f"{inside}{node.name}.")
             return
         self.remember(node, inside)
         operation = read_operator(node, inside + node.name, args, kwargs, self.graph)
         if _is_derived(node, operation, self.graph):
             self.graph.derived.append(operation)
-            self.graph.derive()
+            self.graph.derive([operation])
             return
         self.graph.operations.append(operation)
         if is_in_place(node.target):

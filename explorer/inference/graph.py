@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,22 +110,24 @@ class Graph:
     unflatten: Callable[[list[Any]], Any]
     derived: list[Operation] = field(default_factory=list)
 
-    def derive(self) -> None:
-        """Compute the constants that follow from others and are not there: once for each set of weights, in place of in each call."""
+    def derive(self, operations: Iterable[Operation] | None = None) -> None:
+        """Compute the constants that follow from others and are not there, or those of `operations`: once for each set of weights, not in each call."""
         with torch.no_grad():
-            for operation in self.derived:
+            for operation in self.derived if operations is None else operations:
                 if operation.output not in self.constants:
-                    args, kwargs = self._resolved(operation.args), self._resolved(operation.kwargs)
+                    args, kwargs = (
+                        with_values(part, lambda ref: self.constants[ref.name])
+                        for part in (operation.args, operation.kwargs)
+                    )
                     self.constants[operation.output] = operation.target(*args, **kwargs)
 
-    def _resolved(self, item: Any) -> Any:
-        if isinstance(item, Ref):
-            return self.constants[item.name]
-        if isinstance(item, list | tuple):
-            return type(item)(self._resolved(part) for part in item)
-        if isinstance(item, dict):
-            return {k: self._resolved(v) for k, v in item.items()}
-        return item
+    def readers(self) -> dict[str, list[Operation]]:
+        """The operations that read each value, each of them once."""
+        found: dict[str, list[Operation]] = {}
+        for operation in self.operations:
+            for name in set(operation.inputs if operation.kind != "torch" else operation.references()):
+                found.setdefault(name, []).append(operation)
+        return found
 
     def users(self) -> dict[str, int]:
         """How often each value is read (outputs of the network count)."""
@@ -137,6 +139,17 @@ class Graph:
             if isinstance(output, Ref):
                 count[output.name] = count.get(output.name, 0) + 1
         return count
+
+
+def with_values(item: Any, value_of: Callable[[Ref], Any]) -> Any:
+    """An argument, however nested, with something else in the place of each `Ref`."""
+    if isinstance(item, Ref):
+        return value_of(item)
+    if isinstance(item, list | tuple):
+        return type(item)(with_values(part, value_of) for part in item)
+    if isinstance(item, dict):
+        return {k: with_values(v, value_of) for k, v in item.items()}
+    return item
 
 
 def bound_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref, bound_arguments
+from explorer.inference.graph import Graph, Operation, Ref, bound_arguments, with_values
 
 _MOVES = {
     "view", "reshape", "unflatten", "transpose", "permute", "chunk", "split", "unbind", "getitem", "slice", "select", "squeeze", "unsqueeze",
@@ -38,10 +38,7 @@ class Heads:
 def find_attention(graph: Graph) -> None:
     """Turn what fits into "attention" operations: inputs are the values that hold queries, keys and values."""
     producer = {o.output: o for o in graph.operations}
-    readers: dict[str, list[Operation]] = {}
-    for operation in graph.operations:
-        for name in set(operation.inputs if operation.kind != "torch" else operation.references()):
-            readers.setdefault(name, []).append(operation)
+    readers = graph.readers()
     returned = {output.name for output in graph.outputs if isinstance(output, Ref)}
     for operation in list(graph.operations):
         if _name(operation) == "scaled_dot_product_attention":
@@ -107,7 +104,9 @@ def _trace(name: str, graph: Graph, producer: dict[str, Operation]) -> tuple[str
     held: dict[str, Any] = {source: torch.empty(shape, device="meta")}
     storage = held[source].untyped_storage()._cdata  # noqa: SLF001  # the only name that a storage without data has
     for operation in reversed(chain):
-        held[operation.output] = operation.target(*_filled(operation.args, held), **operation.kwargs)
+        held[operation.output] = operation.target(
+            *with_values(operation.args, lambda ref: held[ref.name]), **operation.kwargs
+        )
     view = held[name]
     samples, heads, tokens, features = graph.shapes[name]
     in_place = view.untyped_storage()._cdata == storage  # noqa: SLF001
@@ -120,14 +119,6 @@ def _trace(name: str, graph: Graph, producer: dict[str, Operation]) -> tuple[str
     return source, Heads(int(view.storage_offset()), int(steps[1]) if heads > 1 else features)
 
 
-def _filled(item: Any, held: dict[str, Any]) -> Any:
-    if isinstance(item, Ref):
-        return held[item.name]
-    if isinstance(item, list | tuple):
-        return type(item)(_filled(part, held) for part in item)
-    return item
-
-
 def _joined(
     operation: Operation, graph: Graph, readers: dict[str, list[Operation]], returned: set[str]
 ) -> Operation | None:
@@ -136,6 +127,11 @@ def _joined(
         return None
     samples, heads, tokens, features = graph.shapes[operation.output]
     value, moved = operation.output, torch.empty(graph.shapes[operation.output], device="meta")
+    held = {value: moved}
+
+    def seen(ref: Ref) -> torch.Tensor:
+        return held[ref.name]
+
     while value not in returned and len(readers.get(value, [])) == 1:
         [reader] = readers[value]
         if _name(reader) not in _MOVES or reader.kind not in ("torch", "flatten"):
@@ -145,7 +141,8 @@ def _joined(
             # Joining the last two axes of this is the only thing that such a change of shape can be.
             return reader
         if _name(reader) not in ("contiguous", "alias", "detach"):
-            moved = reader.target(*_filled(reader.args, {value: moved}), **reader.kwargs)
+            held = {value: moved}
+            moved = reader.target(*with_values(reader.args, seen), **reader.kwargs)
             wanted = (heads * tokens * features, features, tokens * features, 1)
             if moved.shape != (samples, tokens, heads, features) or moved.stride() != wanted:
                 return None

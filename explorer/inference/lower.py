@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.graph import Graph, Operation, Ref, base_name, with_values
 from explorer.inference.heads import find_attention
 
 
@@ -55,22 +55,14 @@ def through_torch(graph: Graph) -> Graph:
 def _rename(graph: Graph, old: str, new: str) -> None:
     """Whoever reads `old` reads `new` from now on."""
 
-    def visit(item: object) -> object:
-        if isinstance(item, Ref):
-            return Ref(new) if item.name == old else item
-        if isinstance(item, list):
-            return [visit(part) for part in item]
-        if isinstance(item, tuple):
-            return tuple(visit(part) for part in item)
-        if isinstance(item, dict):
-            return {k: visit(v) for k, v in item.items()}
-        return item
+    def renamed(ref: Ref) -> Ref:
+        return Ref(new) if ref.name == old else ref
 
     for operation in graph.operations:
         operation.inputs = [new if name == old else name for name in operation.inputs]
-        operation.args = tuple(visit(a) for a in operation.args)
-        operation.kwargs = {k: visit(v) for k, v in operation.kwargs.items()}
-    graph.outputs = [visit(output) for output in graph.outputs]
+        operation.args = with_values(operation.args, renamed)
+        operation.kwargs = with_values(operation.kwargs, renamed)
+    graph.outputs = with_values(graph.outputs, renamed)
 
 
 def _drop_same(graph: Graph) -> None:
@@ -88,10 +80,7 @@ def _drop_same(graph: Graph) -> None:
 def _fold_pads(graph: Graph) -> None:
     """Let convolutions pad what was padded for them alone; any other padding is left to torch."""
     returned = {output.name for output in graph.outputs if isinstance(output, Ref)}
-    readers: dict[str, list[Operation]] = {}
-    for operation in graph.operations:
-        for name in {*operation.inputs, *operation.references()}:
-            readers.setdefault(name, []).append(operation)
+    readers = graph.readers()
     folded: set[int] = set()
     # Of several in a row the last is folded first.
     for pad in reversed([o for o in graph.operations if o.kind == "pad"]):
@@ -127,8 +116,7 @@ def _drop_unread(graph: Graph) -> None:
     kept: list[Operation] = []
     read = {output.name for output in graph.outputs if isinstance(output, Ref)}
     for operation in reversed(graph.operations):
-        name = str(operation.target).removeprefix("aten.").split(".")[0]
-        if operation.output in read or name not in _WITHOUT_EFFECT:
+        if operation.output in read or base_name(operation.target) not in _WITHOUT_EFFECT:
             kept.append(operation)
             read.update(operation.references(), operation.inputs)
     graph.operations = kept[::-1]

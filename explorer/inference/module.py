@@ -28,7 +28,7 @@ from explorer.inference.ahead import code_ahead
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
-from explorer.inference.graph import Graph, Ref
+from explorer.inference.graph import Graph, Ref, with_values
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
@@ -545,7 +545,11 @@ class SparseModule:
                     (view if value.shape == view.shape else view[: value.shape[0]]).copy_(value)
             else:
                 o = segment.operation
-                values[o.output] = o.target(*self._resolve(o.args, values), **self._resolve(o.kwargs, values))
+                args, kwargs = (
+                    with_values(part, lambda ref: self._value(ref.name, values))
+                    for part in (o.args, o.kwargs)
+                )
+                values[o.output] = o.target(*args, **kwargs)
             if times is not None:
                 times.append(time.perf_counter() - start)
         if times is not None and runner is not None:
@@ -611,15 +615,6 @@ class SparseModule:
         # A value that is (N, C) to one reader and (N, C, 1, 1) to another is one place.
         wanted = self._graph.shapes[name]
         return place.view if tuple(place.view.shape) == wanted else place.view.reshape(wanted)
-
-    def _resolve(self, item: Any, values: Mapping[str, Any]) -> Any:
-        if isinstance(item, Ref):
-            return self._value(item.name, values)
-        if isinstance(item, list | tuple):
-            return type(item)(self._resolve(part, values) for part in item)
-        if isinstance(item, dict):
-            return {k: self._resolve(v, values) for k, v in item.items()}
-        return item
 
     def _output(self, output: Any, values: Mapping[str, Any], images: int) -> Any:
         if not isinstance(output, Ref):

@@ -499,15 +499,9 @@ class _StepBuilder:
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
         kernel = depthwise.DepthwiseKernel(taps, sx, masked, a.get("activation"), _is_capped(operation))
-        jobs = self._channel_jobs(y.channels)
+        common = self._by_channel(place, out) | self._bounds(operation)
         arguments = _fill(
             depthwise.ARGUMENTS,
-            x=place.address,
-            x_image=x.image_bytes,
-            x_plane=x.plane_bytes,
-            out=out.address,
-            out_image=y.image_bytes,
-            out_plane=y.plane_bytes,
             weights=self.memory.put(weight_words(self._dense(operation), self.plan.isa)),
             bias=self.memory.put(weight_words(bias, self.plan.isa)),
             mask=mask,
@@ -516,8 +510,7 @@ class _StepBuilder:
             x_pitch=x.pitch_bytes,
             x_row=sy * x.pitch_bytes,
             out_row=y.pitch_bytes,
-            **jobs,
-            **self._bounds(operation),
+            **common,
         )
         by_rows = (sy, sx) != (1, 1)
         mine = bands.ByChannel(self.memory, depthwise.ARGUMENTS, arguments, x, y)
@@ -526,7 +519,7 @@ class _StepBuilder:
         return _Row(
             self.code(kernel),
             arguments,
-            jobs["jobs"],
+            common["jobs"],
             choice.label,
             (lambda _: mine.depthwise(taps, (sy, sx), vectors, by_rows)) if can else None,
         )
@@ -702,25 +695,29 @@ class _StepBuilder:
         size = max(1, min(16, -(-channels // (2 * self.plan.threads))))
         return {"jobs": -(-channels // size), "channels": channels, "channels_per_job": size}
 
-    def _pool(self, operation: Operation, place: Place, out: Place) -> _Row:
+    def _by_channel(self, place: Place, out: Place) -> dict[str, int]:
+        """What all kernels are told that go from planes to planes, or to one value each, channel by channel."""
         x, y = place.layout, out.layout
         assert isinstance(x, Planes)
-        jobs = self._channel_jobs(x.channels)
-        common = {
+        return {
             "x": place.address,
             "x_image": x.image_bytes,
             "x_plane": x.plane_bytes,
             "out": out.address,
-            **jobs,
+            "out_image": y.image_bytes,
+            "out_plane": y.plane_bytes if isinstance(y, Planes) else y.element_bytes,
+            **self._channel_jobs(x.channels),
         }
-        common |= self._bounds(operation)
+
+    def _pool(self, operation: Operation, place: Place, out: Place) -> _Row:
+        x, y = place.layout, out.layout
+        assert isinstance(x, Planes)
+        common = self._by_channel(place, out) | self._bounds(operation)
         if operation.kind == "plane_average":
             assert isinstance(y, Vectors)
             scale = self.memory.put(np.array([1.0 / (x.rows * x.columns)], np.float32))
             arguments = _fill(
                 pool.ARGUMENTS,
-                out_image=y.image_bytes,
-                out_plane=y.element_bytes,
                 vectors=x.vectors,
                 mask=self._mask(x),
                 scale=scale,
@@ -728,14 +725,12 @@ class _StepBuilder:
             )
             # Who writes tiles may leave in their gaps what lay there before.
             average = pool.PoolKernel("plane", masked=bool(x.tile) and x.has_gaps)
-            return _Row(self.code(average), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(average), arguments, common["jobs"], "pool")
         assert isinstance(y, Planes)
         if operation.kind == "adaptive_average":
             table, n_taps, scale = self._adaptive(x, y)
             arguments = _fill(
                 pool.ARGUMENTS,
-                out_image=y.image_bytes,
-                out_plane=y.plane_bytes,
                 vectors=y.vectors,
                 n_taps=n_taps,
                 table=table,
@@ -744,7 +739,7 @@ class _StepBuilder:
                 scale=scale,
                 **common,
             )
-            return _Row(self.code(pool.PoolKernel("average")), arguments, jobs["jobs"], "pool")
+            return _Row(self.code(pool.PoolKernel("average")), arguments, common["jobs"], "pool")
         return self._windows(operation, x, y, common)
 
     def _windows(self, operation: Operation, x: Planes, y: Planes, common: dict[str, int]) -> _Row:
@@ -770,8 +765,6 @@ class _StepBuilder:
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(self.plan.isa))
             arguments = _fill(
                 window_pool.ARGUMENTS,
-                out_image=y.image_bytes,
-                out_plane=y.plane_bytes,
                 scale=self.memory.put(np.append(scale, np.zeros(y.lanes, np.float32))),
                 **common,
             )
@@ -779,8 +772,6 @@ class _StepBuilder:
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
         arguments = _fill(
             pool.ARGUMENTS,
-            out_image=y.image_bytes,
-            out_plane=y.plane_bytes,
             vectors=y.vectors,
             n_taps=len(window),
             table=self._taps(x, y, window, a["stride"]),
@@ -797,16 +788,10 @@ class _StepBuilder:
         assert isinstance(x, Planes)
         assert isinstance(y, Planes)
         vectors, filled = -(-y.pitch // y.lanes), -(-y.columns // y.lanes)
-        jobs = self._channel_jobs(x.channels)
+        common = self._by_channel(place, out) | self._bounds(operation)
         arguments = _fill(
             upsample.ARGUMENTS,
-            x=place.address,
-            x_image=x.image_bytes,
-            x_plane=x.plane_bytes,
             x_row=x.pitch_bytes,
-            out=out.address,
-            out_image=y.image_bytes,
-            out_plane=y.plane_bytes,
             out_row=y.pitch_bytes,
             rows=x.rows,
             scale=rows,
@@ -814,10 +799,9 @@ class _StepBuilder:
             vectors=vectors,
             last=(y.vectors - 1) * y.vector_bytes,
             mask=self._mask_of(np.arange(vectors * y.lanes) < y.columns),
-            **jobs,
-            **self._bounds(operation),
+            **common,
         )
-        return _Row(self.code(upsample.UpsampleKernel(columns)), arguments, jobs["jobs"], "upsample")
+        return _Row(self.code(upsample.UpsampleKernel(columns)), arguments, common["jobs"], "upsample")
 
     def _split(self, operation: Operation, place: Place, out: Place) -> _Row:
         x, y = place.layout, out.layout
@@ -825,10 +809,9 @@ class _StepBuilder:
         assert isinstance(y, Planes)
         phases, stride = operation.attributes["phases"], operation.attributes["stride"]
         lanes = y.lanes
-        common = {
-            "x": place.address if place.cell is None else address(place.cell), "x_image": x.image_bytes, "x_plane": x.plane_bytes, "out": out.address, "out_image": y.image_bytes,
-            "out_plane": y.plane_bytes, "n_phases": len(phases), **self._channel_jobs(x.channels),
-        }  # fmt: skip
+        common = self._by_channel(place, out) | {"n_phases": len(phases)}
+        if place.cell is not None:
+            common["x"] = address(place.cell)
         if stride[1] > split.LARGEST_SHUFFLED:
             kernel = split.SplitKernel(0, (), place.cell is not None)
             table = self._taps(x, y, phases, stride)
