@@ -55,6 +55,11 @@ class Operation:
     bias: str | None = None
     gain: str | None = None
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether a convolution reads zeros around its image."""
+        return any((*self.attributes.get("padding", ()), *self.attributes.get("beyond", ())))
+
     def references(self) -> list[str]:
         """Every value and constant that the torch form of this operation reads."""
         found: list[str] = []

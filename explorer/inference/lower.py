@@ -281,7 +281,7 @@ def _split_phases(graph: Graph) -> None:
             continue
         shape = graph.shapes[operation.inputs[0]]
         kernel = tuple(graph.constants[operation.weight or ""].shape)
-        if shape[2:] == kernel[2:] and not any((*a["padding"], *a.get("beyond", ()))):
+        if shape[2:] == kernel[2:] and not operation.is_padded:
             operation.attributes = {**a, "stride": (1, 1)}  # one output pixel: there is nothing to step over
             continue
         if graph.dtypes[operation.inputs[0]] != torch.float32 or 0 in shape:

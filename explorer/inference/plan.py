@@ -113,17 +113,12 @@ def _joins_channels(operation: Operation) -> bool:
     return operation.kind in ("conv", "linear") and not a.get("depthwise") and a.get("groups", 1) == 1
 
 
-def _is_padded(attributes: Mapping[str, Any]) -> bool:
-    """Whether a convolution reads zeros around its image."""
-    return any((*attributes.get("padding", ()), *attributes.get("beyond", ())))
-
-
 def _is_pointwise(graph: Graph, operation: Operation, position: int) -> bool:
     """Whether its operand at `position` is the input of a 1 x 1 convolution, or of a linear layer."""
     if position or not _joins_channels(operation):
         return False
     a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:]
-    return prod(taps) == 1 and "phases" not in a and not _is_padded(a)
+    return prod(taps) == 1 and "phases" not in a and not operation.is_padded
 
 
 def _writes_tiles(operation: Operation) -> bool:
@@ -216,9 +211,7 @@ class Plan:
             weight = graph.constants[operation.weight or ""]
             is_vector = len(shape) == 4 and shape[2:] == (1, 1) and weight.shape[2:] == (1, 1)
             plain = (
-                len(operation.inputs) == 1
-                and not _is_padded(operation.attributes)
-                and operation.attributes["groups"] == 1
+                len(operation.inputs) == 1 and not operation.is_padded and operation.attributes["groups"] == 1
             )
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
