@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 pytestmark = pytest.mark.browser
+
+
+def drawn(figure: Locator, selector: str, expression: str) -> Any:
+    """Ask `one`, a mark in a figure, in a single turn of the page: each answer of the kernel draws all marks anew."""
+    return figure.evaluate(f"(figure) => {{ const one = figure.querySelector({json.dumps(selector)}); return {expression}; }}")
 
 
 def test_a_stopped_measurement_goes_on_and_is_drawn_in_three_ways(fake_page: Page) -> None:
@@ -30,7 +37,7 @@ def test_a_stopped_measurement_goes_on_and_is_drawn_in_three_ways(fake_page: Pag
         expect(figure.locator("g[data-name] rect")).to_have_count(cells)
     # The network's first layer minds most, so its cells differ from those of the last in colour.
     colours = [
-        left.locator(f"g[data-name='{name}'] rect").nth(8).evaluate("(one) => getComputedStyle(one).fill")
+        drawn(left, f"g[data-name='{name}'] rect:nth-of-type(9)", "getComputedStyle(one).fill")
         for name in ("block1.conv1", "fc")
     ]
     assert colours[0] != colours[1]
@@ -49,11 +56,11 @@ def test_a_stopped_measurement_goes_on_and_is_drawn_in_three_ways(fake_page: Pag
 
     view.get_by_role("button", name="Bars", exact=True).click()
     slider = view.get_by_role("slider", name="Sparsity at which layers are compared")
-    bar = right.locator("g[data-name='block3.conv2'] rect[style]")
-    expect(bar).to_be_visible()  # a slow machine is still drawing the heat map
-    width = bar.bounding_box()["width"]  # type: ignore[index]
+    bar = "g[data-name='block3.conv2'] rect[style]"
+    expect(right.locator(bar)).to_be_visible()  # a slow machine is still drawing the heat map
+    width = drawn(right, bar, "one.getBoundingClientRect().width")
     slider.focus()
     page.keyboard.press("End")
     expect(slider).to_have_attribute("aria-valuetext", "99 %")
-    assert bar.bounding_box()["width"] < width / 2  # type: ignore[index]
+    assert drawn(right, bar, "one.getBoundingClientRect().width") < width / 2
     assert view.bounding_box()["height"] == pytest.approx(height, abs=1)  # type: ignore[index]
