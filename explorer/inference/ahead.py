@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from explorer.inference.layout import MAX_TILE
+from explorer.inference.memory import can_run_code
 from explorer.inference.native import Emitter, Isa
 
 
@@ -15,7 +16,15 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
     if isa.name == "torch":
         yield
         return
-    from explorer.inference.kernels import chain, driver, find_nonzeros, match_rows, place_rows, registers
+    from explorer.inference.kernels import (
+        chain,
+        driver,
+        find_nonzeros,
+        match_rows,
+        place_rows,
+        registers,
+        write_programs,
+    )
 
     with Emitter() as emitter:
         if sparse:
@@ -23,6 +32,9 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
             if registers.has_partners(MAX_TILE, isa):
                 emitter.code(isa.single, match_rows.MatchRowsKernel())
                 emitter.code(isa.single, place_rows.PlaceRowsKernel())
+            if isa.name == "avx512" and isa.precision == "fp32" and can_run_code():
+                emitter.code(isa.single, write_programs.OrderColumnsKernel())
+                emitter.code(isa.single, write_programs.WriteProgramsKernel())
         for entry in driver.ENTRIES:
             emitter.code(isa, driver.DriverKernel(entry))
         emitter.code(isa, chain.ChainKernel())

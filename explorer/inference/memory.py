@@ -1,4 +1,4 @@
-"""Memory that native code may use: aligned, on huge pages where the system offers them, alive as long as its owner.
+"""Memory that native code may use, or be written to: aligned, on huge pages where the system offers them, alive as long as its owner.
 
 Measured on ResNet-50 prototypes: weights on ordinary pages cost about 10 % more time than on huge ones (TLB misses of the weight stream).
 """
@@ -6,11 +6,16 @@ Measured on ResNet-50 prototypes: weights on ordinary pages cost about 10 % more
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
+import os
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from explorer.errors import EngineError
 
 _CHUNK = 4 << 20
 _HUGE = 2 << 20
@@ -24,6 +29,7 @@ class Memory:
         self._position = 0
         self._chunks: list[NDArray[np.uint8]] = []
         self.n_bytes = 0
+        self._code: _CodeMemory | None = None
 
     def zeros(self, size: int, dtype: DTypeLike = np.float32, align: int = 64) -> NDArray[Any]:
         """A zeroed array of `size` elements, starting on a multiple of `align` bytes."""
@@ -43,6 +49,55 @@ class Memory:
         mine = self.zeros(array.size, array.dtype, align)
         mine[:] = array.reshape(-1)
         return address(mine)
+
+    def put_code(self, code: NDArray[np.uint8]) -> int:
+        """Copy machine code here, or data that stands among it; its address. It can be run after `seal`."""
+        if self._code is None:
+            self._code = _CodeMemory()
+        self.n_bytes += code.nbytes
+        return self._code.put(code)
+
+    def seal(self) -> None:
+        """Make the machine code runnable, and no longer writable. More can be put here, and sealed, later.
+
+        Raises
+        ------
+        EngineError
+            When the system forbids it, see `can_run_code`.
+        """
+        if self._code is not None:
+            self._code.make_runnable()
+
+
+class _CodeMemory(Memory):
+    def make_runnable(self) -> None:
+        for chunk in self._chunks:
+            _make_runnable(chunk)
+        self._chunk = np.empty(0, np.uint8)  # what follows goes to other pages
+
+
+def _make_runnable(chunk: NDArray[np.uint8]) -> None:
+    size = len(chunk) // mmap.PAGESIZE * mmap.PAGESIZE
+    # On Windows and elsewhere memory is made runnable by other means, which nobody could try.
+    protect = getattr(ctypes.CDLL(None, use_errno=True), "mprotect", None) if os.name == "posix" else None
+    if protect is None:
+        raise EngineError("This system has no mprotect, by which memory is made runnable.")
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if protect(address(chunk), size, mmap.PROT_READ | mmap.PROT_EXEC):
+        why = os.strerror(ctypes.get_errno())
+        raise EngineError(f"This system does not let memory be made runnable ({why}).")
+
+
+@cache
+def can_run_code() -> bool:
+    """Whether this system lets a process run code that it has written, as hardened ones do not."""
+    memory = Memory()
+    memory.put_code(np.zeros(1, np.uint8))
+    try:
+        memory.seal()
+    except EngineError:
+        return False
+    return True
 
 
 def address(array: NDArray[Any]) -> int:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
+from explorer.inference.as_code import Weighed, layers_as_code
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
@@ -32,7 +33,7 @@ from explorer.inference.graph import Graph, Ref, with_values
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.plan import MOST_SPARSE, Choice, ImportSegment, NativeSegment, Plan, TorchSegment
 from explorer.inference.straight import StraightPath
 from explorer.inference.timing import (
     Benchmark,
@@ -665,14 +666,14 @@ class SparseModule:
 
         layers = self._plan.layers(self._graph)
         self._densities = densities = {i: self._density(i) for i in layers}
-        paired = {i: in_pairs(self._weight(i)) for i in layers}
+        as_code = self._as_code()
+        about = {i: {"paired": in_pairs(self._weight(i)), "code": i in as_code} for i in layers}
         candidates = {
-            i: self._plan.candidates(self._graph, i, self._mode, densities[i], paired=paired[i])
-            for i in layers
+            i: self._plan.candidates(self._graph, i, self._mode, densities[i], **about[i]) for i in layers
         }
         cache = choice_cache()
         questions = {
-            i: self._plan.question(self._graph, i, densities[i], paired=paired[i])
+            i: self._plan.question(self._graph, i, densities[i], **about[i])
             for i, several in candidates.items()
             if len(several) > 1 and self._mode == "auto"
         }
@@ -691,6 +692,16 @@ class SparseModule:
         steps.use_bands = by_bands
         self._install(steps)
         self._order_bands(question)
+
+    def _as_code(self) -> frozenset[int]:
+        """The layers that may become programs."""
+        nonzeros = {i: round(density * self._weight(i).size) for i, density in self._densities.items()}
+        layers = {
+            i: Weighed(nonzeros[i], self._plan.vectors_of(self._graph.operations[i]))
+            for i, density in self._densities.items()
+            if density < MOST_SPARSE and self._plan.may_be_code(self._graph, i)
+        }
+        return layers_as_code(layers, sum(nonzeros.values()), self._plan.memory.n_bytes)
 
     def _order_bands(self, question: str) -> None:
         """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.

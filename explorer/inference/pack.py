@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 
 from explorer.inference.kernels import conv, conv_channels, conv_tables
 from explorer.inference.kernels.builder import Record
+from explorer.inference.kernels.conv_code import GROUP
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
+from explorer.inference.sparse_code import Finish, programs
 from explorer.inference.sparse_rows import SparseWeights, Words, fill_up, read_beyond, sparse_entries
 
 
@@ -156,6 +159,98 @@ class PackedConv:
         return memory.put(placed)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedCode(PackedConv):
+    """K blocks whose groups are programs.
+
+    Attributes
+    ----------
+    code : (bytes,) uint8
+        Programs and weights.
+    groups : (G, fields) int64
+        Rows of `conv_code.GROUP`, with offsets into `code` in place of addresses.
+    """
+
+    code: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(GROUP.fields)), np.int64))
+
+    def place(self, memory: Memory) -> int:
+        groups = self.groups.copy()
+        groups[:, _ADDRESSES] += memory.put_code(self.code)
+        return PackedConv({**self.tables, "groups": groups}, self.blocks, self.n_blocks).place(memory)
+
+
+_ADDRESSES = [GROUP.index(name) for name in ("code", "weights", "next")]
+
+
+def conv_code(
+    weights: SparseWeights,
+    bias: NDArray[np.float32],
+    reach: Operands,
+    kernel: conv.ConvKernel,
+    finish: Finish,
+    parts: int,
+    block_bytes: int,
+    isa: Isa,
+    groups: int = 1,
+) -> PackedCode:
+    """Sparse weights of a convolution as programs, see `explorer.inference.sparse_code`.
+
+    Parameters
+    ----------
+    weights, reach, kernel, parts, isa, groups
+        As for `conv_sparse`.
+    bias : (M,) float32
+    finish : Finish
+        What is done with the sums, where the programs do it themselves.
+    block_bytes : int
+        Operands of one K block, in bytes.
+    """
+    pieces = list(_pieces(weights, reach, parts, groups))
+    n_blocks = _count_blocks(pieces, block_bytes)
+    made, sources_of, rows_of_blocks = [], [], []
+    n_groups = n_sources = n_bytes = 0
+    for low, piece, mine, sources in pieces:
+        block_of, row_start, cuts = _cut(mine, sources, n_blocks)
+        channels = slice(low * kernel.channels, (low + piece.shape[0]) * kernel.channels)
+        these = programs(
+            piece,
+            mine.within + row_start[mine.source],
+            block_of[mine.source],
+            n_blocks,
+            bias[channels],
+            kernel.tile,
+            finish if kernel.finishes_itself else None,
+            isa,
+        )
+        each = len(these.groups) // n_blocks
+        blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)
+        columns: dict[str, Any] = {
+            "stage": _stages(n_blocks),
+            "n_sources": np.diff(cuts) * mine.is_copied,
+            "sources": n_sources + cuts[:-1],
+            "groups": n_groups + each * np.arange(n_blocks),
+            "n_groups": each,
+        }
+        for name, column in columns.items():
+            blocks[:, conv_tables.BLOCK.index(name)] = column
+        these.groups[:, _ADDRESSES] += n_bytes
+        these.groups[:, GROUP.index("first_row")] += channels.start
+        made.append(these)
+        rows_of_blocks.append(blocks)
+        sources_of.append(mine.sources[sources])
+        n_groups, n_sources = n_groups + len(these.groups), n_sources + len(sources)
+        n_bytes += len(these.code)
+    return PackedCode(
+        {"sources": np.concatenate(sources_of)},
+        np.concatenate(rows_of_blocks),
+        n_blocks,
+        conv_tables.BLOCK,
+        np.concatenate([p.code for p in made]),
+        np.concatenate([p.groups for p in made]),
+    )
+
+
 def _stages(n_blocks: int) -> NDArray[np.int64]:
     stages = np.zeros(n_blocks, np.int64)
     stages[0] |= conv_tables.FIRST_BLOCK
@@ -245,34 +340,19 @@ def conv_sparse(
         The CPU that packs, which is the one that will run them.
     groups : int
     """
-    pieces = []
-    for part in parts_of(weights.shape[0], parts, groups=groups):
-        piece, mine = _rows_of(weights, part, groups), reach.of_groups(part.groups, groups)
-        # What no nonzero of a part reads need not be copied.
-        used = np.zeros(len(mine.sources), bool)
-        used[mine.source[np.bincount(piece.columns, minlength=piece.shape[1]) > 0]] = True
-        pieces.append((part.low, piece, mine, np.flatnonzero(used)))
-    n_blocks = max(
-        1, *(-(-int(mine.n_bytes[sources].sum()) // block_bytes) for _, _, mine, sources in pieces)
-    )
+    pieces = list(_pieces(weights, reach, parts, groups))
+    n_blocks = _count_blocks(pieces, block_bytes)
     tables: list[tuple[NDArray[Any], ...]] = []
     rows_of_blocks = []
     before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
     for low, piece, mine, sources in pieces:
-        block_of = _blocks_of(mine, sources, n_blocks)
-        row_start = np.zeros(len(mine.sources), np.int64)
-        if mine.is_copied:
-            # Each block fills the buffer from its beginning.
-            end = np.cumsum(mine.n_bytes[sources])
-            edges = np.searchsorted(block_of[sources], np.arange(n_blocks))
-            row_start[sources] = end - mine.n_bytes[sources] - np.append(0, end)[edges][block_of[sources]]
+        block_of, row_start, cuts = _cut(mine, sources, n_blocks)
         where = (mine.within + row_start[mine.source])[piece.columns]
         block = block_of[mine.source][piece.columns]
         entries = sparse_entries(
             piece, where, block, n_blocks, kernel.unroll, words, isa if kernel.partners else None
         )
         starts = entries.starts
-        cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
         blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)
         for name, column in {
             "stage": _stages(n_blocks),
@@ -296,6 +376,38 @@ def conv_sparse(
         zip(("offsets", "weights", "rows", "groups", "sources"), joined, strict=True)
     )
     return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
+
+
+def _pieces(
+    weights: SparseWeights, reach: Operands, parts: int, groups: int
+) -> Iterator[tuple[int, SparseWeights, Operands, NDArray[np.int64]]]:
+    """Of each part: its first row, its weights, the operands of its groups, and the sources among them that any nonzero reads: others need not be copied."""
+    for part in parts_of(weights.shape[0], parts, groups=groups):
+        piece, mine = _rows_of(weights, part, groups), reach.of_groups(part.groups, groups)
+        used = np.zeros(len(mine.sources), bool)
+        used[mine.source[np.bincount(piece.columns, minlength=piece.shape[1]) > 0]] = True
+        yield part.low, piece, mine, np.flatnonzero(used)
+
+
+def _count_blocks(
+    pieces: list[tuple[int, SparseWeights, Operands, NDArray[np.int64]]], block_bytes: int
+) -> int:
+    """K blocks, the same for all parts, none of whose operands need more than so many bytes."""
+    return max(1, *(-(-int(mine.n_bytes[sources].sum()) // block_bytes) for _, _, mine, sources in pieces))
+
+
+def _cut(
+    reach: Operands, sources: NDArray[np.int64], n_blocks: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The K block of each source, where its row begins in the buffer (0 where nothing is copied), and how many of `sources` precede each block."""
+    block_of = _blocks_of(reach, sources, n_blocks)
+    cuts = np.searchsorted(block_of[sources], np.arange(n_blocks + 1))
+    row_start = np.zeros(len(reach.sources), np.int64)
+    if reach.is_copied:
+        # Each block fills the buffer from its beginning.
+        end = np.cumsum(reach.n_bytes[sources])
+        row_start[sources] = end - reach.n_bytes[sources] - np.append(0, end)[cuts[:-1]][block_of[sources]]
+    return block_of, row_start, cuts
 
 
 def _blocks_of(reach: Operands, sources: NDArray[np.int64], n_blocks: int) -> NDArray[np.int64]:

@@ -19,8 +19,16 @@ from numpy.typing import NDArray
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, pair_parts
-from explorer.inference.layout import Layout, PitchClasses, Planes, Vectors, channel_columns, channel_tile
-from explorer.inference.memory import Memory, address
+from explorer.inference.layout import (
+    MAX_TILE,
+    Layout,
+    PitchClasses,
+    Planes,
+    Vectors,
+    channel_columns,
+    channel_tile,
+)
+from explorer.inference.memory import Memory, address, can_run_code
 from explorer.inference.native import Isa, generator_version, l2_bytes
 
 _INFINITY = float("inf")
@@ -33,22 +41,24 @@ _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 _LARGE = 1.0
 """Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
 
-_ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
+MOST_SPARSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
 below the second (the closest was a tie at 0.3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one convolution or linear layer runs: by a dense or a sparse kernel, how it reaches its operands, and whether in pairs of channels."""
+    """How one convolution or linear layer runs: by a dense or a sparse kernel, how it reaches its operands, and whether in pairs of channels or as code."""
 
     dense: bool
     reach: str = "direct"
     pairs: bool = False
+    code: bool = False
 
     @property
     def label(self) -> str:
-        kind = "dense" if self.dense else "sparse pairs" if self.pairs else "sparse"
+        how = " pairs" if self.pairs else " code" if self.code else ""
+        kind = "dense" if self.dense else f"sparse{how}"
         return kind + ("" if self.reach == "direct" else f", {self.reach}")
 
 
@@ -680,9 +690,28 @@ class Plan:
     # ---- choices
 
     def candidates(
-        self, graph: Graph, index: int, mode: str, density: float, *, paired: bool = False
+        self,
+        graph: Graph,
+        index: int,
+        mode: str,
+        density: float,
+        *,
+        paired: bool = False,
+        code: bool = False,
     ) -> list[Choice]:
-        """The kernels worth timing for operation `index`, `density` of whose weights are not zero, perhaps in pairs of channels; best guess first."""
+        """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first.
+
+        Parameters
+        ----------
+        graph : Graph
+        index : int
+        mode : str
+        density : float
+        paired : bool
+            Whether the weights come in pairs of output channels.
+        code : bool
+            Whether it may become a program, see `may_be_code`.
+        """
         operation = graph.operations[index]
         if operation.kind not in ("conv", "linear"):
             return [Choice(True)]
@@ -717,11 +746,28 @@ class Plan:
                 if form != "compact" or len(pair_parts(out.compact_vectors, self.isa)) == 1
             ]
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
+        if code:
+            # Where operands are loaded so rarely, copying them so that no load crosses a line is worth it for few pixels only.
+            form = forms[0] if self.vectors_of(operation) <= MAX_TILE else "direct"
+            sparse = [Choice(False, form, code=True), *sparse[: 1 + paired]]
         if mode == "dense":
             return dense
         if mode == "sparse":
             return sparse
-        return (sparse if density < _ALWAYS_DENSE else []) + (dense if density > _ALWAYS_SPARSE else [])
+        return (sparse if density < MOST_SPARSE else []) + (dense if density > _ALWAYS_SPARSE else [])
+
+    def may_be_code(self, graph: Graph, index: int) -> bool:
+        """Whether operation `index` could become a program, see `explorer.inference.kernels.conv_code`."""
+        operation = graph.operations[index]
+        a = operation.attributes
+        alone = a.get("depthwise") or 1 < a.get("groups", 1) == graph.shapes[operation.output][1]
+        is_there = self.isa.name == "avx512" and self.isa.precision == "fp32" and can_run_code()
+        return is_there and self._family[operation.output] != "vectors" and not alone
+
+    def vectors_of(self, operation: Operation) -> int:
+        """Vectors of pixels of one channel of a result in planes."""
+        out = self.places[operation.output].layout
+        return out.vectors if isinstance(out, Planes) else 1
 
     def _tiles(self, operation: Operation) -> list[int]:
         """The size of the tiles that each operand and the result of an operation lie in, 0 for planes."""
@@ -748,11 +794,13 @@ class Plan:
         every = "\n".join(self.question(graph, i, density) for i, density in densities.items())
         return f"{generator_version()} {self.isa.cpu} {self.threads} {hashlib.sha256(every.encode()).hexdigest()}"
 
-    def question(self, graph: Graph, index: int, density: float, *, paired: bool = False) -> str:
+    def question(
+        self, graph: Graph, index: int, density: float, *, paired: bool = False, code: bool = False
+    ) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""
         operation = graph.operations[index]
         shapes = [
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {self._tiles(operation)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {self._tiles(operation)}"

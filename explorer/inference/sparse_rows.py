@@ -79,7 +79,7 @@ class SparseWeights:
         if gain is not None:
             tables["gain"] = gain.astype(np.float64)
         kernel = find_nonzeros.FindNonzerosKernel(channels)
-        _run(kernel, find_nonzeros.ARGUMENTS, isa, tables, rows=n_rows, row_length=n_columns, most=most)
+        run_kernel(kernel, find_nonzeros.ARGUMENTS, isa, tables, rows=n_rows, row_length=n_columns, most=most)
         if starts[-1] > most:
             raise EngineError(
                 "The weights were changed while they were read. Let the thread that trains them wait, or pass a copy of the module."
@@ -261,7 +261,7 @@ def _in_pairs(
         "offsets": offsets,
         "filled": filled,
     }
-    _run(
+    run_kernel(
         place_rows.PlaceRowsKernel(),
         place_rows.ARGUMENTS,
         isa,
@@ -275,7 +275,7 @@ def _in_pairs(
     return Entries(offsets, filled, rows, groups, starts, pairs)
 
 
-def _run(
+def run_kernel(
     kernel: Kernel, record: Record, isa: Isa, tables: Mapping[str, NDArray[Any]], **numbers: int
 ) -> None:
     """Call a kernel that works on tables of the weights, and needs no thread of the engine."""
@@ -324,7 +324,7 @@ def _match(
         "is_shared": is_shared,
     }
     kernel = match_rows.MatchRowsKernel()
-    _run(kernel, match_rows.ARGUMENTS, isa, tables, rows=n, set_words=set_words)
+    run_kernel(kernel, match_rows.ARGUMENTS, isa, tables, rows=n, set_words=set_words)
     return partner, shared, is_shared
 
 

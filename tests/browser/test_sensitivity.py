@@ -14,7 +14,9 @@ pytestmark = pytest.mark.browser
 
 def drawn(figure: Locator, selector: str, expression: str) -> Any:
     """Ask `one`, a mark in a figure, in a single turn of the page: each answer of the kernel draws all marks anew."""
-    return figure.evaluate(f"(figure) => {{ const one = figure.querySelector({json.dumps(selector)}); return {expression}; }}")
+    return figure.evaluate(
+        f"(figure) => {{ const one = figure.querySelector({json.dumps(selector)}); return {expression}; }}"
+    )
 
 
 def test_a_stopped_measurement_goes_on_and_is_drawn_in_three_ways(fake_page: Page) -> None:

@@ -100,7 +100,7 @@ def test_partners_are_those_of_the_numpy_twin(
         "is_shared": np.zeros(len(weights.columns), np.uint8),
     }
     kernel = match_rows.MatchRowsKernel()
-    sparse_rows._run(
+    sparse_rows.run_kernel(
         kernel, match_rows.ARGUMENTS, native.current_isa(), tables, rows=rows, set_words=set_words
     )
     is_there = np.zeros((rows, columns), bool)
@@ -135,7 +135,7 @@ def test_entries_are_placed_as_the_numpy_twin_places_them(rows: list[list[bool]]
         "filled": np.zeros(50 * len(rows), np.int32),
     }
     kernel = place_rows.PlaceRowsKernel()
-    sparse_rows._run(kernel, place_rows.ARGUMENTS, native.current_isa(), tables, rows=len(rows))
+    sparse_rows.run_kernel(kernel, place_rows.ARGUMENTS, native.current_isa(), tables, rows=len(rows))
     filled, offsets = np.zeros(50 * len(rows), np.int32), np.full(50 * len(rows), -1, np.int32)
     for at, entries, row in zip(begin, first, rows, strict=True):
         flags = np.array(row, bool)

@@ -35,6 +35,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
+from explorer.inference.kernels import conv_code
 from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Value
 from explorer.inference.kernels.conv_sparse import SparseLoops
@@ -71,6 +72,8 @@ class ConvKernel:
         Whether the sparse kernel takes two output channels as one.
     partners : bool
         Whether the sparse kernel takes output channels that share operands two at a time.
+    code : bool
+        Whether the nonzeros are programs of their own, see `conv_code`.
     capped : bool
         Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
     """
@@ -85,6 +88,7 @@ class ConvKernel:
     pairs: bool = False
     partners: bool = False
     capped: bool = True
+    code: bool = False
 
     @property
     def compact(self) -> bool:
@@ -95,6 +99,11 @@ class ConvKernel:
     def channels(self) -> int:
         """Output channels of a row of sparse weights."""
         return 2 if self.pairs else 1
+
+    @property
+    def finishes_itself(self) -> bool:
+        """Whether programs add the residual and clamp, with nothing left to do for this kernel."""
+        return self.code and not self.compact and self.activation is None
 
     @property
     def unroll(self) -> int:
@@ -131,7 +140,7 @@ class _Generator:
             if k.remainder:
                 inner.append(self._dense(k.remainder))
         else:
-            inner = [self._sparse()]
+            inner = [self._code() if k.code else self._sparse()]
         self._job(inner)
         return self.ir, "convolution"
 
@@ -272,6 +281,27 @@ class _Generator:
             partial(self._end, f, is_last),
             fetch,
         ).run(partners=k.partners)
+        f.b.ret_void()
+        return name
+
+    # ---- sparse, as code
+
+    def _code(self) -> str:
+        name = "code"
+        f, k = self._inner(name), self.k
+        is_last = self._is(f, LAST_BLOCK)
+        _, _, sums, *_, low, high = f.arguments
+
+        def end(first: Value, count: Value) -> None:
+            def one_channel(channel: Value) -> None:
+                row = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
+                bounds = f.splat_float(low), f.splat_float(high)
+                self._finish(f, [channel], self._vectors(f, row, self.width), *bounds, self._all)
+
+            with f.b.if_then(is_last):
+                f.loop(f.b.add(first, count), one_channel, start=first)
+
+        conv_code.run_programs(f, k.tile, self.row_bytes, None if k.finishes_itself else end)
         f.b.ret_void()
         return name
 

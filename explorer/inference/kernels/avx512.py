@@ -1,0 +1,175 @@
+"""Machine code of a few AVX-512 instructions, written with numpy.
+
+Every instruction here is seven bytes long: those that have an EVEX prefix, an opcode, a register and an address in memory are, and the others are chosen or
+filled up so. A program is thus an array, each of whose elements holds an instruction in its lower seven bytes, and thousands are made at once.
+
+An EVEX instruction (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, section 2.7):
+
+    byte 0   62
+    byte 1   R X B R' 0 m m m     upper bits of register numbers, inverted; which table of opcodes
+    byte 2   W v v v v 1 p p      lower bits of the second operand, inverted; which variant of the opcode
+    byte 3   z L L b V a a a      vectors of 64 bytes; b: the value in memory is broadcast to all lanes; upper bit of the second operand, inverted
+    byte 4   opcode
+    byte 5   mod reg rm           how memory is addressed, lower bits of the register, lower bits of the register that holds the address
+    byte 6   displacement         in units of what is read: 64 bytes, or 4 where one value is broadcast
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+BYTES = 7
+"""Of an instruction."""
+
+RAX, RCX, RDX, RSI, RDI, R8, R9, R10, R11 = 0, 1, 2, 6, 7, 8, 9, 10, 11
+
+Program = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    opcode: int
+    table: int
+    variant: int
+
+
+_LOAD = _Operation(0x10, 1, 0)  # vmovups
+_STORE = _Operation(0x11, 1, 0)  # vmovups
+_BROADCAST = _Operation(0x18, 2, 1)  # vbroadcastss
+_FMA = _Operation(0xB8, 2, 1)  # vfmadd231ps
+_ADD = _Operation(0x58, 1, 0)  # vaddps
+_MAXIMUM = _Operation(0x5F, 1, 0)  # vmaxps
+_MINIMUM = _Operation(0x5D, 1, 0)  # vminps
+_AND = _Operation(0xDB, 1, 1)  # vpandd
+
+
+def _words(values: ArrayLike) -> Program:
+    return np.atleast_1d(np.asarray(values)).astype(np.int64).view(np.uint64)
+
+
+def _prefixed(
+    operation: _Operation, register: ArrayLike, operand: int, base: int, *, broadcast: bool
+) -> Program:
+    """The first six bytes, for memory at `base`."""
+    register = _words(register)
+    one = np.uint64
+    inverted = register ^ one(31)
+    byte1 = (inverted >> one(3) & one(1)) << one(7) | (inverted >> one(4) & one(1)) << one(4)
+    byte1 |= one(0x40 | (base < 8) << 5 | operation.table)
+    byte2 = (~operand & 15) << 3 | 4 | operation.variant
+    byte3 = 2 << 5 | broadcast << 4 | (~operand >> 4 & 1) << 3
+    byte5 = (register & one(7)) << one(3) | one(0x40 | base & 7)
+    fixed = one(0x62 | byte2 << 16 | byte3 << 24 | operation.opcode << 32)
+    return fixed | byte1 << one(8) | byte5 << one(40)
+
+
+def _memory(
+    operation: _Operation,
+    register: ArrayLike,
+    operand: int,
+    base: int,
+    place: ArrayLike,
+    *,
+    broadcast: bool = False,
+) -> Program:
+    return _prefixed(operation, register, operand, base, broadcast=broadcast) | (
+        _words(place) & np.uint64(255)
+    ) << np.uint64(48)
+
+
+def load(register: ArrayLike, base: int, vector: ArrayLike) -> Program:
+    """``register = memory[base + 64 * vector]``, a vector; -128 <= vector < 128."""
+    return _memory(_LOAD, register, 0, base, vector)
+
+
+def store(register: ArrayLike, base: int, vector: ArrayLike) -> Program:
+    """``memory[base + 64 * vector] = register``."""
+    return _memory(_STORE, register, 0, base, vector)
+
+
+def broadcast(register: ArrayLike, base: int, value: ArrayLike) -> Program:
+    """``register = memory[base + 4 * value]``, a float32 in all lanes; -128 <= value < 128."""
+    return _memory(_BROADCAST, register, 0, base, value)
+
+
+def multiply_add(register: ArrayLike, operand: int, base: int, value: ArrayLike) -> Program:
+    """``register += operand * memory[base + 4 * value]``, a float32 in all lanes."""
+    return _memory(_FMA, register, operand, base, value, broadcast=True)
+
+
+def add(register: ArrayLike, base: int) -> Program:
+    """``register += memory[base]``, a vector."""
+    register = _words(register)
+    return np.concatenate([_memory(_ADD, r, int(r), base, 0) for r in register])
+
+
+def keep(register: ArrayLike, base: int) -> Program:
+    """``register &= memory[base]``, bit by bit."""
+    register = _words(register)
+    return np.concatenate([_memory(_AND, r, int(r), base, 0) for r in register])
+
+
+def _bound(operation: _Operation, register: ArrayLike, bound: int) -> Program:
+    """``register = operation(bound, register)``; the second operand is what comes out where any is NaN."""
+    inverted = _words(register) ^ np.uint64(31)
+    # Of a register in the place of memory, bits 3 and 4 stand where those of the base and of its index do. A nop fills the seventh byte.
+    low = _prefixed(operation, register, bound, 0, broadcast=False) & ~np.uint64(0xC7 << 40 | 0x60 << 8)
+    where = (inverted >> np.uint64(4) & np.uint64(1)) << np.uint64(14) | (
+        inverted >> np.uint64(3) & np.uint64(1)
+    ) << np.uint64(13)
+    return (
+        low
+        | where
+        | (np.uint64(0xC0) | _words(register) & np.uint64(7)) << np.uint64(40)
+        | np.uint64(0x90 << 48)
+    )
+
+
+def at_least(register: ArrayLike, bound: int) -> Program:
+    """``register = max(register, bound)``; NaN stays NaN."""
+    return _bound(_MAXIMUM, register, bound)
+
+
+def at_most(register: ArrayLike, bound: int) -> Program:
+    """``register = min(register, bound)``; NaN stays NaN."""
+    return _bound(_MINIMUM, register, bound)
+
+
+def advance(base: int, n_bytes: ArrayLike) -> Program:
+    """``base += n_bytes``, of one of the lower eight general registers; a number of 32 bits with its sign."""
+    return np.uint64(0x48 | 0x81 << 8 | (0xC0 | base) << 16) | (
+        _words(n_bytes) & np.uint64(0xFFFFFFFF)
+    ) << np.uint64(24)
+
+
+def fetch(base: int, n_bytes: ArrayLike) -> Program:
+    """Fetch the cache line at ``base + n_bytes`` into the L2 cache; `base` is one of the lower eight general registers."""
+    return np.uint64(0x0F | 0x18 << 8 | (0x90 | base) << 16) | (
+        _words(n_bytes) & np.uint64(0xFFFFFFFF)
+    ) << np.uint64(24)
+
+
+def advance_by(base: int, other: int) -> Program:
+    """``base += other``; `base` is one of the lower, `other` of the upper eight general registers."""
+    return _words(0x4C | 0x01 << 8 | (0xC0 | (other & 7) << 3 | base) << 16 | 0x00401F0F << 24)
+
+
+def field(register: int, base: int, index: int) -> Program:
+    """``register = memory[base + 8 * index]``, 64 bits; `base` is one of the upper eight general registers."""
+    prefix = 0x49 | (register >= 8) << 2
+    return _words(
+        prefix | 0x8B << 8 | (0x40 | (register & 7) << 3 | base & 7) << 16 | 8 * index << 24 | 0x001F0F << 32
+    )
+
+
+def finish() -> Program:
+    """Back to the caller."""
+    return _words(0xC3 | 0x909090909090 << 8)
+
+
+def machine_code(program: Program) -> NDArray[np.uint8]:
+    """The bytes of a program."""
+    return np.ascontiguousarray(program[:, None].view(np.uint8)[:, :BYTES]).reshape(-1)
