@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
-from explorer.inference.as_code import Weighed, layers_as_code
+from explorer.inference.as_code import LEAST_DENSITY, Weighed, layers_as_code
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
@@ -699,7 +699,7 @@ class SparseModule:
         layers = {
             i: Weighed(nonzeros[i], self._plan.vectors_of(self._graph.operations[i]))
             for i, density in self._densities.items()
-            if density < MOST_SPARSE and self._plan.may_be_code(self._graph, i)
+            if LEAST_DENSITY <= density < MOST_SPARSE and self._plan.may_be_code(self._graph, i)
         }
         return layers_as_code(layers, sum(nonzeros.values()), self._plan.memory.n_bytes)
 

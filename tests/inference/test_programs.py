@@ -43,6 +43,7 @@ def only_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers become programs wherever they can."""
     monkeypatch.setattr(plan.Plan, "candidates", preferring(as_code))
     monkeypatch.setattr("explorer.inference.module.layers_as_code", lambda layers, *_: frozenset(layers))
+    monkeypatch.setattr("explorer.inference.module.LEAST_DENSITY", 0.0)
 
 
 # ---- instructions
