@@ -1,4 +1,4 @@
-"""How near the loop over nonzeros comes to the peak of a core, with operands in the L1 cache: what no layout, plan or cache can exceed.
+"""How near the loop over nonzeros, and programs in its place, come to the peak of a core, with operands in the L1 cache: what no layout, plan or cache can exceed.
 
 One tile of pixels and one K block, as a sparse convolution meets them, again and again in native code. Between the shares found here and those of a
 profile (`SparseModule.profile`) lies what a network adds: lanes without a pixel, packing, and operands that come from further away.
@@ -15,6 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
+from explorer.inference.as_code import has_programs
 from explorer.inference.kernels import conv, conv_tables
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.kernels.registers import has_partners
@@ -22,14 +23,16 @@ from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, current_isa, machine_code
 from explorer.inference.pack import weight_words
 from explorer.inference.peak import peak_of
+from explorer.inference.sparse_code import Finish, programs
 from explorer.inference.sparse_rows import SparseWeights, read_beyond, sparse_entries
 from explorer.inference.steps import block_bytes
 
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
 
 CHANNELS_OUT = 256
-ROWS = ("alone", "partners", "pairs")
-"""How the loop takes output channels: one by one, two that happen to share operands at once, or two that share their pattern."""
+ROWS = ("alone", "partners", "pairs", "code")
+"""How output channels are taken: by a loop, one by one, two that happen to share operands at once, or two that share their pattern; or by programs, some 30 at
+once."""
 
 _REPEATS = 50
 _TURNS = 9
@@ -61,7 +64,7 @@ class KernelSpeed:
 
 
 class Loop:
-    """The sparse loop over one K block in the L1 cache, ready to run.
+    """The sparse loop over one K block in the L1 cache, or the programs in its place, ready to run.
 
     Parameters
     ----------
@@ -76,38 +79,23 @@ class Loop:
     def __init__(self, tile: int, nonzeros: float, rows: str = "alone") -> None:
         self.isa = isa = current_isa()
         self.tile, self.nonzeros, self.rows = tile, nonzeros, rows
-        kernel = conv.ConvKernel(tile, pairs=rows == "pairs", partners=rows == "partners")
+        kernel = conv.ConvKernel(
+            tile, pairs=rows == "pairs", partners=rows == "partners", code=rows == "code"
+        )
         row_bytes = tile * isa.width
         depth = max(block_bytes() // row_bytes, int(nonzeros))
         self.weight = _pruned(depth, min(nonzeros / depth, 1.0), kernel.channels)
         weights = SparseWeights.of(self.weight, isa, channels=kernel.channels)
-        entries = sparse_entries(
-            weights,
-            weights.columns * row_bytes,
-            np.zeros_like(weights.columns),
-            1,
-            kernel.unroll,
-            lambda values: weight_words(values, isa),
-            isa if kernel.partners else None,
-        )
-        offsets, channels = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
         self._memory = memory = Memory()
         pixels = tile * isa.lanes
         self.x = memory.zeros(depth * pixels).reshape(depth, pixels)
         self.x[:] = np.random.default_rng(1).normal(size=self.x.shape)
         self.out = memory.zeros(CHANNELS_OUT * pixels).reshape(CHANNELS_OUT, pixels)
+        tables = self._programs(weights) if kernel.code else self._entries(weights, kernel)
+        memory.seal()
         block = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
-        _set(
-            conv_tables.BLOCK.index,
-            block,
-            stage=conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK,
-            offsets=memory.put(offsets),
-            weights=memory.put(entries.words),
-            rows=memory.put(channels),
-            groups=memory.put(entries.groups),
-            n_groups=len(entries.groups) - int(entries.pairs[0]),
-            n_pair_groups=int(entries.pairs[0]),
-        )
+        stage = conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK
+        _set(conv_tables.BLOCK.index, block, stage=stage, **tables)
         low, high = np.array([-np.inf, np.inf], np.float32).view(np.int32).tolist()
         arguments = np.zeros(len(conv_tables.ARGUMENTS.fields), np.int64)
         _set(
@@ -130,6 +118,36 @@ class Loop:
         repeat = machine_code(isa, _RepeatKernel())
         self._repeat = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(repeat)
         self.operations = 2 * isa.lanes * tile * np.count_nonzero(self.weight)
+
+    def _entries(self, weights: SparseWeights, kernel: conv.ConvKernel) -> dict[str, int]:
+        """The fields of a block whose nonzeros are in tables."""
+        entries = sparse_entries(
+            weights,
+            weights.columns * self.tile * self.isa.width,
+            np.zeros_like(weights.columns),
+            1,
+            kernel.unroll,
+            lambda values: weight_words(values, self.isa),
+            self.isa if kernel.partners else None,
+        )
+        offsets, channels = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
+        put = self._memory.put
+        return {
+            "offsets": put(offsets),
+            "weights": put(entries.words),
+            "rows": put(channels),
+            "groups": put(entries.groups),
+            "n_groups": len(entries.groups) - int(entries.pairs[0]),
+            "n_pair_groups": int(entries.pairs[0]),
+        }
+
+    def _programs(self, weights: SparseWeights) -> dict[str, int]:
+        """The fields of a block whose nonzeros are programs."""
+        where = np.arange(weights.shape[1]) * self.tile * self.isa.width
+        bias = np.zeros(CHANNELS_OUT, np.float32)
+        finish = Finish(residual=False, low=False, high=False, mask=False)
+        made = programs(weights, where, np.zeros_like(where), 1, bias, self.tile, finish, self.isa)
+        return {"groups": self._memory.put(made.placed(self._memory)), "n_groups": len(made.groups)}
 
     def run(self, times: int) -> None:
         """Compute `out` so many times, in one native call."""
@@ -166,6 +184,11 @@ class _RepeatKernel:
         return module, "repeat"
 
 
+def takes(rows: str, tile: int, isa: Isa) -> bool:
+    """Whether kernels for this CPU take output channels in this way, one of `ROWS`."""
+    return {"partners": has_partners(tile, isa), "code": has_programs(isa)}.get(rows, True)
+
+
 def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[KernelSpeed]:
     """Measure every combination, with all `ROWS` that this CPU's kernels take, in turn; the best of some turns of each.
 
@@ -182,7 +205,7 @@ def measure_loops(tiles: Sequence[int], nonzeros: Sequence[float]) -> list[Kerne
         for rows in ROWS
         for tile in tiles
         for count in nonzeros
-        if rows != "partners" or has_partners(tile, isa)
+        if takes(rows, tile, isa)
     ]
     best = [float("inf")] * len(loops)
     for _ in range(_TURNS):

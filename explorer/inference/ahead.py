@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from explorer.inference.as_code import has_programs
 from explorer.inference.layout import MAX_TILE
-from explorer.inference.memory import can_run_code
 from explorer.inference.native import Emitter, Isa
 
 
@@ -32,7 +32,7 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
             if registers.has_partners(MAX_TILE, isa):
                 emitter.code(isa.single, match_rows.MatchRowsKernel())
                 emitter.code(isa.single, place_rows.PlaceRowsKernel())
-            if isa.name == "avx512" and isa.precision == "fp32" and can_run_code():
+            if has_programs(isa):
                 emitter.code(isa.single, write_programs.OrderColumnsKernel())
                 emitter.code(isa.single, write_programs.WriteProgramsKernel())
         for entry in driver.ENTRIES:

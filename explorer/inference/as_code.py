@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from explorer.inference.memory import can_run_code
+from explorer.inference.native import Isa
+
 LIMIT = 1.3
 """What a network may occupie / (8 bytes for each nonzero + its activations)."""
 
@@ -32,6 +35,11 @@ class Weighed:
 
     nonzeros: int
     vectors: int
+
+
+def has_programs(isa: Isa) -> bool:
+    """Whether sparse weights can become programs: of AVX-512 only, in float32, and where the system lets a process run what it has written."""
+    return isa.name == "avx512" and isa.precision == "fp32" and can_run_code()
 
 
 def layers_as_code(layers: Mapping[int, Weighed], nonzeros: int, activation_bytes: int) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from explorer.inference.kernels.builder import Record
 from explorer.inference.kernels.conv_code import GROUP
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
-from explorer.inference.sparse_code import Finish, programs
+from explorer.inference.sparse_code import ADDRESSES, Finish, Programs, programs
 from explorer.inference.sparse_rows import SparseWeights, Words, fill_up, read_beyond, sparse_entries
 
 
@@ -161,26 +161,14 @@ class PackedConv:
 
 @dataclass(frozen=True, slots=True)
 class PackedCode(PackedConv):
-    """K blocks whose groups are programs.
+    """K blocks whose groups are `programs`; they, and not `tables`, have the rows that the field `groups` points to."""
 
-    Attributes
-    ----------
-    code : (bytes,) uint8
-        Programs and weights.
-    groups : (G, fields) int64
-        Rows of `conv_code.GROUP`, with offsets into `code` in place of addresses.
-    """
-
-    code: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
-    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(GROUP.fields)), np.int64))
+    programs: Programs | None = None
 
     def place(self, memory: Memory) -> int:
-        groups = self.groups.copy()
-        groups[:, _ADDRESSES] += memory.put_code(self.code)
-        return PackedConv({**self.tables, "groups": groups}, self.blocks, self.n_blocks).place(memory)
-
-
-_ADDRESSES = [GROUP.index(name) for name in ("code", "weights", "next")]
+        assert self.programs is not None
+        tables = {**self.tables, "groups": self.programs.placed(memory)}
+        return PackedConv(tables, self.blocks, self.n_blocks).place(memory)
 
 
 def conv_code(
@@ -234,7 +222,7 @@ def conv_code(
         }
         for name, column in columns.items():
             blocks[:, conv_tables.BLOCK.index(name)] = column
-        these.groups[:, _ADDRESSES] += n_bytes
+        these.groups[:, ADDRESSES] += n_bytes
         these.groups[:, GROUP.index("first_row")] += channels.start
         made.append(these)
         rows_of_blocks.append(blocks)
@@ -246,8 +234,7 @@ def conv_code(
         np.concatenate(rows_of_blocks),
         n_blocks,
         conv_tables.BLOCK,
-        np.concatenate([p.code for p in made]),
-        np.concatenate([p.groups for p in made]),
+        Programs(np.concatenate([p.code for p in made]), np.concatenate([p.groups for p in made])),
     )
 
 

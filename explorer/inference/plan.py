@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from explorer.inference.as_code import has_programs
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, pair_parts
@@ -28,7 +29,7 @@ from explorer.inference.layout import (
     channel_columns,
     channel_tile,
 )
-from explorer.inference.memory import Memory, address, can_run_code
+from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
 
 _INFINITY = float("inf")
@@ -761,8 +762,7 @@ class Plan:
         operation = graph.operations[index]
         a = operation.attributes
         alone = a.get("depthwise") or 1 < a.get("groups", 1) == graph.shapes[operation.output][1]
-        is_there = self.isa.name == "avx512" and self.isa.precision == "fp32" and can_run_code()
-        return is_there and self._family[operation.output] != "vectors" and not alone
+        return has_programs(self.isa) and self._family[operation.output] != "vectors" and not alone
 
     def vectors_of(self, operation: Operation) -> int:
         """Vectors of pixels of one channel of a result in planes."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from explorer.inference.kernels import avx512, write_programs
 from explorer.inference.kernels.conv_code import CALL, GROUP, NEAR_WEIGHTS, ROWS
 from explorer.inference.kernels.write_programs import PROGRAM
+from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
 from explorer.inference.sparse_rows import SparseWeights, run_kernel
 
@@ -53,6 +54,16 @@ class Programs:
 
     code: NDArray[np.uint8]
     groups: NDArray[np.int64]
+
+    def placed(self, memory: Memory) -> NDArray[np.int64]:
+        """Copy the code to `memory`; the groups, which then hold addresses."""
+        groups = self.groups.copy()
+        groups[:, ADDRESSES] += memory.put_code(self.code)
+        return groups
+
+
+ADDRESSES = [GROUP.index(name) for name in ("code", "weights", "next")]
+"""The fields of groups that say where something is."""
 
 
 def programs(

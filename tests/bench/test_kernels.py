@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from explorer.bench import command, kernels
-from explorer.inference.kernels.registers import has_partners
 from explorer.inference.native import current_isa, why_torch
 
 pytestmark = pytest.mark.skipif(why_torch() is not None, reason="no machine code here")
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.skipif(why_torch() is not None, reason="no machine code
 @pytest.mark.parametrize("rows", kernels.ROWS)
 @pytest.mark.parametrize(("tile", "nonzeros"), [(1, 3), (4, 9), (7, 2)])
 def test_the_loop_computes_the_product_of_the_pruned_weights(tile: int, nonzeros: float, rows: str) -> None:
-    if rows == "partners" and not has_partners(tile, current_isa()):
-        pytest.skip("these rows are taken one by one")
+    if not kernels.takes(rows, tile, current_isa()):
+        pytest.skip("this CPU's kernels do not take rows so")
     loop = kernels.Loop(tile, nonzeros, rows)
     loop.run(2)
     np.testing.assert_allclose(loop.out, loop.weight @ loop.x, rtol=1e-4, atol=1e-4)
@@ -37,14 +36,15 @@ def test_speeds_are_of_the_work_that_was_done(monkeypatch: pytest.MonkeyPatch) -
         for rows in kernels.ROWS
         for tile in (2, 4)
         for count in (4, 16)
-        if rows != "partners" or has_partners(tile, current_isa())
+        if kernels.takes(rows, tile, current_isa())
     ]
     assert all(0 < s.share < 1.2 for s in speeds)
     assert all(s.gflops == pytest.approx(s.share * speeds[0].gflops / speeds[0].share) for s in speeds)
     lines = kernels.table(speeds).splitlines()
     assert lines[0].split() == ["nonzeros", "a", "row:", "4", "16"]
     assert lines[1].split() == ["2", "vectors", f"{speeds[0].share:.0%}", f"{speeds[1].share:.0%}"]
-    assert lines[-1].startswith("4 vectors, pairs")
+    last = "code" if kernels.takes("code", 4, current_isa()) else "pairs"
+    assert lines[-1].startswith(f"4 vectors, {last}")
 
 
 def test_the_command_prints_the_table(

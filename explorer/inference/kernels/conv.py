@@ -12,6 +12,7 @@ The algorithm in plain words
              (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
     partners two output channels at once that share some of their operands: 2 x T sums; T loads of what they share serve 2 x T FMAs, then one operand of
              each in turn
+    code     each nonzero is an instruction of a program that is made for these weights, see conv_code.py (AVX-512)
     pairs    two neighbouring output channels whose nonzeros stand in the same places: as if they were one, with two weights for each nonzero
     dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
   Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.

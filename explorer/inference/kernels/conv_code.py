@@ -3,12 +3,12 @@
 The algorithm in plain words
   Loops over nonzeros (conv_sparse.py) load an operand for each multiply-add, and that load limits them. Here the sums of up to `ROWS` output channels, one
   vector of pixels each, stay in registers, and the nonzeros of all of them are gone through input channel by input channel: an operand is loaded once for
-  all that these output channels have in its column (at 90 % of zeros 28 channels have 2.8), and each multiply-add reads its weight from memory and
+  all nonzeros that these output channels have in its column (at 90 % of zeros 30 channels have 3), and each multiply-add reads its weight from memory and
   broadcasts it on the way. Which register it adds to cannot be looked up in a table at this speed; so there is no loop and no table, but a program, made for
   these weights, in which each nonzero is one instruction. `explorer.inference.sparse_code` writes it. For each group of output channels it is called for
   each vector of the tile in turn, while it is in the cache.
 
-Code made for one pattern of zeros: Wang, "SparseRT" (2020) and "SparseDNN" (2021), which keep the weights in the code; Heinecke et al., "LIBXSMM" (2016).
+Code that is generated for one pattern of zeros: Heinecke et al., "LIBXSMM" (2016), and Wang, "SparseDNN: Fast Sparse Deep Learning Inference on CPUs" (2021).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from explorer.inference.kernels.builder import I64, NULL, PTR, VOID, Function, R
 from explorer.inference.kernels.conv_tables import BLOCK
 
 GROUP = Record(("code", "weights", "first_row", "rows", "next", "lines"))
-"""Output channels whose sums are in registers together: where their program and its weights are, the first of them, and how many."""
+"""Output channels whose sums are in registers together: where their program and its weights are, the first of them, and how many. `next`: what is run after
+it, of which the program fetches so many `lines` of the cache for each vector."""
 
 CALL = Record(("low", "high", "out_plane", "residual_plane", "mask", "next"))
 """What a program is told besides the addresses in its arguments: bounds, in the lower half of a field, bytes from an output channel to the next in result
-and residual, and the mask of these pixels."""
+and residual, the mask of these pixels, and what it fetches of the `next` programs while it works on them."""
 
 ROWS = 30
 """Output channels of a group at most: two of the 32 registers hold operands or bounds."""

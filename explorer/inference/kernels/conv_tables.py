@@ -23,6 +23,7 @@ BLOCK = Record(
 the buffer; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
 Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
 nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
+Code: `n_groups` rows of `conv_code.GROUP` from `groups`.
 Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows; weights [group][k][R]."""
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
