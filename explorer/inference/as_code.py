@@ -10,31 +10,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from explorer.inference.memory import can_run_code
-from explorer.inference.native import Isa
+from explorer.inference.native import Isa, l2_bytes
 
 LIMIT = 1.3
 """What a network may occupie / (8 bytes for each nonzero + its activations)."""
 
-LEAST_DENSITY = 0.03
-"""Nonzeros / weights below which no operand is shared by enough output channels (ResNet-50 on Zen 4: at 0.05 programs still take 0.95 of the time)."""
+_LEAST_DENSITY, _MOST_DENSITY = 0.03, 0.75
+"""Nonzeros / weights between which programs may be faster: below, no operand is shared by enough output channels (ResNet-50 on Zen 4: at 0.05 they still take
+0.95 of the time), above, dense kernels are as fast."""
 
-_ROWS_BYTES, _PROGRAM_BYTES = 8.5, 15.0
-"""What tables and programs need for a nonzero of ResNet-50 at 90 %, with all that belongs to them: 8.4 and 14.4."""
+_SMALL = 0.25
+"""Programs of so much of the L2 cache may be faster than dense kernels: first layers of three channels (of ResNet-50 0.91, of MobileNetV1 0.70 of the time)."""
+
+_DENSE_BYTES, _TABLE_BYTES, _PROGRAM_BYTES = 4.2, 8.5, 15.0
+"""What a weight needs in a dense kernel, and a nonzero in tables and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.4 and 14.4)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """A layer that could become a program.
+    """A layer with weights.
 
     Attributes
     ----------
-    nonzeros : int
+    weights, nonzeros : int
     vectors : int
         Vectors of pixels of its result.
+    can : bool
+        Whether its kernels could be programs at all.
     """
 
+    weights: int
     nonzeros: int
     vectors: int
+    can: bool
+
+    @property
+    def may_gain(self) -> bool:
+        """Whether a program may be faster than other kernels."""
+        density = self.nonzeros / max(self.weights, 1)
+        is_small = _PROGRAM_BYTES * self.nonzeros <= _SMALL * l2_bytes()
+        return self.can and density >= _LEAST_DENSITY and (density < _MOST_DENSITY or is_small)
+
+    @property
+    def n_bytes(self) -> float:
+        """Bytes that it needs otherwise, about."""
+        return min(_DENSE_BYTES * self.weights, _TABLE_BYTES * self.nonzeros)
 
 
 def has_programs(isa: Isa) -> bool:
@@ -42,22 +62,25 @@ def has_programs(isa: Isa) -> bool:
     return isa.name == "avx512" and isa.precision == "fp32" and can_run_code()
 
 
-def layers_as_code(layers: Mapping[int, Weighed], nonzeros: int, activation_bytes: int) -> frozenset[int]:
+def layers_as_code(layers: Mapping[int, Weighed], activation_bytes: int) -> frozenset[int]:
     """The layers that may become programs.
 
     Parameters
     ----------
     layers : mapping
-        Those that could.
-    nonzeros : int
-        Of all layers of the network.
+        All layers of a network.
     activation_bytes : int
     """
-    left = LIMIT * (8 * nonzeros + activation_bytes) - activation_bytes - _ROWS_BYTES * nonzeros
+    nonzeros = sum(layer.nonzeros for layer in layers.values())
+    left = (
+        LIMIT * (8 * nonzeros + activation_bytes)
+        - activation_bytes
+        - sum(layer.n_bytes for layer in layers.values())
+    )
     chosen = set()
     for index, layer in sorted(layers.items(), key=lambda item: (-item[1].vectors, item[1].nonzeros)):
-        more = (_PROGRAM_BYTES - _ROWS_BYTES) * layer.nonzeros
-        if more <= left:
+        more = _PROGRAM_BYTES * layer.nonzeros - layer.n_bytes
+        if layer.may_gain and more <= left:
             chosen.add(index)
             left -= more
     return frozenset(chosen)

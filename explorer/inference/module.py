@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
-from explorer.inference.as_code import LEAST_DENSITY, Weighed, layers_as_code
+from explorer.inference.as_code import Weighed, layers_as_code
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
@@ -33,7 +33,7 @@ from explorer.inference.graph import Graph, Ref, with_values
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
-from explorer.inference.plan import MOST_SPARSE, Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
 from explorer.inference.straight import StraightPath
 from explorer.inference.timing import (
     Benchmark,
@@ -695,13 +695,12 @@ class SparseModule:
 
     def _as_code(self) -> frozenset[int]:
         """The layers that may become programs."""
-        nonzeros = {i: round(density * self._weight(i).size) for i, density in self._densities.items()}
-        layers = {
-            i: Weighed(nonzeros[i], self._plan.vectors_of(self._graph.operations[i]))
-            for i, density in self._densities.items()
-            if LEAST_DENSITY <= density < MOST_SPARSE and self._plan.may_be_code(self._graph, i)
-        }
-        return layers_as_code(layers, sum(nonzeros.values()), self._plan.memory.n_bytes)
+        layers = {}
+        for i, density in self._densities.items():
+            size, can = self._weight(i).size, self._plan.may_be_code(self._graph, i)
+            vectors = self._plan.vectors_of(self._graph.operations[i])
+            layers[i] = Weighed(size, round(density * size), vectors, can)
+        return layers_as_code(layers, self._plan.memory.n_bytes)
 
     def _order_bands(self, question: str) -> None:
         """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.

@@ -42,7 +42,7 @@ _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 _LARGE = 1.0
 """Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
 
-MOST_SPARSE, _ALWAYS_SPARSE = 0.75, 0.2
+_ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
 below the second (the closest was a tie at 0.3)."""
 
@@ -58,8 +58,7 @@ class Choice:
 
     @property
     def label(self) -> str:
-        how = " pairs" if self.pairs else " code" if self.code else ""
-        kind = "dense" if self.dense else f"sparse{how}"
+        kind = "dense" if self.dense else "code" if self.code else "sparse pairs" if self.pairs else "sparse"
         return kind + ("" if self.reach == "direct" else f", {self.reach}")
 
 
@@ -747,15 +746,20 @@ class Plan:
                 if form != "compact" or len(pair_parts(out.compact_vectors, self.isa)) == 1
             ]
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
+        programs = []
         if code:
             # Where operands are loaded so rarely, copying them so that no load crosses a line is worth it for few pixels only.
             form = forms[0] if self.vectors_of(operation) <= MAX_TILE else "direct"
-            sparse = [Choice(False, form, code=True), *sparse[: 1 + paired]]
+            programs, sparse = [Choice(False, form, code=True)], sparse[: 1 + paired]
         if mode == "dense":
             return dense
         if mode == "sparse":
-            return sparse
-        return (sparse if density < MOST_SPARSE else []) + (dense if density > _ALWAYS_SPARSE else [])
+            return programs + sparse
+        return (
+            programs
+            + (sparse if density < _ALWAYS_DENSE else [])
+            + (dense if density > _ALWAYS_SPARSE else [])
+        )
 
     def may_be_code(self, graph: Graph, index: int) -> bool:
         """Whether operation `index` could become a program, see `explorer.inference.kernels.conv_code`."""

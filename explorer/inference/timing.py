@@ -34,7 +34,7 @@ class LayerTiming:
     ms : float
         Median, in milliseconds, for the whole batch.
     kernel : str
-        "sparse", "sparse pairs", "sparse code", "dense", with the way operands are reached; "pool"; "torch"; "copy".
+        "sparse", "sparse pairs", "code", "dense", with the way operands are reached; "pool"; "torch"; "copy".
     sparsity : float
         Zeros / elements of its weight.
     macs : int

@@ -65,6 +65,6 @@ def test_a_choice_is_timed_once_and_then_remembered(tmp_path: Path, monkeypatch:
     choice_cache().put(damaged)
     assert set(explorer.compile(network, x).choices.values()) <= {
         "sparse", "dense", "sparse, shift", "dense, shift", "sparse, compact", "dense, compact", "dense, channels",
-        "sparse code", "sparse code, shift", "sparse code, compact",
+        "code", "code, shift", "code, compact",
     }  # fmt: skip
     assert timed

@@ -42,8 +42,8 @@ def as_code(choice: Choice) -> bool:
 def only_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers become programs wherever they can."""
     monkeypatch.setattr(plan.Plan, "candidates", preferring(as_code))
-    monkeypatch.setattr("explorer.inference.module.layers_as_code", lambda layers, *_: frozenset(layers))
-    monkeypatch.setattr("explorer.inference.module.LEAST_DENSITY", 0.0)
+    everything = lambda layers, *_: frozenset(i for i, layer in layers.items() if layer.can)  # noqa: E731
+    monkeypatch.setattr("explorer.inference.module.layers_as_code", everything)
 
 
 # ---- instructions
@@ -290,7 +290,7 @@ def test_linear_layers_over_tokens_as_programs_equal_torch(only_programs: None) 
     network = pruned(nn.Sequential(nn.Linear(300, 500), nn.GELU(), nn.Linear(500, 300)), 0.9)
     x = torch.randn(2, 77, 300)
     engine = explorer.compile(network, x, sparse="sparse")
-    assert set(engine.choices.values()) == {"sparse code"}
+    assert set(engine.choices.values()) == {"code"}
     with torch.no_grad():
         assert relative_error(engine(x), network(x)) < TOLERANCE
 
@@ -303,7 +303,7 @@ def test_weights_in_pairs_are_programs_as_well(only_programs: None) -> None:
     weight[1, :, 0, 0] = 0.0  # where one of the two has none
     x = torch.randn(1, 40, 20, 20)
     engine = explorer.compile(network, x, sparse="sparse")
-    assert set(engine.choices.values()) == {"sparse code"}
+    assert set(engine.choices.values()) == {"code"}
     with torch.no_grad():
         assert relative_error(engine(x), network(x)) < TOLERANCE
 
@@ -320,7 +320,7 @@ def test_programs_pass_nan_and_infinity_on_as_torch_does(only_programs: None) ->
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         network = nn.Sequential(conv, activation).eval()
         engine = explorer.compile(network, torch.ones_like(x), sparse="sparse")
-        assert set(engine.choices.values()) == {"sparse code"}
+        assert set(engine.choices.values()) == {"code"}
         with torch.no_grad():
             # Channels that do not read the place of a NaN have none: no weight of zero is multiplied.
             wanted = activation(x[:, torch.arange(40) % 8])
@@ -331,16 +331,25 @@ def test_programs_pass_nan_and_infinity_on_as_torch_does(only_programs: None) ->
 
 
 def test_layers_with_most_pixels_become_programs_until_the_memory_is_used_up() -> None:
-    layers = {
-        0: Weighed(100_000, 4),
-        1: Weighed(100_000, 200),
-        2: Weighed(10_000_000, 90),
-        3: Weighed(100_000, 14),
-    }
-    assert layers_as_code(layers, 1000_000, 0) == {1, 3}
-    assert layers_as_code(layers, 1000_000, 4_000_000) == {0, 1, 3}
-    assert layers_as_code(layers, 100_000_000, 0) == {0, 1, 2, 3}
-    assert layers_as_code(layers, 100, 0) == frozenset()
+    def layer(nonzeros: int, vectors: int, *, weights: int = 0, can: bool = True) -> Weighed:
+        return Weighed(weights or 10 * nonzeros, nonzeros, vectors, can)
+
+    rest = {9: layer(1_000_000, 200, can=False)}
+    layers = {0: layer(100_000, 4), 1: layer(100_000, 200), 2: layer(10_000_000, 90), 3: layer(200_000, 14)}
+    assert layers_as_code(layers | rest, 0) == {0, 1, 2, 3} - {2}
+    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 0) == frozenset()
+    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 3_000_000) == {1}
+    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 10_000_000) == {0, 1}
+
+
+def test_what_is_too_sparse_or_large_and_dense_does_not_become_a_program() -> None:
+    small, large = int(native.l2_bytes() / 4 / 15), int(native.l2_bytes() / 4 / 14)
+    for weights, nonzeros, gains in (
+        (10**6, 29_000, False), (10**6, 31_000, True), (10**6, 749_000, True), (10**6, 760_000, False), (small, small, True),
+        (large, large, False), (0, 0, False),
+    ):  # fmt: skip
+        assert Weighed(weights, nonzeros, 7, True).may_gain == gains, (weights, nonzeros)
+        assert not Weighed(weights, nonzeros, 7, False).may_gain
 
 
 @runs_programs
