@@ -26,9 +26,9 @@ from torch import nn
 import explorer
 from explorer.errors import EngineError
 from explorer.inference import module, native, plan
+from explorer.inference.as_code import has_programs
 from explorer.inference.memory import Memory
-from explorer.inference.plan import Plan
-from tests.inference.graphs import preferring
+from explorer.inference.plan import Choice, Plan
 from tests.inference.test_tiles import Bottlenecks, Feedforward
 
 PATTERN = 0xFF
@@ -196,8 +196,11 @@ def check(
         engine = explorer.compile(network, x, sparse=mode, threads=threads, precision=precision)
         assert engine.precision == precision
         assert engine.fallbacks == (), (name, engine.fallbacks)
-        if "pairs" in name and mode != "dense" and shape[2:] != (1, 1):  # one pixel is a vector
+        is_vector = shape[2:] == (1, 1)  # one pixel
+        if "pairs" in name and mode != "dense" and not is_vector:
             assert "pairs" in str(engine.choices), (name, engine.choices)
+        elif mode == "sparse" and name.startswith("conv") and "grouped" not in name and not is_vector:
+            assert has_programs(engine._isa) == ("code" in str(engine.choices)), (name, engine.choices)
         borrows = any(place.cell is not None for place in engine._plan.places.values())
         assert borrows or "borrowed" not in name or precision == "fp16"
         for images in {1, shape[0]}:
@@ -214,10 +217,23 @@ def check(
     return ran
 
 
+def candidates(*args: Any, **options: Any) -> list[Choice]:
+    """In the place of `Plan.candidates`: pairs where there are any; programs in sparse mode, and other kernels in the other modes."""
+    several, mode = _offered(*args, **options), args[3]
+    for wanted in (lambda c: c.pairs, lambda c: c.code == (mode == "sparse")):
+        if any(map(wanted, several)):
+            return list(filter(wanted, several))
+    return several
+
+
+_offered = Plan.candidates
+
+
 def main(side: str, pattern: str, precision: str = "fp32") -> None:
     """Run all networks whose name holds `pattern` ("all": every one)."""
     module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
-    Plan.candidates = preferring(lambda choice: choice.pairs)  # type: ignore[method-assign]
+    Plan.candidates = candidates  # type: ignore[method-assign]
+    module.layers_as_code = lambda layers, _: frozenset(i for i in layers if layers[i].can)
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
     # torch takes most of the time: once for each network will do.
     module.capture = lru_cache(maxsize=1)(module.capture)  # type: ignore[assignment,attr-defined]
