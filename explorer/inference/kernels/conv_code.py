@@ -38,6 +38,8 @@ NEAR_WEIGHTS = 256
 """Weights that instructions reach from an address, half of them before it, where programs are given it."""
 
 _PROGRAM = ir.FunctionType(VOID, [PTR] * 6)
+"""Operands, weights, result, residual, sums, and a `CALL`: in RDI, RSI, RDX, RCX, R8 and R9, by the calling convention of x86-64 on all systems but Windows. A
+program changes these, RAX, R10, R11 and the vector registers, which nobody expects back, and needs no stack."""
 
 
 def run_programs(

@@ -1,4 +1,4 @@
-"""The nonzeros of a convolution written as programs, see conv_code.py, for thousands of them in a millisecond.
+"""The nonzeros of a convolution written as programs, see conv_code.py, in native code: a network has millions of them.
 
 The algorithm in plain words
   order    Nonzeros stand row by row, and are wanted group of output channels by group, in each column by column, since all that read one operand follow one
@@ -37,7 +37,7 @@ WRITE = Record(
 )  # fmt: skip
 """`ends`, `rows_of`, `values_of`: as ordered. For each place of a column (int64): the address its instruction starts from, and this instruction. `sums`: for
 each output channel the instruction that adds to it, without the place of the weight. `programs`: `count` rows of `PROGRAM`; `texts` (bytes) that they
-begin and end with, of instructions of seven bytes; `bias` (float32). `out`: bytes, as many as `most_bytes`. One line is fetched for every `fetch_after` nonzeros."""
+begin and end with, of instructions of seven bytes; `bias` (float32). `out`: bytes, enough of them. One line is fetched for every `fetch_after` nonzeros."""
 
 PROGRAM = Record(
     (
