@@ -92,13 +92,16 @@ def convolutions(draw: st.DrawFn) -> dict:
 @given(case=convolutions())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_convolution_equals_torch(case: dict) -> None:
+    compare_with_torch(case, case["outputs"], case["mode"])
+
+
+def compare_with_torch(case: dict[str, Any], outputs: int, mode: engine_module.Mode) -> None:
+    """Run one of the `convolutions` with so many output channels, and compare with torch in float64."""
     generator = torch.Generator().manual_seed(case["seed"])
     shape = (case["images"], case["channels"], *case["size"])
-    weight = torch.randn(
-        case["outputs"], case["channels"] // case["groups"], *case["kernel"], generator=generator
-    )
+    weight = torch.randn(outputs, case["channels"] // case["groups"], *case["kernel"], generator=generator)
     weight[torch.rand(weight.shape, generator=generator) < case["sparsity"]] = 0
-    bias = torch.randn(case["outputs"], generator=generator) if case["bias"] else None
+    bias = torch.randn(outputs, generator=generator) if case["bias"] else None
     attributes = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
     graph = conv_graph(shape, weight, bias, residual=case["residual"], **attributes)
     x = torch.randn(shape, generator=generator)
@@ -112,7 +115,7 @@ def test_any_convolution_equals_torch(case: dict) -> None:
     if case["activation"] is not None:
         graph.operations[0].attributes |= dict(zip(("low", "high"), case["activation"], strict=True))
         wanted = wanted.clamp(*case["activation"])
-    got = run(graph, *inputs, mode=case["mode"], threads=case["threads"])
+    got = run(graph, *inputs, mode=mode, threads=case["threads"])
     assert relative_error(got, wanted, usual_size(x, weight, **attributes)) < TOLERANCE
 
 

@@ -25,8 +25,8 @@ from explorer.inference.memory import Memory, can_run_code
 from explorer.inference.plan import Choice, Plan
 from explorer.inference.sparse_code import Finish, programs
 from explorer.inference.sparse_rows import SparseWeights
-from tests.inference.graphs import conv_graph, preferring, relative_error, run, usual_size
-from tests.inference.test_kernels import TOLERANCE, convolutions
+from tests.inference.graphs import conv_graph, preferring, relative_error
+from tests.inference.test_kernels import TOLERANCE, compare_with_torch, convolutions
 from tests.inference.test_partners import needs_code, random_rows
 
 runs_programs = pytest.mark.skipif(
@@ -221,27 +221,8 @@ def test_instructions_reach_every_operand_and_weight() -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_any_convolution_as_a_program_equals_torch(only_programs: None, case: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(case["seed"])
-    shape = (case["images"], case["channels"], *case["size"])
-    outputs = 9 * case["outputs"]  # several groups, some of them partly filled
-    weight = torch.randn(outputs, case["channels"] // case["groups"], *case["kernel"], generator=generator)
-    weight[torch.rand(weight.shape, generator=generator) < case["sparsity"]] = 0
-    bias = torch.randn(outputs, generator=generator) if case["bias"] else None
-    attributes = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
-    graph = conv_graph(shape, weight, bias, residual=case["residual"], **attributes)
-    x = torch.randn(shape, generator=generator)
-    wanted = torch.nn.functional.conv2d(
-        x.double(), weight.double(), None if bias is None else bias.double(), *attributes.values()
-    )
-    inputs = [x]
-    if case["residual"]:
-        inputs.append(torch.randn(wanted.shape, generator=generator))
-        wanted = wanted + inputs[1]
-    if case["activation"] is not None:
-        graph.operations[0].attributes |= dict(zip(("low", "high"), case["activation"], strict=True))
-        wanted = wanted.clamp(*case["activation"])
-    got = run(graph, *inputs, mode="sparse", threads=case["threads"])
-    assert relative_error(got, wanted, usual_size(x, weight, **attributes)) < TOLERANCE
+    # Several groups of output channels, some of them partly filled.
+    compare_with_torch(case, 9 * case["outputs"], "sparse")
 
 
 def pruned(network: Any, sparsity: float) -> Any:
