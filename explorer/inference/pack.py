@@ -200,13 +200,12 @@ def conv_code(
     n_groups = n_sources = n_bytes = 0
     for low, piece, mine, sources in pieces:
         block_of, row_start, cuts = _cut(mine, sources, n_blocks)
-        channels = slice(low * kernel.channels, (low + piece.shape[0]) * kernel.channels)
         these = programs(
             piece,
             mine.within + row_start[mine.source],
             block_of[mine.source],
             n_blocks,
-            bias[channels],
+            bias[low : low + piece.shape[0]],
             kernel.tile,
             finish if kernel.finishes_itself else None,
             isa,
@@ -223,7 +222,7 @@ def conv_code(
         for name, column in columns.items():
             blocks[:, conv_tables.BLOCK.index(name)] = column
         these.groups[:, ADDRESSES] += n_bytes
-        these.groups[:, GROUP.index("first_row")] += channels.start
+        these.groups[:, GROUP.index("first_row")] += low
         made.append(these)
         rows_of_blocks.append(blocks)
         sources_of.append(mine.sources[sources])

@@ -81,6 +81,7 @@ def programs(
     Parameters
     ----------
     weights : SparseWeights
+        A row for each output channel.
     where : (columns,) int64
         Byte offset of the operand of each column.
     block : (columns,) int64
@@ -94,7 +95,7 @@ def programs(
     isa : Isa
         The CPU that writes, which is the one that will run them.
     """
-    m, length = weights.shape[0] * weights.values.shape[1], weights.shape[1]
+    m, length = weights.shape
     n_groups = -(-m // ROWS)
     bounds = np.arange(n_groups + 1) * m // n_groups
     sizes = np.diff(bounds)
@@ -108,7 +109,7 @@ def programs(
 
     texts = _Texts(tile, finish)
     first_place = np.searchsorted(block[order], np.arange(n_blocks + 1))
-    table = np.zeros((n_blocks, n_groups, len(PROGRAM.fields)), np.int64)
+    table: NDArray[np.int64] = np.zeros((n_blocks, n_groups, len(PROGRAM.fields)), np.int64)
     for b in range(n_blocks):
         begin = np.array([texts.begin(int(n), is_first=b == 0) for n in sizes])
         end = np.array([texts.end(int(n), is_last=b == n_blocks - 1) for n in sizes])
@@ -150,14 +151,14 @@ def _ordered(
     weights: SparseWeights, place: NDArray[np.int64], first_key: NDArray[np.int64], n_keys: int, isa: Isa
 ) -> dict[str, NDArray[Any]]:
     """The nonzeros in the order of their keys, each the `first_key` of its output channel's group and the `place` of its column: what `WRITE` wants of them."""
-    n, channels = int(weights.starts[-1]), weights.values.shape[1]
+    n = int(weights.starts[-1])
     ends = np.zeros(n_keys + 1, np.int64)
-    rows_of, values_of = np.empty(n * channels, np.int64), np.empty(n * channels, np.float32)
+    rows_of, values_of = np.empty(n, np.int64), np.empty(n, np.float32)
     tables: dict[str, NDArray[Any]] = {
         "starts": weights.starts, "columns": weights.columns[:n], "values": weights.values[:n], "group": first_key, "place": place,
         "next": ends, "rows_of": rows_of, "values_of": values_of,
     }  # fmt: skip
-    kernel = write_programs.OrderColumnsKernel(channels)
+    kernel = write_programs.OrderColumnsKernel()
     run_kernel(kernel, write_programs.ORDER, isa, tables, rows=weights.shape[0], length=n_keys)
     return {"ends": ends, "rows_of": rows_of, "values_of": values_of}
 

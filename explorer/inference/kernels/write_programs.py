@@ -26,7 +26,7 @@ from explorer.inference.native import Isa
 ORDER = Record(
     ("starts", "columns", "values", "group", "place", "next", "rows_of", "values_of", "rows", "length")
 )
-"""`starts` (int64) of each of `rows` rows, `columns` (int64) and `values` (float32, `channels` each) of the nonzeros; the first key of each row's `group`
+"""`starts` (int64) of each of `rows` rows, `columns` (int64) and `values` (float32) of the nonzeros; the first key of each row's `group`
 and the `place` of each of `length` columns among the keys of a group (int64). `next` (int64, zeros, one more than there are keys): where the nonzeros of each
 key begin; afterwards, where they end. `rows_of` (int64) and `values_of` (float32): the nonzeros in their new order."""
 
@@ -65,21 +65,13 @@ def homes(where: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class OrderColumnsKernel:
-    """Nonzeros in the order in which programs take them.
-
-    Attributes
-    ----------
-    channels : int
-        Values of a nonzero, one for each output channel of its row; those that are zero are left out.
-    """
-
-    channels: int = 1
+    """Nonzeros in the order in which programs take them; a value that became zero is left out. The machine code depends on nothing but the CPU."""
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("order_columns")
         f = Function(module, "order_columns", VOID, [PTR], isa)
-        b, (args,), channels = f.b, f.arguments, self.channels
+        b, (args,) = f.b, f.arguments
         table = {name: f.field(args, ORDER, name, PTR) for name in ORDER.fields[:-2]}
         rows = f.field(args, ORDER, "rows")
 
@@ -87,19 +79,14 @@ class OrderColumnsKernel:
             return f.load(table[name], I64, b.shl(index, I64(3)), 8)
 
         def for_each(then: Callable[[Value, Value, Value], None]) -> None:
-            """``then(output channel, address of the key's number, value)`` for each value that is not zero."""
+            """``then(row, address of the key's number, value)`` for each value that is not zero."""
 
             def one_row(row: Value) -> None:
                 def one_entry(entry: Value) -> None:
-                    place = number("place", number("columns", entry))
-                    for c in range(channels):
-                        channel = b.add(b.mul(row, I64(channels)), I64(c))
-                        value = f.load(
-                            table["values"], I32, b.mul(b.add(b.mul(entry, I64(channels)), I64(c)), I64(4))
-                        )
-                        with b.if_then(b.icmp_signed("!=", b.shl(value, I32(1)), I32(0))):
-                            key = b.add(number("group", channel), place)
-                            then(channel, f.at(table["next"], b.shl(key, I64(3))), value)
+                    value = f.load(table["values"], I32, b.shl(entry, I64(2)))
+                    with b.if_then(b.icmp_signed("!=", b.shl(value, I32(1)), I32(0))):
+                        key = b.add(number("group", row), number("place", number("columns", entry)))
+                        then(row, f.at(table["next"], b.shl(key, I64(3))), value)
 
                 f.loop(number("starts", b.add(row, I64(1))), one_entry, start=number("starts", row))
 
@@ -108,9 +95,9 @@ class OrderColumnsKernel:
         def count(_: Value, at: Value, __: Value) -> None:
             f.store(b.add(f.load(at, I64, 8, 8), I64(1)), at, 8, 8)
 
-        def put(channel: Value, at: Value, value: Value) -> None:
+        def put(row: Value, at: Value, value: Value) -> None:
             where = f.load(at, I64, 0, 8)
-            f.store(channel, table["rows_of"], b.shl(where, I64(3)), 8)
+            f.store(row, table["rows_of"], b.shl(where, I64(3)), 8)
             f.store(value, table["values_of"], b.shl(where, I64(2)))
             f.store(b.add(where, I64(1)), at, 0, 8)
 
