@@ -101,6 +101,11 @@ class ByChannel:
     x: Planes
     y: Planes
 
+    @property
+    def _is_tiled(self) -> bool:
+        """Whether a table tells where the result's vectors go."""
+        return bool(self.arguments[self.record.index("places")])
+
     def depthwise(
         self, taps: Sequence[tuple[int, int]], stride: tuple[int, int], vectors: int, by_rows: bool
     ) -> Bands:
@@ -113,12 +118,14 @@ class ByChannel:
             shifts = np.array([row * x.pitch + column for row, column in taps])
             writes = np.stack([first, first + count], 1) * y.lanes
             reads = _reached(writes, shifts)
-            return self._bands(reads, writes, {"vectors": count}, {"x": start, "out": start, "mask": mask})
+            to = {"places": 4 * first} if self._is_tiled else {"out": start}
+            return self._bands(reads, writes, {"vectors": count}, {"x": start, "mask": mask} | to)
         first, count = _cut(y.rows, max(1, BAND_VECTORS // vectors))
         window, columns = [row for row, _ in taps], [column for _, column in taps]
         top, bottom = first * stride[0] + min(window), (first + count - 1) * stride[0] + max(window) + 1
         reads = np.stack([top, bottom], 1) * x.pitch + np.array([min(columns), max(columns)])
-        moved = {"x": first * stride[0] * x.pitch_bytes, "out": first * y.pitch_bytes}
+        to = {"places": 4 * first * vectors} if self._is_tiled else {"out": first * y.pitch_bytes}
+        moved = {"x": first * stride[0] * x.pitch_bytes} | to
         return self._bands(reads, self._rows(first, count, vectors), {"rows": count}, moved)
 
     def shuffled(self, offsets: NDArray[np.int64], stride: int, chunks: int) -> Bands:
@@ -134,7 +141,8 @@ class ByChannel:
                 "first_tile": reads[:, 0] // size,
                 "last_tile": np.minimum(-(-reads[:, 1] // size), tiles),
             }
-        return self._bands(reads, self._rows(first, count, chunks), new, {"out": first * y.pitch_bytes})
+        to = {"places": 4 * first * y.row_vectors} if self._is_tiled else {"out": first * y.pitch_bytes}
+        return self._bands(reads, self._rows(first, count, chunks), new, to)
 
     def gathered(self, table: NDArray[np.int32], stride: int) -> Bands:
         """Bands of `kernels.split` with a table of indices, (phases, elements)."""
@@ -145,7 +153,8 @@ class ByChannel:
         top, bottom = writes[:, 0] // y.pitch, (writes[:, 1] - 1) // y.pitch + 1
         reads = np.stack([top, bottom], 1) * stride * x.pitch
         new = {"vectors": count, "table": np.array(tables)}
-        return self._bands(reads, writes, new, {"out": first * y.vector_bytes})
+        to = {"places": 4 * first} if self._is_tiled else {"out": first * y.vector_bytes}
+        return self._bands(reads, writes, new, to)
 
     def _rows(self, first: NDArray[np.int64], count: NDArray[np.int64], vectors: int) -> NDArray[np.int64]:
         """What rows of so many vectors write: the last one reaches into the row after it, which is written later."""

@@ -87,6 +87,17 @@ class Planes:
         return -(-self.rows * self.pitch // self.lanes)
 
     @property
+    def row_vectors(self) -> int:
+        """Vectors that cover a row with its gap."""
+        return -(-self.pitch // self.lanes)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether kernels that go row by row, and by whole vectors, may write it in tiles: each vector lies in one tile, or there is only one, and they fit it."""
+        last = (self.rows - 1) * self.pitch + self.row_vectors * self.lanes
+        return self.pitch % self.lanes == 0 or (self.tile == self.vectors and last <= self.vectors * self.lanes)
+
+    @property
     def has_gaps(self) -> bool:
         """Whether those vectors hold elements that are no pixels."""
         return self.vectors * self.lanes != self.rows * self.columns

@@ -128,12 +128,16 @@ def _is_pointwise(graph: Graph, operation: Operation, position: int) -> bool:
     if position or not _joins_channels(operation):
         return False
     a, taps = operation.attributes, graph.shapes[operation.weight or ""][2:]
-    return prod(taps) == 1 and "phases" not in a and not operation.is_padded
+    return prod(taps) == 1 and len(a.get("phases", ((0, 0),))) == 1 and not operation.is_padded
 
 
-def _writes_tiles(operation: Operation) -> bool:
+def _writes_tiles(operation: Operation, y: Planes) -> bool:
     """Whether the kernel of an operation can leave its result in tiles."""
     a = operation.attributes
+    if operation.kind == "split":
+        return y.takes_rows
+    if a.get("depthwise"):
+        return y.takes_rows or a["stride"] == (1, 1)
     if operation.kind in _ELEMENTWISE:
         activation = a.get("activation")
         by_channel = operation.kind == "affine" or "one_value" in a
@@ -147,7 +151,9 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
         return position > 0 or _is_pointwise(graph, operation, position)
     if operation.kind == "plane_average":
         return tiled.vectors == tiled.tile
-    return operation.kind == "split" or _writes_tiles(operation)
+    if operation.kind == "split":
+        return True
+    return not operation.attributes.get("depthwise") and _writes_tiles(operation, tiled)
 
 
 VECTOR_MAKERS = ("plane_average", "flatten")
@@ -472,14 +478,14 @@ class Plan:
             for position, place in enumerate(self.operands(operation)):
                 readers.setdefault(place, []).append((operation, position))
             layout = self.places[operation.output].layout
-            if operation.output in kept or not isinstance(layout, Planes) or not _writes_tiles(operation):
+            if operation.output in kept or not isinstance(layout, Planes):
                 continue
             # Of tokens, one thread chooses other tiles for each layer.
             if self.threads == 1 and layout.tokens:
                 continue
             sharing = self.threads if layout.images % self.threads else 1  # or each has images of its own
             candidate = layout.in_tiles(sharing)
-            if candidate is not None and not layout.is_compactable:
+            if candidate is not None and not layout.is_compactable and _writes_tiles(operation, candidate):
                 tiled[operation.output] = candidate
         for place in [*tiled]:
             mine = readers.get(place, [])

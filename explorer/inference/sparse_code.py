@@ -221,18 +221,23 @@ def _end(n: int, tile: int, finish: Finish | None) -> avx512.Program:
     if finish is None:
         return np.concatenate([avx512.store(every, avx512.R8, (every - n // 2) * tile), avx512.finish()])
     start, each = [avx512.field(avx512.R10, avx512.R9, CALL.index("out_plane"))], []
+    if finish.mask:
+        mask = avx512.field(avx512.RAX, avx512.R9, CALL.index("mask"))
+        start += [mask, avx512.load(_HIGH, avx512.RAX, 0), avx512.test(_HIGH)]
     if finish.residual:
         start.append(avx512.field(avx512.R11, avx512.R9, CALL.index("residual_plane")))
         each += [avx512.add(every, avx512.RCX), np.full(n, avx512.advance_by(avx512.RCX, avx512.R11))]
+    bounds = []
     for wanted, register, name, bound in (
         (finish.low, _LOW, "low", avx512.at_least),
         (finish.high, _HIGH, "high", avx512.at_most),
     ):
         if wanted:
             start.append(avx512.broadcast(register, avx512.R9, 2 * CALL.index(name)))
-            each.append(bound(every, register))
+            bounds.append(bound(every, register))
     if finish.mask:
-        start.append(avx512.field(avx512.RAX, avx512.R9, CALL.index("mask")))
-        each.append(avx512.keep(every, avx512.RAX))
+        bounds = bounds or [avx512.same(every)]
+        bounds[-1] = avx512.kept(bounds[-1])
+    each += bounds
     each += [avx512.store(every, avx512.RDX, 0), np.full(n, avx512.advance_by(avx512.RDX, avx512.R10))]
     return np.concatenate([*start, np.stack(each, 1).reshape(-1), avx512.finish()])

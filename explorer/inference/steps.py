@@ -485,7 +485,7 @@ class _StepBuilder:
         they are better off with operands in the L2 cache. (1 x 1 layers of ResNet-50 at 90 % on Zen 4, 1 MiB: with 128 KiB 0.80 to 0.90 of the time of 64; 96 to
         256 alike. 3 x 3 layers, which read each operand for every tap, take 1.00 to 1.10 of that with 33.)
         """
-        return l2_bytes() // 8 if choice.code and _in_place(choice, weight) else self.block_bytes
+        return l2_bytes() // 4 if choice.code and _in_place(choice, weight) else self.block_bytes
 
     def _parts_by_sums(self, weight: NDArray[np.float32], tile: int, block_bytes: int) -> int:
         """Parts of the output channels of a 1 x 1 convolution or linear layer whose sums stay in the L2 cache from one K block to the next.
@@ -509,13 +509,16 @@ class _StepBuilder:
         (dy, dx), (py, px), (sy, sx) = a["dilation"], a["padding"], a["stride"]
         taps = tuple((row * dy - py, column * dx - px) for row in range(kh) for column in range(kw))
         if (sy, sx) == (1, 1):
-            rows, vectors, masked, mask = 1, y.vectors, y.has_gaps, self._mask(y)
+            rows, vectors, masked, mask = 1, y.vectors, y.has_gaps and not y.tile, self._mask(y)
         else:
-            rows, vectors = y.rows, -(-y.pitch // y.lanes)
-            masked = vectors * y.lanes != y.columns
+            rows, vectors = y.rows, y.row_vectors
+            masked = vectors * y.lanes != y.columns and not y.tile
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
-        kernel = depthwise.DepthwiseKernel(taps, sx, masked, a.get("activation"), _is_capped(operation))
+        tiled = 0 < y.tile < y.vectors
+        kernel = depthwise.DepthwiseKernel(
+            taps, sx, masked, a.get("activation"), _is_capped(operation), tiled
+        )
         common = self._by_channel(place, out) | self._bounds(operation)
         arguments = _fill(
             depthwise.ARGUMENTS,
@@ -526,7 +529,8 @@ class _StepBuilder:
             vectors=vectors,
             x_pitch=x.pitch_bytes,
             x_row=sy * x.pitch_bytes,
-            out_row=y.pitch_bytes,
+            out_row=4 * vectors if tiled else y.pitch_bytes,
+            places=self._places(y) if tiled else 0,
             **common,
         )
         by_rows = (sy, sx) != (1, 1)
@@ -540,6 +544,14 @@ class _StepBuilder:
             choice.label,
             (lambda _: mine.depthwise(taps, (sy, sx), vectors, by_rows)) if can else None,
         )
+
+    def _places(self, y: Planes) -> int:
+        """Where each vector of a channel lies that lies in tiles: bytes from the first, (vectors,) int32."""
+        key = ("places", y.vectors, y.tile, y.channels)
+        if key not in self._tables:
+            first = np.arange(y.vectors) * y.lanes
+            self._tables[key] = self.memory.put((y.element(first) * y.element_bytes).astype(np.int32))
+        return self._tables[key]
 
     def _mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) integers as wide as a pixel."""
@@ -829,8 +841,10 @@ class _StepBuilder:
         common = self._by_channel(place, out) | {"n_phases": len(phases)}
         if place.cell is not None:
             common["x"] = address(place.cell)
+        tiled = 0 < y.tile < y.vectors
+        common["places"] = self._places(y) if tiled else 0
         if stride[1] > split.LARGEST_SHUFFLED:
-            kernel = split.SplitKernel(0, (), place.cell is not None)
+            kernel = split.SplitKernel(0, (), place.cell is not None, tiled=tiled)
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
             mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
@@ -840,7 +854,7 @@ class _StepBuilder:
 
         else:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile)
+            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, tiled)
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(x.vectors, self.plan.isa))
             source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
@@ -851,7 +865,7 @@ class _StepBuilder:
                 table=self.memory.put(offsets),
                 rows=y.rows,
                 row_phases=len(rows),
-                pitch=y.pitch_bytes,
+                pitch=4 * y.row_vectors if tiled else y.pitch_bytes,
                 chunks=chunks,
                 mask=self._mask_of(inside),
                 last_tile=x.vectors // x.tile if x.tile else 0,

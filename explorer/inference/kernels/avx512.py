@@ -43,7 +43,8 @@ _FMA = _Operation(0xB8, 2, 1)  # vfmadd231ps
 _ADD = _Operation(0x58, 1, 0)  # vaddps
 _MAXIMUM = _Operation(0x5F, 1, 0)  # vmaxps
 _MINIMUM = _Operation(0x5D, 1, 0)  # vminps
-_AND = _Operation(0xDB, 1, 1)  # vpandd
+_MOVE = _Operation(0x28, 1, 0)  # vmovaps
+_TEST = _Operation(0x27, 2, 1)  # vptestmd
 
 
 def _words(values: ArrayLike) -> Program:
@@ -106,36 +107,47 @@ def add(register: ArrayLike, base: int) -> Program:
     return np.concatenate([_memory(_ADD, r, int(r), base, 0) for r in register])
 
 
-def keep(register: ArrayLike, base: int) -> Program:
-    """``register &= memory[base]``, bit by bit."""
-    register = _words(register)
-    return np.concatenate([_memory(_AND, r, int(r), base, 0) for r in register])
-
-
-def _bound(operation: _Operation, register: ArrayLike, bound: int) -> Program:
-    """``register = operation(bound, register)``; the second operand is what comes out where any is NaN."""
-    inverted = _words(register) ^ np.uint64(31)
-    # Of a register in the place of memory, bits 3 and 4 stand where those of the base and of its index do. A nop fills the seventh byte.
-    low = _prefixed(operation, register, bound, 0, broadcast=False) & ~np.uint64(0xC7 << 40 | 0x60 << 8)
+def _between_registers(
+    operation: _Operation, register: ArrayLike, operand: int, source: ArrayLike
+) -> Program:
+    """An operation whose last operand is a register in the place of memory. A nop fills the seventh byte."""
+    inverted = _words(source) ^ np.uint64(31)
+    # Its bits 3 and 4 stand where those of the base and of its index do.
+    low = _prefixed(operation, register, operand, 0, broadcast=False) & ~np.uint64(0xC7 << 40 | 0x60 << 8)
     where = (inverted >> np.uint64(4) & np.uint64(1)) << np.uint64(14) | (
         inverted >> np.uint64(3) & np.uint64(1)
     ) << np.uint64(13)
     return (
         low
         | where
-        | (np.uint64(0xC0) | _words(register) & np.uint64(7)) << np.uint64(40)
+        | (np.uint64(0xC0) | _words(source) & np.uint64(7)) << np.uint64(40)
         | np.uint64(0x90 << 48)
     )
 
 
+def test(register: int) -> Program:
+    """Remember which lanes of `register`, integers of 32 bits, are not zero: for `kept`."""
+    return _between_registers(_TEST, 1, register, register)
+
+
+def kept(program: Program) -> Program:
+    """The same, of `at_least`, `at_most` or `same`, with 0.0 in the lanes that were zero at the last `test`. It costs nothing."""
+    return program | np.uint64(0x81 << 24)
+
+
+def same(register: ArrayLike) -> Program:
+    """``register = register``: for those of which nothing but what is `kept` changes."""
+    return _between_registers(_MOVE, register, 0, register)
+
+
 def at_least(register: ArrayLike, bound: int) -> Program:
-    """``register = max(register, bound)``; NaN stays NaN."""
-    return _bound(_MAXIMUM, register, bound)
+    """``register = max(register, bound)``; the second operand is what comes out where any is NaN: NaN stays NaN."""
+    return _between_registers(_MAXIMUM, register, bound, register)
 
 
 def at_most(register: ArrayLike, bound: int) -> Program:
     """``register = min(register, bound)``; NaN stays NaN."""
-    return _bound(_MINIMUM, register, bound)
+    return _between_registers(_MINIMUM, register, bound, register)
 
 
 def advance(base: int, n_bytes: ArrayLike) -> Program:

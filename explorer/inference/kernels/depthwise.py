@@ -8,6 +8,7 @@ The algorithm in plain words
   stride 1      one pass over the whole plane, gaps included: they are zero, so that the end of a row and the beginning of the next need no care
   wider         row by row; two vectors are loaded and split by shuffles into pixels of even and of odd columns (stride 2), and the same sums are formed
                 of these. Nothing is copied beforehand.
+The result is a plane, or lies in tiles (see layout.py): then a table tells where each vector of a channel goes.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job",
-        "weights", "bias", "mask", "rows", "vectors", "x_pitch", "x_row", "out_row",
+        "weights", "bias", "mask", "rows", "vectors", "x_pitch", "x_row", "out_row", "places",
     )
 )  # fmt: skip
 """`weights`: (channels, taps), and `bias`: (channels,), as `Function.weight` reads them. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_pitch`: bytes
-from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide."""
+from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide.
+Of tiles, `places` (int32) tells for each vector its bytes from the first of its channel, and `out_row` counts bytes of this table."""
 
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
@@ -53,6 +55,8 @@ class DepthwiseKernel:
         Applied last; the clamp when None.
     capped : bool
         Whether there is a greatest value.
+    tiled : bool
+        Whether the result lies in tiles.
     """
 
     taps: tuple[tuple[int, int], ...]
@@ -60,6 +64,7 @@ class DepthwiseKernel:
     masked: bool
     activation: Activation | None = None
     capped: bool = True
+    tiled: bool = False
 
     @property
     def shifts(self) -> dict[int, int]:
@@ -96,12 +101,12 @@ class _Generator:
         self.mask, vectors = field("mask", PTR), field("vectors")
         weights, bias = field("weights", PTR), field("bias", PTR)
         rows, x_row, out_row = field("rows"), field("x_row"), field("out_row")
-        pitch = field("x_pitch")
+        pitch, places = field("x_pitch"), field("places", PTR)
         taps = len(self.k.taps)
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
-            to = f.at(out, b.mul(channel, field("out_plane")))
+            self.channel = f.at(out, b.mul(channel, field("out_plane")))
             mine = f.at(weights, b.mul(channel, I64(4 * taps)))
             self.bias = f.weight(f.at(bias, b.mul(channel, I64(4))))
             held = [f.weight(mine, 4 * i) for i in range(taps)] if taps <= _HELD_WEIGHTS else None
@@ -113,7 +118,7 @@ class _Generator:
             f.loop(
                 rows,
                 lambda _, source, to: self._row(source, pitch, to, vectors, x_row, out_row),
-                [f.at(plane, f.element_bytes * self.k.stride * self.ahead), to],
+                [f.at(plane, f.element_bytes * self.k.stride * self.ahead), places if self.k.tiled else self.channel],
             )
 
         f.loop(last, one_channel, start=first)
@@ -123,6 +128,7 @@ class _Generator:
     def _row(
         self, source: Value, pitch: Value, to: Value, vectors: Value, x_row: Value, out_row: Value
     ) -> list[Value]:
+        """One row, which begins at `source`; `to`: where the result does, or what the table of places tells of it."""
         f = self.f
         # Each row of the window has a pointer of its own, so that all of them share the way to a vector.
         lines = {
@@ -181,7 +187,11 @@ class _Generator:
         at = f.b.mul(i, I64(self.width))
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))
-        f.write(total, f.at(to, at))
+        if k.tiled:
+            place = f.load(to, I32, f.b.mul(i, I64(4)))
+            f.write(total, f.at(self.channel, f.b.sext(place, I64)))
+        else:
+            f.write(total, f.at(to, at))
 
 
 def reference(

@@ -6,7 +6,7 @@ The algorithm in plain words
   small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has columns, and pick every
                   stride-th element of them by register shuffles. What is stored past the end of a row are zeros, or is overwritten by the
                   next row. An image that lies tile by tile is laid out in scratch memory first, channel by channel: a shuffle of what lies in
-                  several tiles would be a gather, which takes four times as long.
+                  several tiles would be a gather, which takes four times as long. Where the result is to lie in tiles, a table tells where each vector goes.
   large strides   element by element through an index table, which holds -1 where a phase has no pixel
 """
 
@@ -18,21 +18,22 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
-        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile",
+        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
 
 Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
-hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane."""
+hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
+Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table."""
 
 LARGEST_SHUFFLED = 4
 """The widest stride that is split by shuffles; their number grows with its square."""
@@ -52,12 +53,15 @@ class SplitKernel:
         Whether `x` is the address of the image's address: it lies where the caller has it.
     tile : int
         Vectors of a channel that lie together where the image lies tile by tile (small strides only); 0 for planes.
+    tiled : bool
+        Whether the result lies in tiles.
     """
 
     stride: int
     columns: tuple[int, ...]
     borrows: bool = False
     tile: int = 0
+    tiled: bool = False
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
@@ -110,8 +114,12 @@ class SplitKernel:
 
         f.loop(field("last_tile"), one_tile, start=field("first_tile"))
 
+    @staticmethod
+    def _place(f: Function, places: Value, vector: Value) -> Value:
+        return f.b.sext(f.load(places, I32, f.b.mul(vector, I64(4))), I64)
+
     def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
-        b, width, vectors = f.b, f.width, field("vectors")
+        b, width, vectors, places = f.b, f.width, field("vectors"), field("places", PTR)
 
         def one_phase(plane: Value, phases: Value, phase: Value, indices: Value) -> list[Value]:
             to = f.at(phases, b.mul(phase, out_plane))
@@ -120,7 +128,8 @@ class SplitKernel:
                 where = f.load(indices, f.int_vector)
                 zero = ir.Constant(f.int_vector, [0] * f.lanes)
                 value = f.gather(plane, where, b.icmp_signed(">=", where, zero))
-                f.write(value, f.at(to, b.mul(i, I64(width))), 0, width)
+                at = self._place(f, places, i) if self.tiled else b.mul(i, I64(width))
+                f.write(value, f.at(to, at), 0, width)
                 return [f.at(indices, 4 * f.lanes)]
 
             return f.loop(vectors, one_vector, [indices])
@@ -131,12 +140,14 @@ class SplitKernel:
         b, width, n = f.b, f.width, len(self.columns)
         rows, pitch, chunks, mask = field("rows"), field("pitch"), field("chunks"), field("mask", PTR)
         mask_row = b.mul(chunks, I64(width))
+        places = field("places", PTR)
 
         def one_row_phase(plane: Value, phases: Value, phase: Value, entry: Value) -> list[Value]:
             group = f.at(phases, b.mul(b.mul(phase, I64(n)), out_plane))
 
             def one_row(y: Value, entry: Value) -> list[Value]:
-                offset, row = f.load(entry, I64, 0, 8), f.at(group, b.mul(y, pitch))
+                offset = f.load(entry, I64, 0, 8)
+                row = f.at(places if self.tiled else group, b.mul(y, pitch))
                 is_there = b.icmp_signed(">=", offset, I64(0))
                 keep = b.sext(is_there, f.mask_type.element)
                 source = f.at(plane, b.select(is_there, offset, I64(0)))
@@ -145,12 +156,13 @@ class SplitKernel:
                     at = b.mul(c, I64(width))
                     pixels = f.at(source, b.mul(at, I64(self.stride)))
                     loaded = [f.read(pixels, width * i) for i in range(self.stride)]
+                    to = f.at(group, self._place(f, row, c)) if self.tiled else f.at(row, at)
                     for k, column in enumerate(self.columns):
                         wanted = [column + self.stride * lane for lane in range(f.lanes)]
                         [value] = f.pick(loaded, wanted, 1)
                         inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
-                        f.write(value, f.at(row, b.add(at, b.mul(I64(k), out_plane))))
+                        f.write(value, f.at(to, b.mul(I64(k), out_plane)))
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
