@@ -65,6 +65,8 @@ class Planes:
         4 for float32, 2 for float16.
     tile : int
         Vectors of a channel that lie together when the tensor lies tile by tile; 0 for whole planes. A plane is then a tile of one channel.
+    apart : int
+        Elements from one image to the next where a tensor in the same memory needs more than this one; 0: what the planes need.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +82,7 @@ class Planes:
     of_channels: int = 0
     element_bytes: int = 4
     tile: int = 0
+    apart: int = 0
 
     @property
     def vectors(self) -> int:
@@ -125,6 +128,8 @@ class Planes:
     @property
     def image(self) -> int:
         """Elements from one image to the next."""
+        if self.apart:
+            return self.apart
         if self.tile:
             return self.channels * self.vectors * self.lanes
         return (self.of_channels or self.channels) * self.plane
@@ -175,8 +180,8 @@ class Planes:
     def reuse_key(self) -> tuple[str | int, ...]:
         """Tensors with equal keys may use the same memory one after the other: their guards and gaps coincide.
 
-        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. Where gaps may hold
-        anything, as those of tiles may, `explorer.inference.plan` lets tensors share memory whatever their keys.
+        Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. After a tensor with another key
+        gaps are zeroed, see `explorer.inference.kernels.zero_gaps`, if they may not hold anything, as those of tiles may.
         """
         return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
 

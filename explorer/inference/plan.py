@@ -180,6 +180,8 @@ class Plan:
     head : int
         The first of the steps at the end that know vectors only (a classifier after pooling). In turns, the steps before it leave the vectors of each turn
         behind those of the turn before, and the head takes all of them at once: its weights, most of what it reads, come from afar once.
+    unclean : frozenset of str
+        Places whose gaps must be zero, and in whose memory something else lies before them.
     """
 
     def __init__(self, graph: Graph, isa: Isa, threads: int, batch: int | None = None) -> None:
@@ -521,7 +523,7 @@ class Plan:
         return pinned
 
     def _allocate(self, graph: Graph) -> None:
-        """Give each place memory; places whose guards coincide share it when their lives do not overlap."""
+        """Give each place memory, which places share when their lives do not overlap."""
         self.memory = Memory()
         last_use: dict[str, float] = {}
         pinned = self._pinned(graph)
@@ -541,7 +543,9 @@ class Plan:
             lives[whole] = (min(before[0], start), max(before[1], end))
         takes_over = self._in_place(graph, lives)
         owners = self._sharing(graph, lives, takes_over)
+        self.unclean = self._find_unclean(graph, owners)
         for names in owners:
+            self._set_apart(names)
             size = max(self.places[name].layout.elements for name in names)
             array = self.memory.zeros(size, f"f{self.places[names[0]].layout.element_bytes}")
             storage = torch.from_numpy(array)
@@ -567,7 +571,6 @@ class Plan:
 
         What takes over an operand's memory shares its fate. A place that torch or the caller may see shares with nobody.
         """
-        gapless = self._gaps_do_not_matter(graph)
         heads: dict[str, str] = {}
         units: dict[str, list[str]] = {}
         for place in sorted(lives, key=lambda p: lives[p][0]):
@@ -580,13 +583,16 @@ class Plan:
         def size(names: list[str]) -> int:
             return max(self.places[n].layout.elements for n in names)
 
+        alone = {*self._range_of} | {self.located(place)[0] for place in self._range_of} | self._pinned(graph)
         slots: dict[tuple[Any, ...], list[list[list[str]]]] = {}
         for names in sorted(units.values(), key=lambda names: (-size(names), life(names))):
             layout, (start, end) = self.places[names[0]].layout, life(names)
-            # Images that go their way each at its own pace must not meet: those of two tensors in the same memory coincide.
-            apart = layout.image_bytes if self.images > 1 else 0
-            what = ("gaps do not matter",) if names[0] in gapless else layout.reuse_key
-            mine = slots.setdefault((*what, apart), [])
+            # What several steps write in parts finds its gaps as the tenants before it left them.
+            if isinstance(layout, Planes) and not {*names} & alone:
+                what: tuple[Any, ...] = ("planes",)
+            else:
+                what = (*layout.reuse_key, layout.image_bytes if self.images > 1 else 0)
+            mine = slots.setdefault(what, [])
             free = [
                 slot
                 for slot in mine
@@ -596,7 +602,36 @@ class Plan:
                 free[0].append(names)
             else:
                 mine.append([names])
-        return [[n for names in slot for n in names] for group in slots.values() for slot in group]
+        return [
+            sorted((n for names in slot for n in names), key=lambda n: lives[n][0])
+            for group in slots.values()
+            for slot in group
+        ]
+
+    def _set_apart(self, names: list[str]) -> None:
+        """Let the images of tensors in the same memory coincide: each goes its way at its own pace, and must not meet another."""
+        layouts = [layout for n in names if isinstance(layout := self.places[n].layout, Planes)]
+        if self.images > 1 and len({layout.image for layout in layouts}) > 1:
+            apart = max(layout.before + layout.image for layout in layouts)
+            for n, layout in zip(names, layouts, strict=True):
+                self.places[n].layout = replace(layout, apart=apart)
+
+    def _find_unclean(self, graph: Graph, owners: list[list[str]]) -> frozenset[str]:
+        """Places whose gaps have to be zeroed; of each owner its tenants, one after the other."""
+        harmless = self._gaps_do_not_matter(graph)
+
+        def leaves_zeros(before: str, place: str) -> bool:
+            a, b = self.places[before].layout, self.places[place].layout
+            return before not in harmless and a.reuse_key == b.reuse_key and a.elements >= b.elements
+
+        found = set()
+        for names in owners:
+            # The last one of a run comes before the first one of the next.
+            for before, place in zip([names[-1], *names], names, strict=False):
+                is_planes = isinstance(self.places[place].layout, Planes)
+                if is_planes and place not in harmless and not leaves_zeros(before, place):
+                    found.add(place)
+        return frozenset(found)
 
     def _gaps_do_not_matter(self, graph: Graph) -> set[str]:
         """Places in tiles, and planes whose readers look at pixels only, or at each element for itself: whatever lay in their memory before does no harm.

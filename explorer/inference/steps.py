@@ -33,6 +33,7 @@ from explorer.inference.kernels import (
     split,
     upsample,
     window_pool,
+    zero_gaps,
 )
 from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_columns, channel_tile, tile_of
@@ -132,13 +133,15 @@ class Steps:
             count[0] = each[step]
         for move in self.moves:
             move.to(0)
-        jobs, kernel, arguments = (driver.STEP.index(name) for name in ("jobs", "kernel", "arguments"))
+        jobs, kernel, arguments, gaps = (
+            driver.STEP.index(name) for name in ("jobs", "kernel", "arguments", "gaps")
+        )
         self.table[:] = self.plain
         self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
         if images % self.threads or not self.use_bands:
             return  # threads share an image, or it is faster without
         for part in self.chains:
-            self.table[part.first : part.last, jobs] = 0
+            self.table[part.first : part.last, [jobs, gaps]] = 0
             self.table[part.first, jobs] = images
             self.table[part.first, [kernel, arguments]] = part.row
 
@@ -153,6 +156,7 @@ class _Row:
     label: str
     bands: Callable[[int], Bands] | None = None
     images_per_job: int = 0  # where a job takes several images: its arguments tell how many there are, and `jobs` counts the jobs of so many images
+    fills: bool = False  # whether it writes each vector of the planes, with zeros between the rows
 
 
 _SUMS_BYTES = 128 << 10
@@ -370,6 +374,7 @@ class _StepBuilder:
                 shifts,
                 len(places) > 1,
             ),
+            fills=True,
         )
 
     def _conv_channels(
@@ -543,6 +548,24 @@ class _StepBuilder:
             common["jobs"],
             choice.label,
             (lambda _: mine.depthwise(taps, (sy, sx), vectors, by_rows)) if can else None,
+            fills=not by_rows,
+        )
+
+    def zero_gaps(self, y: Planes, start: int, *, fills: bool) -> NDArray[np.int64]:
+        """Arguments for zeroing what lies around the pixels of planes whose first is at `start`; `fills`: the gaps between their rows are written by others."""
+        size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
+        return _fill(
+            zero_gaps.ARGUMENTS,
+            out=start,
+            image=y.image_bytes,
+            before=size * y.guard,  # the end of the image before has as much
+            channels=y.channels,
+            plane=y.plane_bytes,
+            pixels=size * (y.vectors * y.lanes if fills else last),
+            rows=0 if fills else y.rows - 1,
+            pitch=y.pitch_bytes,
+            row=size * y.columns,
+            gap=y.pitch_bytes - size * y.columns,
         )
 
     def _places(self, y: Planes) -> int:
@@ -1132,12 +1155,16 @@ def _steps(
     memory = Memory()
     builder = _StepBuilder(plan, graph, memory, packed, emitter)
     rows, fixed, counts, moves, table_bytes = [], [], [], [], []
+    gaps: dict[int, int] = {}  # step -> arguments for zeroing gaps
     for step, index in enumerate(plan.native):
         before, operation = memory.n_bytes, graph.operations[index]
         row, out = builder.step(operation, choices.get(index, Choice(True))), plan.places[operation.output]
         arguments = memory.zeros(len(row.arguments), np.int64)
         arguments[:] = row.arguments
         rows.append((row, address(arguments)))
+        if operation.output in plan.unclean:
+            assert isinstance(out.layout, Planes)
+            gaps[step] = memory.put(builder.zero_gaps(out.layout, out.address, fills=row.fills))
         table_bytes.append(memory.n_bytes - before)
         fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
         if row.images_per_job:
@@ -1147,8 +1174,12 @@ def _steps(
             at = _VECTOR_RECORDS[operation.kind].index("out")
             n_bytes = plan.images * out.layout.image_bytes
             moves.append(Move(arguments[at : at + 1], out.address, n_bytes))
-    chains = _chains(plan, graph, builder, rows) if by_bands else []
-    table = [[0, row.kernel(), arguments] for row, arguments in rows]
+    zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
+    chains = _chains(plan, graph, builder, rows, zero, gaps) if by_bands else []
+    table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
+    for step, arguments in gaps.items():
+        images = plan.places[graph.operations[plan.native[step]].output].layout.images
+        table[step][-1] = memory.put(_fill(driver.GAPS, kernel=zero, arguments=arguments, images=images))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
@@ -1171,16 +1202,28 @@ def _steps(
     return steps
 
 
-def _chains(plan: Plan, graph: Graph, builder: _StepBuilder, rows: Sequence[tuple[_Row, int]]) -> list[Chain]:
-    """The parts of the network that go band by band. Needs memory and scratch of its own, which it takes from `builder`."""
+def _chains(
+    plan: Plan,
+    graph: Graph,
+    builder: _StepBuilder,
+    rows: Sequence[tuple[_Row, int]],
+    zero: int,
+    gaps: Mapping[int, int],
+) -> list[Chain]:
+    """The parts of the network that go band by band. Needs memory and scratch of its own, which it takes from `builder`.
+
+    `zero`: the kernel that zeroes gaps, before the first band of the steps that have arguments for it in `gaps`.
+    """
     chains = []
     for first, last in plan.deep(graph, [row.bands is not None for row, _ in rows]):
         cut = [row.bands(arguments) for row, arguments in rows[first:last] if row.bands]
-        calls = _joined(
-            (rows[first + s][0].kernel(), *call, rows[first + s][0].jobs, 8 * s)
-            for s, band in order([plan.accesses(graph, first + s, these) for s, these in enumerate(cut)])
-            for call in cut[s].calls[band]
-        )
+        calls: list[tuple[int, ...]] = []
+        for s, band in order([plan.accesses(graph, first + s, these) for s, these in enumerate(cut)]):
+            row = rows[first + s][0]
+            if band == 0 and first + s in gaps:
+                calls.append((zero, gaps[first + s], 0, 1, 1, 8 * s))
+            calls += [(row.kernel(), *call, row.jobs, 8 * s) for call in cut[s].calls[band]]
+        calls = _joined(calls)
         counters = -(-builder.scratch_bytes // 64) * 64
         arguments = _fill(
             chain.ARGUMENTS,
@@ -1189,8 +1232,8 @@ def _chains(plan: Plan, graph: Graph, builder: _StepBuilder, rows: Sequence[tupl
             cycles=counters,
         )
         builder.scratch_bytes = counters + 8 * len(cut)
-        row = builder.code(chain.ChainKernel())(), builder.memory.put(arguments)
-        chains.append(Chain(first, last, row, counters))
+        in_table = builder.code(chain.ChainKernel())(), builder.memory.put(arguments)
+        chains.append(Chain(first, last, in_table, counters))
     return chains
 
 

@@ -28,7 +28,11 @@ STATE = Record(
 """`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread). `done`: one per step, from step -1. `gate` is odd while a run is on.
 `stamps`: two counters per step, its start and its end."""
 
-STEP = Record(("jobs", "kernel", "arguments"))
+STEP = Record(("jobs", "kernel", "arguments", "gaps"))
+"""`gaps`: a row of GAPS, or 0 where nothing has to be zeroed."""
+
+GAPS = Record(("kernel", "arguments", "images"))
+"""What whoever takes the first job of a step does besides: a job of this kernel for each image, see zero_gaps.py."""
 
 MOVE = Record(("cell", "n_bytes"))
 """An address that moves on, by so many bytes a turn; `cell` is where it stands."""
@@ -94,6 +98,14 @@ def _work(module: Value, isa: Isa) -> Value:
                 f.store(now, stamp, -8, 8)
         counters = f.at(tickets, b.mul(b.mul(index, threads), I64(_LINE)))
 
+        def zero_gaps(gaps: Value) -> None:
+            def one_image(image: Value) -> None:
+                kernel = b.inttoptr(f.field(gaps, GAPS, "kernel"), KERNEL.as_pointer())
+                b.call(kernel, [f.field(gaps, GAPS, "arguments", PTR), image, scratch])
+
+            with b.if_then(f.is_there(gaps)):
+                f.loop(f.field(gaps, GAPS, "images"), one_image)
+
         def one_share(k: Value) -> None:
             whose = b.srem(b.add(me, k), threads)
             low = b.sdiv(b.mul(jobs, whose), threads)
@@ -102,6 +114,8 @@ def _work(module: Value, isa: Isa) -> Value:
             with f.forever() as leave_if:
                 job = b.add(low, _add(f, ticket, 1))
                 leave_if(b.icmp_signed(">=", job, high))
+                with b.if_then(b.icmp_signed("==", job, I64(0))):
+                    zero_gaps(f.field(step, STEP, "gaps", PTR))
                 b.call(b.inttoptr(kernel, KERNEL.as_pointer()), [arguments, job, scratch])
                 _add(f, mine, 1)
 

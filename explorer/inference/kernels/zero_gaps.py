@@ -1,0 +1,57 @@
+"""Zeros what lies around the pixels of planes, where another tensor lay in the same memory before: a job is one image.
+
+Pixels are not touched, so that it may go on beside the kernel that writes them. Most kernels write whole vectors, with zeros between the rows; of what others write,
+the end of each row is zeroed too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I1, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(
+    ("out", "image", "before", "channels", "plane", "pixels", "rows", "pitch", "row", "gap"),
+)
+"""`out`: the first pixel of the first image, `image` and `plane`: bytes from one image and plane to the next; `before`: bytes in front of an image; `pixels`: bytes of a
+plane that are not touched, from its first pixel on, save the last `gap` bytes of each of `rows` rows of `row` bytes, `pitch` bytes apart."""
+
+_ZERO = ir.Constant(ir.IntType(8), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroGapsKernel:
+    """The machine code depends on nothing."""
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("zero_gaps")
+        f = Function(module, "zero_gaps", VOID, [PTR, I64, PTR], isa)
+        b, (args, image, _) = f.b, f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        def zero(start: Value, n_bytes: Value) -> None:
+            f.call("llvm.memset.p0.i64", VOID, [start, _ZERO, n_bytes, I1(0)])
+
+        first = f.at(field("out", PTR), b.mul(image, field("image")))
+        before, pixels = field("before"), field("pixels")
+        zero(f.at(first, b.neg(before)), before)
+
+        def one_plane(channel: Value) -> None:
+            plane = f.at(first, b.mul(channel, field("plane")))
+            zero(f.at(plane, pixels), b.sub(field("plane"), pixels))
+
+            def one_row(row: Value) -> None:
+                end = f.at(plane, b.add(b.mul(row, field("pitch")), field("row")))
+                zero(end, field("gap"))
+
+            f.loop(field("rows"), one_row)
+
+        f.loop(field("channels"), one_plane)
+        b.ret_void()
+        return module, "zero_gaps"
