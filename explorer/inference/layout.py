@@ -98,7 +98,9 @@ class Planes:
     def takes_rows(self) -> bool:
         """Whether kernels that go row by row, and by whole vectors, may write it in tiles: each vector lies in one tile, or there is only one, and they fit it."""
         last = (self.rows - 1) * self.pitch + self.row_vectors * self.lanes
-        return self.pitch % self.lanes == 0 or (self.tile == self.vectors and last <= self.vectors * self.lanes)
+        return self.pitch % self.lanes == 0 or (
+            self.tile == self.vectors and last <= self.vectors * self.lanes
+        )
 
     @property
     def has_gaps(self) -> bool:

@@ -583,12 +583,11 @@ class Plan:
         def size(names: list[str]) -> int:
             return max(self.places[n].layout.elements for n in names)
 
-        alone = {*self._range_of} | {self.located(place)[0] for place in self._range_of} | self._pinned(graph)
+        shares = self._may_share(graph)
         slots: dict[tuple[Any, ...], list[list[list[str]]]] = {}
         for names in sorted(units.values(), key=lambda names: (-size(names), life(names))):
             layout, (start, end) = self.places[names[0]].layout, life(names)
-            # What several steps write in parts finds its gaps as the tenants before it left them.
-            if isinstance(layout, Planes) and not {*names} & alone:
+            if shares >= {*names}:
                 what: tuple[Any, ...] = ("planes",)
             else:
                 what = (*layout.reuse_key, layout.image_bytes if self.images > 1 else 0)
@@ -607,6 +606,12 @@ class Plan:
             for group in slots.values()
             for slot in group
         ]
+
+    def _may_share(self, graph: Graph) -> set[str]:
+        """Planes that may lie in the same memory as any others: one step writes them, which can see to it that their gaps are zero."""
+        planes = {place for place, home in self.places.items() if isinstance(home.layout, Planes)}
+        in_parts = {*self._range_of} | {self.located(place)[0] for place in self._range_of}
+        return planes - in_parts - self._pinned(graph)
 
     def _set_apart(self, names: list[str]) -> None:
         """Let the images of tensors in the same memory coincide: each goes its way at its own pace, and must not meet another."""

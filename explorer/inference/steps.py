@@ -551,23 +551,6 @@ class _StepBuilder:
             fills=not by_rows,
         )
 
-    def zero_gaps(self, y: Planes, start: int, *, fills: bool) -> NDArray[np.int64]:
-        """Arguments for zeroing what lies around the pixels of planes whose first is at `start`; `fills`: the gaps between their rows are written by others."""
-        size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
-        return _fill(
-            zero_gaps.ARGUMENTS,
-            out=start,
-            image=y.image_bytes,
-            before=size * y.guard,  # the end of the image before has as much
-            channels=y.channels,
-            plane=y.plane_bytes,
-            pixels=size * (y.vectors * y.lanes if fills else last),
-            rows=0 if fills else y.rows - 1,
-            pitch=y.pitch_bytes,
-            row=size * y.columns,
-            gap=y.pitch_bytes - size * y.columns,
-        )
-
     def _places(self, y: Planes) -> int:
         """Where each vector of a channel lies that lies in tiles: bytes from the first, (vectors,) int32."""
         key = ("places", y.vectors, y.tile, y.channels)
@@ -1021,6 +1004,24 @@ class _StepBuilder:
         return self.memory.put(table), len(taps), self.memory.put(scale)
 
 
+def zeroing_arguments(y: Planes, start: int, *, fills: bool) -> NDArray[np.int64]:
+    """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`; `fills`: who writes them writes zeros between the rows, and to the end of the last vector."""
+    size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
+    return _fill(
+        zero_gaps.ARGUMENTS,
+        out=start,
+        image=y.image_bytes,
+        before=size * y.guard,  # the end of the image before has as much
+        channels=y.channels,
+        plane=y.plane_bytes,
+        pixels=size * (y.vectors * y.lanes if fills else last),
+        rows=0 if fills else y.rows - 1,
+        pitch=y.pitch_bytes,
+        row=size * y.columns,
+        gap=y.pitch_bytes - size * y.columns,
+    )
+
+
 def _is_capped(operation: Operation) -> bool:
     """Whether the result has a greatest value. A least one most have; the others share their kernels."""
     return bool(operation.attributes.get("high", _INFINITY) < _INFINITY)
@@ -1164,7 +1165,7 @@ def _steps(
         rows.append((row, address(arguments)))
         if operation.output in plan.unclean:
             assert isinstance(out.layout, Planes)
-            gaps[step] = memory.put(builder.zero_gaps(out.layout, out.address, fills=row.fills))
+            gaps[step] = memory.put(zeroing_arguments(out.layout, out.address, fills=row.fills))
         table_bytes.append(memory.n_bytes - before)
         fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
         if row.images_per_job:
@@ -1177,9 +1178,9 @@ def _steps(
     zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
     chains = _chains(plan, graph, builder, rows, zero, gaps) if by_bands else []
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
-    for step, arguments in gaps.items():
+    for step, zeroing in gaps.items():
         images = plan.places[graph.operations[plan.native[step]].output].layout.images
-        table[step][-1] = memory.put(_fill(driver.GAPS, kernel=zero, arguments=arguments, images=images))
+        table[step][-1] = memory.put(_fill(driver.GAPS, kernel=zero, arguments=zeroing, images=images))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,

@@ -20,6 +20,7 @@ from explorer.inference.module import SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
+from tests.inference.test_shared_memory import Narrowing, fill_with_nan, take_all_for_unclean
 from tests.inference.test_tiles import Bottlenecks, Separable
 
 PIXELS = 24
@@ -279,3 +280,19 @@ def test_what_the_cache_holds_is_computed_layer_by_layer(monkeypatch: pytest.Mon
     engine = explorer.compile(network, x)
     assert in_chains(engine) == 0
     assert relative_error(engine(x), network(x)) < 1e-5
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("size", [(30, 33), (56, 28), (17, 64)])
+def test_bands_find_zeros_around_images_whatever_lay_there(
+    size: tuple[int, int], images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_all_for_unclean(monkeypatch)
+    torch.manual_seed(0)
+    network, x = pruned(Narrowing(), 0.6), torch.randn(images, 3, *size)
+    engine = explorer.compile(network, x)
+    assert in_chains(engine) > 0
+    with torch.no_grad():
+        for n in (images, 1):
+            fill_with_nan(engine)
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5

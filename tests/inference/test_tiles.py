@@ -125,6 +125,48 @@ class Separable(nn.Module):
         return self.c(torch.relu(self.down(nn.functional.relu6(self.b(x)))))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 2e-2)])
+@pytest.mark.parametrize("size", [(32, 31), (28, 28), (14, 14), (64, 63)])
+def test_what_filters_of_each_channel_write_for_pointwise_convolutions_lies_in_tiles(
+    isa: str, precision: str, tolerance: float, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_in(isa, precision, monkeypatch)
+    torch.manual_seed(0)
+    network, x = pruned(Separable(16, 3, 1), 0.8), torch.randn(2, 3, *size)
+    engine = explorer.compile(network, x, threads=1, precision=precision)
+    found = {operation.name: operation for operation in engine._graph.operations}
+    for name in ("filter", "down"):
+        layout = engine._plan.places[found[name].output].layout
+        assert isinstance(layout, Planes)
+        wanted = layout.in_tiles(1)
+        fits = wanted is not None and not layout.is_compactable and (name == "filter" or wanted.takes_rows)
+        assert bool(layout.tile) == fits
+    for n in (2, 1):
+        assert relative_error(engine(x[:n]), network(x[:n])) < tolerance
+
+
+@pytest.mark.parametrize("stride", [2, 3, 5])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_phase_that_a_pointwise_convolution_reads_lies_in_tiles(
+    isa: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_in(isa, "fp32", monkeypatch)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1, stride), nn.ReLU()).eval()
+    in_any = []
+    for size in (16 * stride, 31 * stride, 14 * stride, 20 * stride + 1):
+        x = torch.randn(2, 3, size, size)
+        engine = explorer.compile(network, x, threads=2)
+        split = next(operation for operation in engine._graph.operations if operation.kind == "split")
+        layout = engine._plan.places[split.output].layout
+        assert isinstance(layout, Planes)
+        in_any.append(bool(layout.tile))
+        for n in (2, 1):
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+    assert any(in_any)
+
+
 @given(
     rows=st.integers(6, 40),
     columns=st.integers(6, 40),

@@ -118,7 +118,10 @@ class _Generator:
             f.loop(
                 rows,
                 lambda _, source, to: self._row(source, pitch, to, vectors, x_row, out_row),
-                [f.at(plane, f.element_bytes * self.k.stride * self.ahead), places if self.k.tiled else self.channel],
+                [
+                    f.at(plane, f.element_bytes * self.k.stride * self.ahead),
+                    places if self.k.tiled else self.channel,
+                ],
             )
 
         f.loop(last, one_channel, start=first)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I1, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.layout import Planes
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -55,3 +58,26 @@ class ZeroGapsKernel:
         f.loop(field("channels"), one_plane)
         b.ret_void()
         return module, "zero_gaps"
+
+
+def reference(y: Planes, *, fills: bool) -> NDArray[np.float64]:
+    """The numpy twin: all that such planes occupy, (elements,), ones save where zeros are written.
+
+    Parameters
+    ----------
+    y : Planes
+    fills : bool
+        Whether each vector of a plane is left to who writes the pixels.
+    """
+    memory = np.ones(y.elements)
+    for image in range(y.images):
+        first = y.before + image * y.image
+        memory[first - y.guard : first] = 0
+        for channel in range(y.channels):
+            plane = memory[first + channel * y.plane :][: y.plane]
+            if fills:
+                plane[y.vectors * y.lanes :] = 0
+            else:
+                row, column = np.divmod(np.arange(y.plane), y.pitch)
+                plane[(row >= y.rows) | (column >= y.columns)] = 0
+    return memory
