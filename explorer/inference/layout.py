@@ -10,7 +10,11 @@ at rows and columns that leave the same remainders), each of which is such a pla
 **Tiles.** What only 1 x 1 convolutions read (and additions to convolutions) may lie tile by tile instead: the first T vectors of every channel, then the
 next T of every channel. A job then reads and writes one piece of memory, every operand on a vector boundary, and two threads that work on neighbouring tiles
 have no cache line in common, nor one that the other's hardware prefetcher takes away. (ResNet-50 at 90 % on a Xeon: 1.14 x on two cores, 1.01 to 1.06 x on
-one; without zeros 1.02 to 1.03 x.) The pixels, with the gaps between their rows, are the same.
+one; without zeros 1.02 to 1.03 x.) Operands that follow one another closely also reach the L1 cache sooner. (1 x 1 layers of MobileNetV1 at 90 % on Zen 4, one core: 1.15 to 1.3 x.) The
+pixels, with the gaps between their rows, are the same.
+
+**Memory** is shared by tensors that are not alive at the same time, whatever their layouts: what is written then lands where the caches are warm. The zeros around
+planes are made anew where something else lay there before, see kernels/zero_gaps.py.
 
 **Tokens** (linear layers on (..., tokens, features)) use the same planes, with features as channels and one long row of tokens.
 
@@ -35,6 +39,10 @@ MAX_TILE = 8
 _SMALLEST_TILE = 4
 _NONZERO_COST = 1.5
 """What reading a nonzero costs, in vectors."""
+
+_EVEN_COST = 1.03
+"""Of tiles of an even number of vectors: the same vector of neighbouring channels falls into half of the sets of the L1 cache, or fewer. (Layers of ResNet-50
+at 28 x 28 pixels, 90 %, Zen 4: with 7 vectors 0.95 to 1.00 of the time of 8, as programs; 0.99 as loops with AVX2.)"""
 
 _WORTH_WHOLE_VECTORS = 1.07
 """A row is rounded up to whole vectors when its plane then costs no more than this factor: 15 to 16, and 29 to 32 (7 tiles of 8 vectors either way),
@@ -175,7 +183,12 @@ class Planes:
         sizes = [t for t in range(_SMALLEST_TILE, MAX_TILE + 1) if self.vectors % t == 0]
         if not sizes:
             return None
-        tile = min(sizes, key=lambda t: (-(-self.vectors // t // threads) * (t + _NONZERO_COST), -t))
+
+        def cost(tile: int) -> float:
+            even = _EVEN_COST if tile % 2 == 0 else 1.0
+            return even * -(-self.vectors // tile // threads) * (tile + _NONZERO_COST)
+
+        tile = min(sizes, key=lambda t: (cost(t), -t))
         return replace(self, plane=tile * self.lanes, guard=0, tile=tile)
 
     @property

@@ -342,7 +342,7 @@ def test_what_torch_or_the_caller_sees_keeps_its_planes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vectors", "threads", "tile"), [(14, 1, 7), (56, 1, 8), (56, 2, 7), (200, 1, 8), (4, 2, 4)]
+    ("vectors", "threads", "tile"), [(14, 1, 7), (56, 1, 7), (56, 2, 7), (200, 1, 8), (4, 2, 4)]
 )
 def test_tiles_divide_the_plane_and_keep_all_threads_busy(vectors: int, threads: int, tile: int) -> None:
     planes = Planes((1, 3, vectors, 16), 1, 3, vectors, 16, 16, 16 * vectors + 16, 16, 16)
