@@ -616,7 +616,8 @@ class Plan:
     def _set_apart(self, names: list[str]) -> None:
         """Let the images of tensors in the same memory coincide: each goes its way at its own pace, and must not meet another."""
         layouts = [layout for n in names if isinstance(layout := self.places[n].layout, Planes)]
-        if self.images > 1 and len({layout.image for layout in layouts}) > 1:
+        # Of different layouts, the zeros in front of an image must not be pixels of the image before it either.
+        if self.images > 1 and len({(layout.image, layout.reuse_key) for layout in layouts}) > 1:
             apart = max(layout.before + layout.image for layout in layouts)
             for n, layout in zip(names, layouts, strict=True):
                 self.places[n].layout = replace(layout, apart=apart)

@@ -205,3 +205,27 @@ def test_gaps_are_zeroed_where_the_tensor_before_may_have_left_something() -> No
     assert not explorer.compile(twice, torch.randn(1, 8, 20, 20))._plan.unclean
     wider = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(3, 1, 1), *twice).eval()
     assert explorer.compile(wider, torch.randn(1, 3, 20, 20))._plan.unclean
+
+
+@needs_code
+@pytest.mark.parametrize("size", [(30, 33), (56, 28)])
+def test_different_images_of_tensors_in_one_memory_never_meet(size: tuple[int, int]) -> None:
+    """Each image may go its way at its own pace: what is written, or zeroed, for one must not be another's."""
+    plan = explorer.compile(Narrowing().eval(), torch.randn(3, 3, *size))._plan
+    tenants: dict[int, list[Planes]] = {}
+    for home in plan.places.values():
+        if isinstance(home.layout, Planes):
+            tenants.setdefault(home.start, []).append(home.layout)
+
+    def pixels(y: Planes, image: int) -> tuple[int, int]:
+        first = y.before + image * y.image
+        return first, first + y.channels * (y.vectors * y.lanes if y.tile else y.plane)
+
+    assert max(map(len, tenants.values())) >= 3
+    for layouts in tenants.values():
+        for a in layouts:
+            for b in layouts:
+                # Where both lie alike, the zeros behind one image are those in front of the next.
+                before = 0 if a.reuse_key == b.reuse_key else b.guard
+                for image in (0, 1):
+                    assert pixels(a, image)[1] <= pixels(b, image + 1)[0] - before
