@@ -69,7 +69,7 @@ def take_all_for_unclean(monkeypatch: pytest.MonkeyPatch) -> None:
     fills=st.booleans(),
     size=st.sampled_from([2, 4]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 def test_what_lies_around_pixels_is_zeroed_and_nothing_else(
     rows: int,
     columns: int,
@@ -141,7 +141,7 @@ class Narrowing(nn.Module):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 2e-2)])
-@pytest.mark.parametrize("size", [(30, 33), (17, 64), (56, 28)])
+@pytest.mark.parametrize("size", [(30, 33), (56, 28)])
 @pytest.mark.parametrize("sparse", ["dense", "sparse"])
 def test_layers_of_many_kinds_are_right_whatever_lay_in_their_memory(
     isa: str,
