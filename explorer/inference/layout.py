@@ -98,6 +98,11 @@ class Planes:
         return -(-self.rows * self.pitch // self.lanes)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether a channel lies in several tiles: of one, its vectors follow one another as those of a plane do."""
+        return 0 < self.tile < self.vectors
+
+    @property
     def row_vectors(self) -> int:
         """Vectors that cover a row with its gap."""
         return -(-self.pitch // self.lanes)

@@ -521,9 +521,8 @@ class _StepBuilder:
             masked = vectors * y.lanes != y.columns and not y.tile
             inside = np.arange(vectors * y.lanes) < y.columns
             mask = self._mask_of(inside)
-        tiled = 0 < y.tile < y.vectors
         kernel = depthwise.DepthwiseKernel(
-            taps, sx, masked, a.get("activation"), _is_capped(operation), tiled
+            taps, sx, masked, a.get("activation"), _is_capped(operation), y.is_cut
         )
         common = self._by_channel(place, out) | self._bounds(operation)
         arguments = _fill(
@@ -535,8 +534,8 @@ class _StepBuilder:
             vectors=vectors,
             x_pitch=x.pitch_bytes,
             x_row=sy * x.pitch_bytes,
-            out_row=4 * vectors if tiled else y.pitch_bytes,
-            places=self._places(y) if tiled else 0,
+            out_row=4 * vectors if y.is_cut else y.pitch_bytes,
+            places=self._places(y) if y.is_cut else 0,
             **common,
         )
         by_rows = (sy, sx) != (1, 1)
@@ -848,10 +847,9 @@ class _StepBuilder:
         common = self._by_channel(place, out) | {"n_phases": len(phases)}
         if place.cell is not None:
             common["x"] = address(place.cell)
-        tiled = 0 < y.tile < y.vectors
-        common["places"] = self._places(y) if tiled else 0
+        common["places"] = self._places(y) if y.is_cut else 0
         if stride[1] > split.LARGEST_SHUFFLED:
-            kernel = split.SplitKernel(0, (), place.cell is not None, tiled=tiled)
+            kernel = split.SplitKernel(0, (), place.cell is not None, tiled=y.is_cut)
             table = self._taps(x, y, phases, stride)
             arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
             mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
@@ -861,7 +859,7 @@ class _StepBuilder:
 
         else:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, tiled)
+            kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut)
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(x.vectors, self.plan.isa))
             source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
@@ -872,7 +870,7 @@ class _StepBuilder:
                 table=self.memory.put(offsets),
                 rows=y.rows,
                 row_phases=len(rows),
-                pitch=4 * y.row_vectors if tiled else y.pitch_bytes,
+                pitch=4 * y.row_vectors if y.is_cut else y.pitch_bytes,
                 chunks=chunks,
                 mask=self._mask_of(inside),
                 last_tile=x.vectors // x.tile if x.tile else 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from explorer.inference.kernels.builder import Function, Value
+from explorer.inference.kernels.builder import I32, I64, Function, Value
 
 
 def channels_of(f: Function, field: Callable[[str], Value], job: Value) -> tuple[Value, Value, Value]:
@@ -16,3 +16,8 @@ def channels_of(f: Function, field: Callable[[str], Value], job: Value) -> tuple
     image, piece = b.sdiv(job, jobs), b.srem(job, jobs)
     first = b.mul(piece, size)
     return image, first, f.minimum(b.add(first, size), field("channels"))
+
+
+def place_of(f: Function, places: Value, vector: Value) -> Value:
+    """Where a vector of a channel goes whose result lies in tiles: bytes from the channel's first, by a table (int32)."""
+    return f.b.sext(f.load(places, I32, f.b.mul(vector, I64(4))), I64)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import I32, I64, PTR, VOID, Function, Record, Value
-from explorer.inference.kernels.channels import channels_of
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of, place_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -191,8 +191,7 @@ class _Generator:
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))
         if k.tiled:
-            place = f.load(to, I32, f.b.mul(i, I64(4)))
-            f.write(total, f.at(self.channel, f.b.sext(place, I64)))
+            f.write(total, f.at(self.channel, place_of(f, to, i)))
         else:
             f.write(total, f.at(to, at))
 

@@ -18,8 +18,8 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.kernels.builder import I32, I64, PTR, VOID, Function, Record, Value
-from explorer.inference.kernels.channels import channels_of
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.channels import channels_of, place_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -114,10 +114,6 @@ class SplitKernel:
 
         f.loop(field("last_tile"), one_tile, start=field("first_tile"))
 
-    @staticmethod
-    def _place(f: Function, places: Value, vector: Value) -> Value:
-        return f.b.sext(f.load(places, I32, f.b.mul(vector, I64(4))), I64)
-
     def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
         b, width, vectors, places = f.b, f.width, field("vectors"), field("places", PTR)
 
@@ -128,7 +124,7 @@ class SplitKernel:
                 where = f.load(indices, f.int_vector)
                 zero = ir.Constant(f.int_vector, [0] * f.lanes)
                 value = f.gather(plane, where, b.icmp_signed(">=", where, zero))
-                at = self._place(f, places, i) if self.tiled else b.mul(i, I64(width))
+                at = place_of(f, places, i) if self.tiled else b.mul(i, I64(width))
                 f.write(value, f.at(to, at), 0, width)
                 return [f.at(indices, 4 * f.lanes)]
 
@@ -156,7 +152,7 @@ class SplitKernel:
                     at = b.mul(c, I64(width))
                     pixels = f.at(source, b.mul(at, I64(self.stride)))
                     loaded = [f.read(pixels, width * i) for i in range(self.stride)]
-                    to = f.at(group, self._place(f, row, c)) if self.tiled else f.at(row, at)
+                    to = f.at(group, place_of(f, row, c)) if self.tiled else f.at(row, at)
                     for k, column in enumerate(self.columns):
                         wanted = [column + self.stride * lane for lane in range(f.lanes)]
                         [value] = f.pick(loaded, wanted, 1)
