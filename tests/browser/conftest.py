@@ -20,6 +20,7 @@ from playwright.sync_api import (
     Page,
     Playwright,
     Request,
+    Response,
     WebSocket,
     sync_playwright,
 )
@@ -57,14 +58,16 @@ page
 
 
 class Watch:
-    """What a page did that it should not, and how much came to it."""
+    """What a page did that it should not, and how much came to it: by its websocket, and as files."""
 
     def __init__(self, page: Page) -> None:
         self.problems: list[str] = []
         self.received = 0
+        self.files: dict[str, int] = {}
         page.on("pageerror", self._on_error)
         page.on("console", self._on_console)
         page.on("request", self._on_request)
+        page.on("response", self._on_response)
         page.on("websocket", self._on_websocket)
 
     def _on_error(self, error: Error) -> None:
@@ -79,6 +82,9 @@ class Watch:
         own = url.hostname in (None, "127.0.0.1") or url.scheme in ("data", "blob")
         if not own:
             self.problems.append(f"foreign request: {request.url}")
+
+    def _on_response(self, response: Response) -> None:
+        self.files[response.url] = int(response.headers.get("content-length", 0))
 
     def _on_websocket(self, socket: WebSocket) -> None:
         def count(frame: str | bytes) -> None:

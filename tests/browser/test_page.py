@@ -34,8 +34,12 @@ def test_the_page_stands_before_anything_is_measured_and_says_what_to_do(fake_pa
     expect(fake_page).to_have_title("Sparsity Explorer")
 
 
-def test_a_page_weighs_less_than_half_a_megabyte(fake_page: Page) -> None:
-    assert 10_000 < fake_page.watch.received < 400_000  # type: ignore[attr-defined]
+def test_a_page_weighs_little(fake_page: Page) -> None:
+    watch = fake_page.watch  # type: ignore[attr-defined]
+    assert 10_000 < watch.received < 400_000
+    # Voila brings scripts of 5 MB. Those of other packages in the environment have no business here: plotly's, which the page does not use, are another 5.
+    assert not [url for url in watch.files if "plotly" in url]
+    assert 2_000_000 < sum(watch.files.values()) < 7_000_000
 
 
 def test_the_whole_job_can_be_done_by_keyboard(fake_page: Page) -> None:
@@ -142,18 +146,18 @@ def test_a_drag_is_answered_within_a_quarter_of_a_second(fake_page: Page) -> Non
     assert sorted(times)[4] < 0.5
 
 
-@pytest.mark.parametrize("typed", ["fast", "0.2", "1000"])
-def test_a_wrong_target_is_explained_in_an_alert_that_can_be_dismissed(fake_page: Page, typed: str) -> None:
+def test_wrong_targets_are_explained_in_alerts_that_can_be_dismissed(fake_page: Page) -> None:
     page = measured(fake_page)
     bars = [value(page, name) for name in ("block1.conv1", "fc")]
-    page.get_by_label("Target speed-up, typed").fill(typed)
-    page.get_by_role("button", name="Solve").click()
-    alert = page.get_by_role("alert")
-    expect(alert).to_contain_text(re.compile("between 1.0 and 9.5|highest is 9.46"))
-    assert "Traceback" not in page.content()
-    page.get_by_role("button", name="Dismiss").click()
-    expect(alert).to_be_hidden()
-    assert bars == [value(page, name) for name in ("block1.conv1", "fc")]
+    for typed in ("fast", "0.2", "1000"):
+        page.get_by_label("Target speed-up, typed").fill(typed)
+        page.get_by_role("button", name="Solve").click()
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text(re.compile("between 1.0 and 9.5|highest is 9.46"))
+        assert "Traceback" not in page.content()
+        page.get_by_role("button", name="Dismiss").click()
+        expect(alert).to_be_hidden()
+        assert bars == [value(page, name) for name in ("block1.conv1", "fc")]
 
 
 def test_wrong_settings_and_wrong_sparsities_are_explained(fake_page: Page) -> None:
