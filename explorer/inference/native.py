@@ -11,6 +11,7 @@ everything.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import sys
@@ -127,7 +128,8 @@ def host_isa(override: str | None = None) -> Isa:
         flags = ",".join(("+" if on else "-") + k for k, on in sorted(narrow.items()))
         possible["avx2"] = Isa("avx2", 8, 16, "haswell", flags)
     if llvm.get_process_triple().startswith(("aarch64", "arm64")):
-        possible["neon"] = Isa("neon", 4, 32, cpu, flat)
+        half = "" if "fullfp16" in features or not _has_arm_half() else ",+fullfp16"
+        possible["neon"] = Isa("neon", 4, 32, cpu, flat + half)
     # Four lanes without FMA lose against torch: "generic" is for tests, and nobody's first choice.
     wanted = override or next(iter(possible), "torch")
     possible["generic"] = Isa("generic", 4, 16, cpu, flat) if possible else Isa("generic", 4, 16, "", "")
@@ -137,6 +139,18 @@ def host_isa(override: str | None = None) -> Isa:
             f"This CPU ({cpu}) cannot run {wanted!r} code. It can run: {', '.join(possible)}. Unset {ISA_VARIABLE} to use the widest."
         )
     return possible[wanted]
+
+
+_AT_HWCAP, _HWCAP_ASIMDHP = 16, 1 << 10
+
+
+def _has_arm_half() -> bool:
+    """Whether Linux says that this ARM computes in float16; LLVM does not look for it there, as it does on macOS."""
+    getauxval = getattr(ctypes.CDLL(None), "getauxval", None) if sys.platform == "linux" else None
+    if getauxval is None:
+        return False
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return bool(getauxval(_AT_HWCAP) & _HWCAP_ASIMDHP)
 
 
 _HALF_FEATURES = {"avx512": "avx512fp16", "neon": "fullfp16"}

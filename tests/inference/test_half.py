@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,40 @@ def test_only_cpus_with_the_instructions_are_taken_for_such() -> None:
     assert arm is not None
     assert arm.lanes == 8
     assert native.half_isa(native.Isa("avx2", 8, 16, "haswell", "+avx2,+f16c")) is None
+
+
+@pytest.mark.parametrize(
+    ("system", "capabilities", "has_it"),
+    [
+        ("linux", 0x119FFF, True),  # what a Neoverse N1 has
+        ("linux", 0x8FF, False),  # a Cortex-A72
+        ("darwin", 0x119FFF, False),  # there LLVM itself looks
+    ],
+)
+def test_linux_is_asked_whether_an_arm_computes_in_half_precision(
+    system: str, capabilities: int, has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getauxval(kind: int) -> int:
+        return {16: capabilities}[kind]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.platform", system)
+        patch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(getauxval=getauxval))
+        patch.setattr("llvmlite.binding.get_process_triple", lambda: "aarch64-unknown-linux-gnu")
+        patch.setattr("llvmlite.binding.get_host_cpu_features", Features)
+        isa = native.host_isa.__wrapped__()
+    assert isa.name == "neon"
+    assert (native.half_isa(isa) is not None) == has_it
+
+
+class Features(dict[str, bool]):
+    """What LLVM says of such a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(neon=True)
+
+    def flatten(self) -> str:
+        return "+neon"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "half", 16, None])
