@@ -127,6 +127,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=_seconds, metavar="S", help="about how long each combination is timed (default 5)"
     )
     engines.add_argument(
+        "--patience",
+        type=_seconds,
+        metavar="S",
+        help="on a machine that is shared: how long each combination may wait for quiet moments, and measure again (default 0)",
+    )
+    engines.add_argument(
         "--timeout",
         type=_seconds,
         metavar="S",
@@ -228,7 +234,8 @@ def _engines(options: argparse.Namespace) -> int:
             if held is not None and not _again(held, options.redo, busy=results.noise(held) > BUSY):
                 print(f"{combination}: measured on {held.date}, kept", flush=True)
                 continue
-            record = _measured(combination, options, foreign, run_began)
+            fastest_ms = results.fastest_probe_ms(combination.threads)
+            record = _measured(combination, options, foreign, run_began, fastest_ms)
             results = results.with_record(record)
             _write(results, kept, markdown)
             print(text(record, results.noise(record)), flush=True)
@@ -250,7 +257,11 @@ def _again(record: Record, redo: Sequence[str], *, busy: bool) -> bool:
 
 
 def _measured(
-    combination: Combination, options: argparse.Namespace, foreign: Sequence[tuple[str, str]], run_began: str
+    combination: Combination,
+    options: argparse.Namespace,
+    foreign: Sequence[tuple[str, str]],
+    run_began: str,
+    fastest_ms: float,
 ) -> Record:
     from explorer.bench.engines import time_engines
     from explorer.bench.networks import example_batch, load_network
@@ -267,6 +278,8 @@ def _measured(
         layers=network.pruned(model.layers),
         torch_compile=not options.no_torch_compile,
         timeout_s=options.timeout or 600.0,
+        patience_s=options.patience or 0.0,
+        fastest_ms=fastest_ms,
     )
     return Record(
         combination=combination,
@@ -322,7 +335,17 @@ def _files(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
 _TRAINED_ONLY = ("speedup", "contestants", "trained", "seeds", "epochs", "record")
 # What any score reads.
 _ALL_KINDS = ("kl", "loss", "accuracy", "removed_energy", "fisher")
-_ENGINES_ONLY = ("engine", "no_torch_compile", "seconds", "timeout", "markdown", "json", "resume", "redo")
+_ENGINES_ONLY = (
+    "engine",
+    "no_torch_compile",
+    "seconds",
+    "patience",
+    "timeout",
+    "markdown",
+    "json",
+    "resume",
+    "redo",
+)
 
 
 def _refuse(options: argparse.Namespace, useless: Sequence[str]) -> None:
@@ -492,6 +515,7 @@ def _command(options: argparse.Namespace) -> str:
     words += [str(sparsity) for sparsity in options.sparsity or _SPARSITIES]
     words += ["--threads", *map(str, options.threads), "--batch-size", *map(str, options.batch_size)]
     words += ["--seconds", f"{options.seconds or 5.0:g}", "--timeout", f"{options.timeout or 600.0:g}"]
+    words += ["--patience", f"{options.patience:g}"] if options.patience else []
     words += ["--no-torch-compile"] if options.no_torch_compile else []
     for flag in ("markdown", "json"):
         path: Path | None = getattr(options, flag)

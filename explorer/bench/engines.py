@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.bench.foreign import FOREIGN, HALF_TOLERANCE, TIMEOUT_S, TOLERANCE, ForeignEngine, export
+from explorer.bench.patience import Patience
 from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compile as compile_module
@@ -177,6 +178,8 @@ def time_engines(
     layers: Sequence[PrunableLayer] | None = None,
     torch_compile: bool = True,
     timeout_s: float = TIMEOUT_S,
+    patience_s: float = 0.0,
+    fastest_ms: float = float("inf"),
 ) -> Comparison:
     """Time the network in every engine at one sparsity.
 
@@ -200,6 +203,10 @@ def time_engines(
         Whether torch.compile takes part.
     timeout_s : float
         How long a foreign engine may be silent.
+    patience_s : float
+        How long may be lost with waiting for a quiet machine, see `explorer.bench.patience`.
+    fastest_ms : float
+        What the probe took at its fastest elsewhere on this machine, with as many threads.
 
     Returns
     -------
@@ -213,6 +220,7 @@ def time_engines(
     versions = {name: version(name) for name in ("sparsity-explorer", "torch", "llvmlite")}
     before_ms = probe_ms(threads)
     timed: dict[str, Benchmark] = {}
+    kept = None
     with contextlib.ExitStack() as processes:
         contestants: dict[str, Callable[[], Any]] = {}
         try:
@@ -234,8 +242,11 @@ def time_engines(
             others = _add_pairs(contestants, model, sparsity, layers, example_input, threads)
             _keep_right(contestants, absences, module, example_input, named, others)
         if contestants:
-            timed = _timed(contestants, absences, threads, example_input.shape[0], seconds)
-    after_ms = probe_ms(threads)
+            fastest_ms = min(fastest_ms, *before_ms)
+            timed, kept = _timed(
+                contestants, absences, threads, example_input.shape[0], seconds, patience_s, fastest_ms
+            )
+    probe = Probe(before_ms, probe_ms(threads)) if kept is None else kept
     dense = timed.keys() - NOT_DENSE - {name for name in named if not FOREIGN[name].is_dense_float32}
     best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
     return Comparison(
@@ -245,7 +256,7 @@ def time_engines(
         ),
         tuple(absences),
         versions,
-        Probe(before_ms, after_ms),
+        probe,
         usable_cpus(),
     )
 
@@ -395,11 +406,14 @@ def _timed(
     threads: int,
     batch_size: int,
     seconds: float,
-) -> dict[str, Benchmark]:
-    """Time the contestants in turn; when a process ends or falls silent, begin again with the others."""
+    patience_s: float,
+    fastest_ms: float,
+) -> tuple[dict[str, Benchmark], Probe | None]:
+    """Time the contestants in turn; when a process ends or falls silent, begin again with the others. With patience also what the probe took around each turn."""
     while True:
+        patience = Patience(patience_s, fastest_ms) if patience_s > 0 else None
         try:
-            return compare_latency(
+            timed = compare_latency(
                 contestants,
                 threads=threads,
                 batch_size=batch_size,
@@ -407,6 +421,7 @@ def _timed(
                 repeats=100,
                 slice_s=_SLICE_S,
                 warm_s=_SLICE_S,
+                take=patience.take if patience else None,
             )
         except EngineError:
             broken = {
@@ -419,6 +434,8 @@ def _timed(
             for name, failure in broken.items():
                 absences.append(Absence(name, failure, failed=True))
                 del contestants[name]
+        else:
+            return timed, patience.kept if patience else None
 
 
 def _reason(error: BaseException) -> str:

@@ -110,9 +110,14 @@ class Results:
 
         A machine that is busy throughout one combination shows no difference within it, but beside a quieter one.
         """
-        alike = [one for one in self.records if one.combination.threads == record.combination.threads]
-        fastest = min(one.comparison.probe.fastest_ms for one in (*alike, record))
-        return record.comparison.probe.slowest_ms / fastest - 1.0
+        mine = record.comparison.probe
+        fastest = min(self.fastest_probe_ms(record.combination.threads), mine.fastest_ms)
+        return mine.slowest_ms / fastest - 1.0
+
+    def fastest_probe_ms(self, threads: int) -> float:
+        """What the probe took at its fastest with so many threads; infinite where there is no record."""
+        alike = (one for one in self.records if one.combination.threads == threads)
+        return min((one.comparison.probe.fastest_ms for one in alike), default=float("inf"))
 
     def with_record(self, record: Record) -> Results:
         """Return these results with one more record, in place of an earlier one of the same combination."""

@@ -212,6 +212,11 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
         f"matrices was timed: where a turn of it took more than {BUSY:.0%} longer than the fastest of all, something else was running, and the "
         "combination says so."
     )
+    if any("--patience" in command for command in commands):
+        blocks.append(
+            "With `--patience S` the product was timed before and after each turn of an engine: where it took so much longer, the turn was put off, or measured "
+            "again, until S seconds of the combination were lost in that way."
+        )
     blocks.append(_table(["machine", ""], _machine_rows(results), left=2))
     blocks.append(_table(["engine", "version", "measured on"], _version_rows(records), left=3))
     rules = {one.combination.network: one.rule for one in records}

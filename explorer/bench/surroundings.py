@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from explorer.formats.machine import machine as machine_and_versions
 from explorer.inference.native import host_isa
 from explorer.inference.timing import torch_threads
 
-__all__ = ["BUSY", "Probe", "machine", "probe_ms", "summary", "version"]
+__all__ = ["BUSY", "Probe", "machine", "probe_ms", "product", "summary", "version"]
 
 BUSY = 0.10
 """Turns of the probe that differ by more than this fraction say that something else was running."""
@@ -49,7 +50,7 @@ _ARM_FEATURES = ("neon", "dotprod", "i8mm", "bf16", "fullfp16", "sve", "sve2")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a fixed matrix product took before and after the contestants of one combination.
+    """What a fixed matrix product took before and after the contestants of one combination, or, with patience, before and after each of their turns.
 
     Attributes
     ----------
@@ -71,6 +72,21 @@ class Probe:
         return max(self.before_ms + self.after_ms)
 
 
+def product() -> Callable[[int], float]:
+    """A fixed product of two matrices: called with a number, it computes it so often, and returns the milliseconds of one."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def slice_ms(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.mm(a, b, out=out)
+        return (time.perf_counter() - start) / calls * 1e3
+
+    return slice_ms
+
+
 def probe_ms(threads: int) -> tuple[float, ...]:
     """Time one fixed product of two matrices in a few short turns.
 
@@ -84,16 +100,7 @@ def probe_ms(threads: int) -> tuple[float, ...]:
     tuple of float
         The median of each turn, in milliseconds for one product.
     """
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def slice_ms(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            torch.mm(a, b, out=out)
-        return (time.perf_counter() - start) / calls * 1e3
-
+    slice_ms = product()
     with torch_threads(threads), torch.inference_mode():
         for _ in range(_PROBE_TURNS):  # a CPU that slept needs a moment for its clock
             slice_ms(20)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ def compare_latency(
     seconds: float = 2.0,
     slice_s: float = _SLICE_S,
     warm_s: float = 0.0,
+    take: Callable[[Callable[[], float]], float] | None = None,
 ) -> dict[str, Benchmark]:
     """Time several callables in one run, slice by slice in turn.
 
@@ -175,6 +177,8 @@ def compare_latency(
     warm_s : float
         How long each contestant runs before its turn is timed; at least one call. Until then its caches are cold, and its helpers may sleep. When this is
         above 0, the next turn waits until the helpers of the last one have given up looking out for work, which can take them 40 ms.
+    take : callable, optional
+        Is given what measures one turn, and returns its value: for whoever knows when to measure, or to measure again. What it takes beside is not part of `seconds`.
 
     Returns
     -------
@@ -194,9 +198,8 @@ def compare_latency(
         for _ in range(turns):
             for name, call in contestants.items():
                 n = calls[name][0]
-                times[name].append(_seconds(call, n, warm_s) / n * 1e3)
-                if warm_s > 0:
-                    wait_until_idle()
+                measure = partial(_one_turn, call, n, warm_s)
+                times[name].append((measure() if take is None else take(measure)) / n * 1e3)
     return {
         name: summarise(
             t,
@@ -207,6 +210,13 @@ def compare_latency(
         )
         for name, t in times.items()
     }
+
+
+def _one_turn(call: Callable[[], object], calls: int, warm_s: float) -> float:
+    seconds = _seconds(call, calls, warm_s)
+    if warm_s > 0:
+        wait_until_idle()
+    return seconds
 
 
 def wait_until_idle(limit_s: float = 0.5) -> None:

@@ -19,7 +19,7 @@ from explorer.bench import command, engines, foreign, networks, prediction, surr
 from explorer.bench.engines import SPARSE, Absence, Comparison
 from explorer.bench.records import Combination, Results
 from explorer.models import LoadedModel
-from tests.bench.synthetic import BUSY, comparison
+from tests.bench.synthetic import BUSY, QUIET, comparison
 
 MEDIANS = {"torch eager": 4.0, "onnxruntime": 3.0, SPARSE: 1.0}
 PYTHON = sys.executable
@@ -108,7 +108,7 @@ def test_asking_for_help_loads_neither_torch_nor_numpy() -> None:
 
 
 def test_all_combinations_are_run_once_with_the_settings_that_were_given(measure: Measure) -> None:
-    line = "engines --model demo:fashion-resnet --sparsity 0.5 0.9 --threads 1 2 --batch-size 1 8 --seconds 2 --timeout 9"
+    line = "engines --model demo:fashion-resnet --sparsity 0.5 0.9 --threads 1 2 --batch-size 1 8 --seconds 2 --patience 30 --timeout 9"
     assert module.main([*line.split(), "--no-torch-compile", "--engine", f"onnxruntime={PYTHON}"]) == 0
     expected = [("fashion-resnet", s, t, b) for b in (1, 8) for t in (1, 2) for s in (0.5, 0.9)]
     assert measure.asked == expected
@@ -122,6 +122,8 @@ def test_all_combinations_are_run_once_with_the_settings_that_were_given(measure
         "foreign": [("onnxruntime", PYTHON)],
         "torch_compile": False,
         "timeout_s": 9.0,
+        "patience_s": 30.0,
+        "fastest_ms": QUIET.fastest_ms,  # of the combinations before this one
     }
 
 

@@ -93,6 +93,14 @@ def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     assert not any(one.failed for one in compared.absences)
 
 
+def test_with_patience_the_probe_is_timed_around_every_turn(small: LoadedModel) -> None:
+    compared = engines.time_engines(
+        small, small.example_input, sparsity=0.5, seconds=0.1, torch_compile=False, patience_s=0.5
+    )
+    turns = sum(one.benchmark.repeats for one in compared.timings)
+    assert len(compared.probe.before_ms) == len(compared.probe.after_ms) == turns > 20
+
+
 @pytest.mark.parametrize("can", [True, False])
 def test_float16_takes_part_where_the_cpu_computes_with_it(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch, can: bool

@@ -53,6 +53,11 @@ def test_cells_run_in_two_other_processes(cluster: RayExecutor) -> None:
     assert cluster.submit(torch.get_num_threads).result() == 1
 
 
+def test_what_a_cell_refuses_comes_back_as_it_was_raised(cluster: RayExecutor) -> None:
+    with pytest.raises(ModelError, match="'dead' have no influence"):
+        scan(with_a_dead_layer(), executor=cluster)  # of a class that no other process can import
+
+
 def test_a_lost_workers_cells_are_run_again(cluster: RayExecutor, tmp_path: Path) -> None:
     marker = tmp_path / "lost"
     found = scan(small(Fragile, str(marker)), executor=cluster)
@@ -69,11 +74,6 @@ def test_where_every_worker_is_lost_the_rest_is_measured_here() -> None:
     ):
         found = scan(small(Fragile), executor=hopeless)
     assert found.keys() == scan(small()).keys()
-
-
-def test_what_a_cell_refuses_comes_back_as_it_was_raised(cluster: RayExecutor) -> None:
-    with pytest.raises(ModelError, match="'dead' have no influence"):
-        scan(with_a_dead_layer(), executor=cluster)  # of a class that no other process can import
 
 
 def test_without_ray_there_is_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
