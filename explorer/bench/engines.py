@@ -411,7 +411,7 @@ def _timed(
 ) -> tuple[dict[str, Benchmark], Probe | None]:
     """Time the contestants in turn; when a process ends or falls silent, begin again with the others. With patience also what the probe took around each turn."""
     while True:
-        patience = Patience(patience_s, fastest_ms) if patience_s > 0 else None
+        patience = Patience(patience_s, threads, fastest_ms) if patience_s > 0 else None
         try:
             timed = compare_latency(
                 contestants,

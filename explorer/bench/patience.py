@@ -24,8 +24,10 @@ class Patience:
     ----------
     seconds : float
         How long may be lost with waiting, and with measurements that are made again.
+    threads : int
+        That compute the product at the same time, each for itself.
     fastest_ms : float
-        What the product took at its fastest elsewhere on this machine, with as many threads.
+        What it took at its fastest elsewhere on this machine, with as many threads.
     probe : callable, optional
         The milliseconds of the product now.
     clock, sleep : callable
@@ -35,13 +37,14 @@ class Patience:
     def __init__(
         self,
         seconds: float,
+        threads: int = 1,
         fastest_ms: float = float("inf"),
         probe: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._left_s, self._fastest_ms = seconds, fastest_ms
-        self._probe, self._clock, self._sleep = probe or _short_probe(), clock, sleep
+        self._probe, self._clock, self._sleep = probe or _short_probe(threads), clock, sleep
         self._before: list[float] = []
         self._after: list[float] = []
 
@@ -82,8 +85,7 @@ class Patience:
         return probe_ms <= self._fastest_ms * (1 + BUSY)
 
 
-def _short_probe() -> Callable[[], float]:
-    slice_ms = product()
-    slice_ms(20)
+def _short_probe(threads: int) -> Callable[[], float]:
+    slice_ms = product(threads)
     calls = max(1, round(_SLICE_S * 1e3 / slice_ms(20)))
     return lambda: statistics.median(slice_ms(calls) for _ in range(_SLICES))

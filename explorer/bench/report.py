@@ -209,7 +209,7 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
     blocks.append(
         "Each engine warms up for 20 ms (at least one inference), is timed for 20 ms more, and then, once its threads have stopped spinning, the next one does the same, many turns long; a time is "
         "the median over turns, ± half the distance between its quartiles. Every output was compared with torch's before. Before and after each combination a fixed product of two "
-        f"matrices was timed: where a turn of it took more than {BUSY:.0%} longer than the fastest of all, something else was running, and the "
+        f"matrices was timed, on as many threads, by each for itself: where a turn of it took more than {BUSY:.0%} longer than the fastest of all, something else was running, and the "
         "combination says so."
     )
     if any("--patience" in command for command in commands):

@@ -9,8 +9,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ import torch
 import explorer
 from explorer.formats.machine import machine as machine_and_versions
 from explorer.inference.native import host_isa
-from explorer.inference.timing import torch_threads
 
 __all__ = ["BUSY", "Probe", "machine", "probe_ms", "product", "summary", "version"]
 
@@ -72,18 +73,39 @@ class Probe:
         return max(self.before_ms + self.after_ms)
 
 
-def product() -> Callable[[int], float]:
-    """A fixed product of two matrices: called with a number, it computes it so often, and returns the milliseconds of one."""
+def product(threads: int) -> Callable[[int], float]:
+    """A fixed product of two matrices, computed on so many threads at once, by each for itself; threads that share one would have to be woken up for it.
+
+    Parameters
+    ----------
+    threads : int
+
+    Returns
+    -------
+    callable
+        Given a number, each thread computes the product so often; returns the milliseconds of one, on the slowest.
+    """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator) for _ in range(2))
-    out = torch.empty_like(a)
+    meeting = Barrier(threads)
+    torch_threads_here = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "probe", torch.set_num_threads, (1,))
+
+    def alone(calls: int) -> float:
+        out = torch.empty_like(a)
+        with torch.inference_mode():
+            torch.mm(a, b, out=out)
+            meeting.wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                torch.mm(a, b, out=out)
+            return (time.perf_counter() - start) / calls * 1e3
 
     def slice_ms(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            torch.mm(a, b, out=out)
-        return (time.perf_counter() - start) / calls * 1e3
+        return max(pool.map(alone, [calls] * threads))
 
+    slice_ms(20)
+    torch.set_num_threads(torch_threads_here)  # what threads that are still to come are told
     return slice_ms
 
 
@@ -93,21 +115,20 @@ def probe_ms(threads: int) -> tuple[float, ...]:
     Parameters
     ----------
     threads : int
-        torch's threads while it runs.
+        Threads that compute it at the same time.
 
     Returns
     -------
     tuple of float
         The median of each turn, in milliseconds for one product.
     """
-    slice_ms = product()
-    with torch_threads(threads), torch.inference_mode():
-        for _ in range(_PROBE_TURNS):  # a CPU that slept needs a moment for its clock
-            slice_ms(20)
-        calls = max(1, round(_PROBE_SLICE_S * 1e3 / slice_ms(20)))
-        return tuple(
-            statistics.median(slice_ms(calls) for _ in range(_PROBE_SLICES)) for _ in range(_PROBE_TURNS)
-        )
+    slice_ms = product(threads)
+    for _ in range(_PROBE_TURNS):  # a CPU that slept needs a moment for its clock
+        slice_ms(20)
+    calls = max(1, round(_PROBE_SLICE_S * 1e3 / slice_ms(20)))
+    return tuple(
+        statistics.median(slice_ms(calls) for _ in range(_PROBE_SLICES)) for _ in range(_PROBE_TURNS)
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Machine:
         return began
 
     def patience(self, seconds: float) -> Patience:
-        return Patience(seconds, 1.0, self.probe, self.clock, self.sleep)
+        return Patience(seconds, 1, 1.0, self.probe, self.clock, self.sleep)
 
 
 def test_on_a_quiet_machine_nothing_is_measured_twice() -> None:
@@ -63,12 +63,13 @@ def test_when_patience_is_over_each_time_counts_as_it_comes() -> None:
 
 def test_a_probe_that_has_been_faster_elsewhere_is_the_measure() -> None:
     machine = Machine([])
-    patience = Patience(1, 0.8, machine.probe, machine.clock, machine.sleep)
+    patience = Patience(1, 1, 0.8, machine.probe, machine.clock, machine.sleep)
     assert patience.take(machine.measure) > 1, "1.0 is a quarter more than 0.8: busy all the time"
     assert patience.kept.slowest_ms == 1.0
 
 
-def test_without_other_means_a_real_product_is_timed() -> None:
-    patience = Patience(0.5)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_other_means_a_real_product_is_timed(threads: int) -> None:
+    patience = Patience(0.5, threads)
     assert patience.take(lambda: 3.0) == 3.0
     assert 0 < patience.kept.fastest_ms < 1000

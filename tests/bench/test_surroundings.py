@@ -18,9 +18,10 @@ def test_a_probe_knows_its_slowest_and_its_fastest_turn() -> None:
     assert (probe.fastest_ms, probe.slowest_ms) == (1.5, 3.0)
 
 
-def test_the_probe_gives_turns_and_leaves_torch_s_threads_alone() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_probe_gives_turns_and_leaves_torch_s_threads_alone(threads: int) -> None:
     before = torch.get_num_threads()
-    turns = probe_ms(1)
+    turns = probe_ms(threads)
     assert len(turns) > 2
     assert all(0.0 < turn < 1000.0 for turn in turns)
     assert torch.get_num_threads() == before
