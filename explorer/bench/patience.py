@@ -10,7 +10,7 @@ from explorer.bench.surroundings import BUSY, Probe, product
 
 __all__ = ["Patience"]
 
-_SLICES = 3
+_SLICES, _WARM_SLICES = 3, 10
 _SLICE_S = 0.002
 _PAUSE_S = 0.05
 
@@ -88,4 +88,11 @@ class Patience:
 def _short_probe(threads: int) -> Callable[[], float]:
     slice_ms = product(threads)
     calls = max(1, round(_SLICE_S * 1e3 / slice_ms(20)))
-    return lambda: statistics.median(slice_ms(calls) for _ in range(_SLICES))
+
+    def now() -> float:
+        slice_ms(
+            calls * _WARM_SLICES
+        )  # a core that slept is slow at first: engines, too, are timed after 20 ms
+        return statistics.median(slice_ms(calls) for _ in range(_SLICES))
+
+    return now

@@ -16,6 +16,13 @@ from explorer.bench.surroundings import Probe, machine, probe_ms, summary, versi
 def test_a_probe_knows_its_slowest_and_its_fastest_turn() -> None:
     probe = Probe((2.0, 1.5), (3.0, 2.5))
     assert (probe.fastest_ms, probe.slowest_ms) == (1.5, 3.0)
+    ten = Probe((1.0,) * 5, (1.0,) * 4 + (2.0,))
+    assert ten.slowest_ms == 2.0
+    disturbed_once, often = (
+        Probe((1.0,) * 50, (1.0,) * 49 + (2.0,)),
+        Probe((1.0,) * 50, (1.0,) * 39 + (2.0,) * 11),
+    )
+    assert (disturbed_once.slowest_ms, often.slowest_ms) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
