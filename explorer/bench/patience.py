@@ -90,9 +90,8 @@ def _short_probe(threads: int) -> Callable[[], float]:
     calls = max(1, round(_SLICE_S * 1e3 / slice_ms(20)))
 
     def now() -> float:
-        slice_ms(
-            calls * _WARM_SLICES
-        )  # a core that slept is slow at first: engines, too, are timed after 20 ms
+        # A core that slept is slow at first; engines, too, are timed after 20 ms.
+        slice_ms(calls * _WARM_SLICES)
         return statistics.median(slice_ms(calls) for _ in range(_SLICES))
 
     return now

@@ -215,7 +215,7 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
     if any("--patience" in command for command in commands):
         blocks.append(
             "With `--patience S` the product was timed before and after each turn of an engine: where it took so much longer, the turn was put off, or measured "
-            "again, until S seconds of the combination were lost in that way."
+            "again, until S seconds of the combination were lost in that way; a combination is called busy when more than a tenth of its probes were slow."
         )
     blocks.append(_table(["machine", ""], _machine_rows(results), left=2))
     blocks.append(_table(["engine", "version", "measured on"], _version_rows(records), left=3))
