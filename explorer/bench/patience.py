@@ -10,8 +10,8 @@ from explorer.bench.surroundings import BUSY, Probe, product
 
 __all__ = ["Patience"]
 
-_SLICES, _WARM_SLICES = 3, 10
-_SLICE_S = 0.002
+_SLICES = 3
+_SLICE_S, _WARM_S = 0.002, 0.020
 _PAUSE_S = 0.05
 
 
@@ -87,11 +87,10 @@ class Patience:
 
 def _short_probe(threads: int) -> Callable[[], float]:
     slice_ms = product(threads)
-    calls = max(1, round(_SLICE_S * 1e3 / slice_ms(20)))
 
     def now() -> float:
         # A core that slept is slow at first; engines, too, are timed after 20 ms.
-        slice_ms(calls * _WARM_SLICES)
-        return statistics.median(slice_ms(calls) for _ in range(_SLICES))
+        slice_ms(_WARM_S)
+        return statistics.median(slice_ms(_SLICE_S) for _ in range(_SLICES))
 
     return now

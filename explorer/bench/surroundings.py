@@ -74,7 +74,7 @@ class Probe:
         return turns[len(turns) * 9 // 10]
 
 
-def product(threads: int) -> Callable[[int], float]:
+def product(threads: int) -> Callable[[float], float]:
     """A fixed product of two matrices, computed on so many threads at once, by each for itself; threads that share one would have to be woken up for it.
 
     Parameters
@@ -84,7 +84,7 @@ def product(threads: int) -> Callable[[int], float]:
     Returns
     -------
     callable
-        Given a number, each thread computes the product so often; returns the milliseconds of one, on the slowest.
+        Given seconds, each thread computes the product again and again for about so long; returns the milliseconds of one, on the slowest.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator) for _ in range(2))
@@ -102,10 +102,10 @@ def product(threads: int) -> Callable[[int], float]:
                 torch.mm(a, b, out=out)
             return (time.perf_counter() - start) / calls * 1e3
 
-    def slice_ms(calls: int) -> float:
-        return max(pool.map(alone, [calls] * threads))
+    def slice_ms(seconds: float) -> float:
+        return max(pool.map(alone, [max(1, round(seconds * 1e3 / once_ms))] * threads))
 
-    slice_ms(20)
+    once_ms = max(pool.map(alone, [20] * threads))
     torch.set_num_threads(torch_threads_here)  # what threads that are still to come are told
     return slice_ms
 
@@ -125,10 +125,9 @@ def probe_ms(threads: int) -> tuple[float, ...]:
     """
     slice_ms = product(threads)
     for _ in range(_PROBE_TURNS):  # a CPU that slept needs a moment for its clock
-        slice_ms(20)
-    calls = max(1, round(_PROBE_SLICE_S * 1e3 / slice_ms(20)))
+        slice_ms(_PROBE_SLICE_S)
     return tuple(
-        statistics.median(slice_ms(calls) for _ in range(_PROBE_SLICES)) for _ in range(_PROBE_TURNS)
+        statistics.median(slice_ms(_PROBE_SLICE_S) for _ in range(_PROBE_SLICES)) for _ in range(_PROBE_TURNS)
     )
 
 
