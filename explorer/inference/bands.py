@@ -63,6 +63,24 @@ def of_tiles(
     return _of_convolution(calls, np.stack([first, first + size], 1), shifts, has_residual)
 
 
+def of_rows(
+    y: Planes,
+    rows: int,
+    tiles: int,
+    parts: int,
+    shifts: NDArray[np.int64],
+    has_residual: bool,
+    arguments: int,
+) -> Bands:
+    """Bands of `kernels.winograd`: so many rows each, in which there are several of its `tiles`."""
+    first = np.arange(0, y.rows, rows)
+    last = np.minimum(first + rows, y.rows) - 1
+    each = tiles // len(first)
+    writes = np.stack([first * y.pitch, last * y.pitch + y.row_vectors * y.lanes], 1)
+    calls = [tuple((arguments, part * tiles + i * each, each) for part in range(parts)) for i in range(len(first))]
+    return _of_convolution(calls, writes, shifts, has_residual)
+
+
 def of_chunks(
     positions: NDArray[np.int64],
     pixels: int,

@@ -17,6 +17,7 @@ from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
 from explorer.inference.sparse_code import ADDRESSES, Finish, Programs, programs
 from explorer.inference.sparse_rows import SparseWeights, Words, fill_up, read_beyond, sparse_entries
+from explorer.inference.winograd import Filter
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,8 +442,7 @@ def conv_dense(
             if mine.is_copied:
                 where = where + starts[mine.source[ks]] - starts[here[0]]
             piece = rows[:, ks]
-            body = piece[: full * step].reshape(full, step, len(ks)).transpose(0, 2, 1).reshape(-1)
-            weights += [body, piece[full * step :].T.reshape(-1)]
+            weights.append(_in_groups(piece, step))
             offsets.append(where.astype(np.int32))
             sources.append(mine.sources[here])
             fields = {
@@ -469,6 +469,86 @@ def conv_dense(
         "sources": np.concatenate(sources),
     }
     return PackedConv(tables, np.array(rows_of_blocks), n_blocks)
+
+
+def _in_groups(weight: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """(M, K) as [group of `step` channels][k][channel], then [k][channels left over]."""
+    (m, depth), full = weight.shape, len(weight) // step * step
+    body = weight[:full].reshape(-1, step, depth).transpose(0, 2, 1)
+    return np.concatenate([body.reshape(-1), weight[full:m].T.reshape(-1)])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWinograd(PackedConv):
+    """Rows [K block][piece][point] of `conv_tables.BLOCK`; none of the blocks transforms more than `most_planes`."""
+
+    most_planes: int = 0
+
+
+def conv_winograd(
+    weight: NDArray[np.float32],
+    form: Filter,
+    phases: int,
+    x_plane: int,
+    row_bytes: int,
+    step: int,
+    piece: int,
+    block_bytes: int,
+) -> PackedWinograd:
+    """Transformed weights for `kernels.winograd`: of each block, piece and point as `conv_dense` has them of a block.
+
+    Parameters
+    ----------
+    weight : (N, M, C, G) float32
+        See `Filter.transformed`.
+    form : Filter
+    phases : int
+        Planes of each input channel.
+    x_plane : int
+        Bytes from one plane of the input to the next.
+    row_bytes : int
+        Of a transformed row of a plane.
+    step, piece : int
+        Output channels of a group, and of a piece: a multiple of them.
+    block_bytes : int
+        Transformed rows of one point and K block: what stays in the L1 cache.
+    """
+    n, m, channels, columns = weight.shape
+    n_blocks = min(channels, max(1, -(-channels * phases * row_bytes // block_bytes)))
+    edges = [channels * i // n_blocks for i in range(n_blocks + 1)]
+    within = form.phase * row_bytes + (form.column - form.column.min()) * weight.itemsize
+    weights, offsets, rows = [], [], []
+    n_weights = n_offsets = 0
+    for low, high in pairwise(edges):
+        depth = (high - low) * columns
+        offsets.append((np.arange(high - low)[:, None] * phases * row_bytes + within).reshape(-1))
+        for first in range(0, m, piece):
+            mine = weight[:, first : first + piece, low:high].reshape(n, -1, depth)
+            for of_point in mine:
+                weights.append(_in_groups(of_point, step))
+                row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
+                for name, value in {
+                    "stage": conv_tables.FIRST_BLOCK if low == 0 else 0,
+                    "n_sources": (high - low) * phases,
+                    "sources": low * phases,
+                    "depth": depth,
+                    "offsets": n_offsets,
+                    "weights": n_weights,
+                    "rows": int(mine.shape[1] % step != 0),
+                    "n_groups": mine.shape[1] // step,
+                }.items():
+                    row[conv_tables.BLOCK.index(name)] = value
+                rows.append(row)
+                n_weights += of_point.size
+        n_offsets += depth
+    planes = np.arange(channels * phases) * x_plane
+    tables: dict[str, NDArray[Any]] = {
+        "weights": np.concatenate(weights),
+        "offsets": np.concatenate(offsets).astype(np.int32),
+        "sources": np.stack([planes, np.zeros_like(planes)], 1),
+    }
+    most = phases * max(high - low for low, high in pairwise(edges))
+    return PackedWinograd(tables, np.array(rows), n_blocks, conv_tables.BLOCK, most)
 
 
 def conv_channels_dense(

@@ -31,6 +31,8 @@ from explorer.inference.layout import (
 )
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
+from explorer.inference.taps import Taps
+from explorer.inference.winograd import Chunks, Filter
 
 _INFINITY = float("inf")
 
@@ -782,6 +784,8 @@ class Plan:
                 few = self.isa.registers < MANY_REGISTERS
                 dense_forms = [*forms, "channels"] if few else ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
+        if self._fits_winograd(graph, operation):
+            dense.insert(0, Choice(True, "winograd"))
         sparse = [Choice(False, form) for form in forms]
         in_group = graph.shapes[operation.output][1] // a.get("groups", 1)
         if paired and in_group % 2 == 0 and self._family[operation.output] != "vectors":
@@ -835,6 +839,18 @@ class Plan:
             return form is not None
         first = np.arange(out.rows)[:, None] * out.pitch + channel_columns(out.columns, form[0])
         return bool(np.all(first // tile == (first + form[0] - 1) // tile))
+
+    def _fits_winograd(self, graph: Graph, operation: Operation) -> bool:
+        """Whether the dense kernel that computes four rows at a time can run, and saves enough."""
+        a, size = operation.attributes, graph.shapes[operation.weight or ""][2:]
+        out, tiles = self.places[operation.output].layout, self._tiles(operation)
+        if operation.kind != "conv" or len(size) != 2 or not isinstance(out, Planes):
+            return False
+        has_residual = len(operation.inputs) > 1
+        if self.isa.precision != "fp32" or a["groups"] > 1 or tiles[0] or (has_residual and any(tiles)):
+            return False
+        form = Filter.of(Taps.of(a, (size[0], size[1])))
+        return form is not None and Chunks.of(out, residual=has_residual) is not None
 
     def layers(self, graph: Graph) -> list[int]:
         """The native convolutions and linear layers, which have a choice of kernels."""

@@ -33,6 +33,7 @@ from explorer.inference.kernels import (
     split,
     upsample,
     window_pool,
+    winograd,
     zero_gaps,
 )
 from explorer.inference.kernels.builder import Record
@@ -45,6 +46,7 @@ from explorer.inference.pack import (
     conv_code,
     conv_dense,
     conv_sparse,
+    conv_winograd,
     linear_dense,
     linear_sparse,
     operands,
@@ -53,6 +55,8 @@ from explorer.inference.pack import (
 from explorer.inference.plan import Choice, Place, Plan
 from explorer.inference.sparse_code import Finish
 from explorer.inference.sparse_rows import SparseWeights
+from explorer.inference.taps import Taps
+from explorer.inference.winograd import ROWS, Chunks, Filter
 
 _INFINITY = float("inf")
 
@@ -294,26 +298,16 @@ class _StepBuilder:
         x, y = places[0].layout, out.layout
         assert isinstance(x, Planes)
         assert isinstance(y, Planes)
-        a = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, **operation.attributes}
-        if weight.ndim == 2:
-            weight = weight[:, :, None, None]
-        elif weight.ndim == 3:
-            weight = weight[:, :, None, :]
-        m, _, kh, kw = weight.shape
-        phases = a.get("phases", ((0, 0),))
-        taps = [
-            (row * a["dilation"][0] - a["padding"][0], column * a["dilation"][1] - a["padding"][1])
-            for row in range(kh)
-            for column in range(kw)
-        ]
-        (sy, sx) = a["stride"]
-        which = np.array([phases.index((dy % sy, dx % sx)) for dy, dx in taps])
-        shifts = np.array([dy // sy * x.pitch + dx // sx for dy, dx in taps])
-        channels = x.channels // len(phases)
-        planes = np.arange(channels)[:, None] * len(phases) + which
+        a = operation.attributes
+        weight = weight.reshape(*weight.shape[:2], *[1] * (4 - weight.ndim), *weight.shape[2:])
+        m, _, *size = weight.shape
+        where = Taps.of(a, (size[0], size[1]))
+        if choice.reach == "winograd":
+            return self._winograd(operation, places, out, where, choice)
+        shifts, planes = where.shifts(x.pitch), where.planes(x.channels // where.phases)
         if choice.reach == "channels":
             return self._conv_channels(operation, places, out, planes * x.plane + shifts, shifts, choice)
-        layouts, groups = _planes(places, out), a["groups"]
+        layouts, groups = _planes(places, out), a.get("groups", 1)
         kernel, tiles, parts = self._conv_kernel(layouts, weight, choice, groups)
         kernel = replace(
             kernel,
@@ -452,6 +446,92 @@ class _StepBuilder:
         )
         cut = partial(bands.of_chunks, positions, pixels, tiles_per_job, parts, shifts, len(places) > 1)
         return _Row(self.code(kernel), arguments, chunks * parts, choice.label, cut)
+
+    def _winograd(
+        self, operation: Operation, places: list[Place], out: Place, taps: Taps, choice: Choice
+    ) -> _Row:
+        """A dense convolution by `kernels.winograd`."""
+        weight, bias = self._constants(operation)
+        m, isa, layouts = len(weight), self.plan.isa, _planes(places, out)
+        x, y = layouts["x"], layouts["out"]
+        form, chunks = Filter.of(taps), Chunks.of(y, residual=len(places) > 1)
+        assert form is not None
+        assert chunks is not None
+        rows = min(registers.dense_rows(chunks.tile, isa), m)
+        kernel = winograd.WinogradKernel(
+            form.rows,
+            chunks.tile,
+            -(-form.width // isa.lanes),
+            rows,
+            m % rows,
+            chunks.spare,
+            len(places) > 1,
+            y.is_cut,
+            operation.attributes.get("activation"),
+            _is_capped(operation),
+        )
+        tiles = -(-y.rows // ROWS) * len(chunks.first)
+        parts = _parts(tiles, m, self.plan.threads, y.images)
+        sums_bytes = form.points * chunks.tile * isa.width  # of one output channel
+        most = max(rows, min(-(-m // parts), l1_bytes() * 3 // 4 // sums_bytes))
+        pieces = -(-m // most)
+        piece = -(-m // pieces // rows) * rows
+        pieces = -(-m // piece)
+        per_part = -(-pieces // parts)
+        parts = -(-pieces // per_part)
+        plane_bytes = (kernel.tile + kernel.more) * isa.width
+        channels = x.channels // taps.phases
+        packed = self._once(
+            operation,
+            choice,
+            lambda: conv_winograd(
+                form.transformed(self._dense(operation).reshape(m, channels, -1)),
+                form,
+                taps.phases,
+                x.plane_bytes,
+                plane_bytes,
+                rows,
+                piece,
+                l1_bytes() // 2,
+            ),
+        )
+        step = plane_bytes * packed.most_planes + 64  # so that they do not all fall into the same cache sets
+        step, start = -(-step // 64) * 64, int(form.column.min()) * x.element_bytes
+        kept = per_part if packed.n_blocks > 1 else 1
+        sums = form.points * step
+        self.scratch_bytes = max(self.scratch_bytes, sums + kept * piece * sums_bytes)
+        tensors = {n: v for n, v in _tensors(layouts, places, out).items() if n != "x"}
+        arguments = _fill(
+            winograd.ARGUMENTS,
+            **tensors,
+            x=places[0].address + start,
+            x_pitch=x.pitch_bytes,
+            x_rows=min(x.rows, y.rows + form.top + form.rows - 1),
+            top=form.top,
+            out_pitch=4 * y.row_vectors if y.is_cut else y.pitch_bytes,
+            places=self._places(y) if y.is_cut else 0,
+            rows=y.rows,
+            bias=self.memory.put(bias),
+            chunks=len(chunks.first),
+            starts=self.memory.put(chunks.first * y.element_bytes),
+            tiles=tiles,
+            parts=parts,
+            pieces_per_part=per_part,
+            pieces=pieces,
+            piece=piece,
+            channels=m,
+            zeros=self.memory.put(np.zeros(plane_bytes, np.uint8)),
+            step=step,
+            sums=sums,
+            piece_bytes=piece * sums_bytes if packed.n_blocks > 1 else 0,
+            blocks=packed.place(self.memory),
+            n_blocks=packed.n_blocks,
+            **self._bounds(operation),
+        )
+        cut = partial(
+            bands.of_rows, y, ROWS, tiles, parts, taps.shifts(x.pitch), len(places) > 1
+        )
+        return _Row(self.code(kernel), arguments, tiles * parts, choice.label, cut)
 
     def _conv_kernel(
         self, layouts: Mapping[str, Planes], weight: NDArray[np.float32], choice: Choice, groups: int = 1

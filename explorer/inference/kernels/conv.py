@@ -113,7 +113,7 @@ class ConvKernel:
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
-        return _Generator(self, isa).module()
+        return ConvGenerator(self, isa).module()
 
     def scratch_bytes(self, n_channels: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs."""
@@ -126,7 +126,9 @@ def _by_channel(channels: int, values: list[Value]) -> list[list[Value]]:
     return [values[i * n : (i + 1) * n] for i in range(channels)]
 
 
-class _Generator:
+class ConvGenerator:
+    """Writes the kernel; `winograd` uses its loops over groups of output channels."""
+
     def __init__(self, kernel: ConvKernel, isa: Isa) -> None:
         self.k, self.isa = kernel, isa
         self.ir = ir.Module("convolution")
@@ -212,23 +214,24 @@ class _Generator:
 
     def _start(self, f: Function, is_first: Value, channels: list[Value], which: range) -> list[Value]:
         """The sums of some channels, and of these vectors of the tile, at the beginning of a block: their bias, or what the block before left."""
-        _, _, sums, bias, *_ = f.arguments
+        bias = f.arguments[3]
 
         def from_bias() -> list[Value]:
             values = [f.weight(bias, f.b.mul(c, I64(4))) for c in channels]
             return [value for value in values for _ in which]
 
-        def from_sums() -> list[Value]:
-            rows = [f.at(sums, f.b.mul(c, I64(self.row_bytes))) for c in channels]
-            return [value for row in rows for value in self._vectors(f, row, self.width, which)]
+        return f.either(is_first, from_bias, lambda: self._left(f, channels, which))
 
-        return f.either(is_first, from_bias, from_sums)
+    def _left(self, f: Function, channels: list[Value], which: range) -> list[Value]:
+        """What `_leave` stored."""
+        rows = [f.at(f.arguments[2], f.b.mul(c, I64(self.row_bytes))) for c in channels]
+        return [value for row in rows for value in self._vectors(f, row, self.width, which)]
 
     def _end(
         self, f: Function, is_last: Value, channels: list[Value], totals: list[Value], which: range
     ) -> None:
         """Finish the channels, or leave their sums to the block that follows."""
-        _, _, sums, *_, low, high = f.arguments
+        *_, low, high = f.arguments
         mine = _by_channel(len(channels), totals)
         with f.b.if_else(is_last) as (yes, no):
             with yes:
@@ -239,10 +242,15 @@ class _Generator:
                 else:
                     self._finish(f, channels, totals, low, high, which)
             with no:
-                for channel, values in zip(channels, mine, strict=True):
-                    to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
-                    for i, value in zip(which, values, strict=True):
-                        f.write(value, to, self.width * i, self.width)
+                self._leave(f, channels, totals, which)
+
+    def _leave(self, f: Function, channels: list[Value], totals: list[Value], which: range) -> None:
+        """Store the sums of some channels, for what follows."""
+        sums = f.arguments[2]
+        for channel, values in zip(channels, _by_channel(len(channels), totals), strict=True):
+            to = f.at(sums, f.b.mul(channel, I64(self.row_bytes)))
+            for i, value in zip(which, values, strict=True):
+                f.write(value, to, self.width * i, self.width)
 
     def _fetch(self, f: Function, channels: list[Value]) -> None:
         """Fetch the cache lines that `_finish` will read and write for these channels."""
