@@ -35,6 +35,9 @@ ARGUMENTS = Record(
 from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide.
 Of tiles, `places` (int32) tells for each vector its bytes from the first of its channel, and `out_row` counts bytes of this table."""
 
+_LOADED = (32,)
+"""Bytes of vectors of which each tap is loaded where it lies."""
+
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
 
@@ -86,6 +89,7 @@ class _Generator:
         self.ahead = max(0, *kernel.shifts.values())
         self.back = {column: self.ahead - shift for column, shift in kernel.shifts.items()}
         self.kept = {column: -(-back // isa.lanes) for column, back in self.back.items()}
+        self.loads = isa.width in _LOADED
 
     def module(self) -> tuple[Value, str]:
         f, b = self.f, self.f.b
@@ -119,7 +123,7 @@ class _Generator:
                 rows,
                 lambda _, source, to: self._row(source, pitch, to, vectors, x_row, out_row),
                 [
-                    f.at(plane, f.element_bytes * self.k.stride * self.ahead),
+                    plane if self.loads else f.at(plane, f.element_bytes * self.k.stride * self.ahead),
                     places if self.k.tiled else self.channel,
                 ],
             )
@@ -137,6 +141,9 @@ class _Generator:
         lines = {
             row: f.at(source, f.b.mul(pitch, I64(row))) for row in sorted({row for row, _ in self.k.taps})
         }
+        if self.loads:
+            f.loop(vectors, lambda i, at: self._loaded(lines, i, at, to), [I64(0)])
+            return [f.at(source, x_row), f.at(to, out_row)]
         # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
         zero = f.constant(0.0)
         most = max(self.kept.values())
@@ -164,6 +171,45 @@ class _Generator:
 
         f.loop(vectors, one_vector, [I64(0), *state])
         return [f.at(source, x_row), f.at(to, out_row)]
+
+    def _loaded(self, lines: dict[int, Value], i: Value, offset: Value, to: Value) -> list[Value]:
+        """One vector of a row, each tap of which is loaded where it lies."""
+        f, k = self.f, self.k
+        sums: dict[int, Value] = {}
+        for row, line in lines.items():
+            pixels = self._phases(f.at(line, offset), {c for r, c in k.taps if r == row})
+            for tap, (r, column) in enumerate(k.taps):
+                if r == row:
+                    # In any order of the lanes, the bias is the same.
+                    start = sums.get(column, f.constant(0.0) if sums else self.bias)
+                    sums[column] = f.fma(self.weight(tap), pixels[column], start)
+        total, *others = sums.values()
+        for other in others:
+            total = f.b.fadd(total, other)
+        if k.stride > 1:
+            [total] = f.pick([total], np.argsort(self._order()).tolist(), 1)
+        self._store(total, i, to)
+        return [f.b.add(offset, I64(self.width * k.stride))]
+
+    def _order(self) -> list[int]:
+        """Which pixel is in each lane where `_phases` splits two vectors within their 16 bytes."""
+        quarter, lanes = 2, self.f.lanes
+        return [v * lanes // 2 + part + i for part in range(0, lanes // 2, quarter) for v in range(2) for i in range(quarter)]
+
+    def _phases(self, here: Value, columns: set[int]) -> dict[int, Value]:
+        """The pixels of these columns of the window, a vector of each; at stride 2 in `_order`: one shuffle each, within 16 bytes."""
+        f, k = self.f, self.k
+        found: dict[int, Value] = {}
+        for column in sorted(columns):
+            if column in found:
+                continue
+            loaded = [f.read(here, f.element_bytes * column + self.width * i) for i in range(k.stride)]
+            if k.stride == 1:
+                found[column] = loaded[0]
+                continue
+            for s in range(2):
+                [found[column + s]] = f.pick(loaded, [s + 2 * pixel for pixel in self._order()], 1)
+        return found
 
     def _sums(self, lines: dict[int, Value], offset: int | Value) -> dict[int, Value]:
         """The column sums of one vector, so many bytes after the beginning of each row of the window."""
