@@ -44,6 +44,7 @@ from explorer.inference.kernels.conv_tables import (
     ARGUMENTS,
     BLOCK,
     BUFFER_BYTES,
+    CACHE_LINE,
     FIRST_BLOCK,
     LAST_BLOCK,
     WEIGHT_PREFETCH_BYTES,
@@ -259,8 +260,8 @@ class ConvGenerator:
         where, plane = f.b.select(is_there, residual, out), f.b.select(is_there, residual_plane, out_plane)
         for channel in channels:
             line = f.at(where, f.b.mul(channel, plane))
-            for i in range(self.k.tile):
-                f.prefetch(line, self.width * i)
+            for offset in range(0, self.row_bytes, max(self.width, CACHE_LINE)):
+                f.prefetch(line, offset)
 
     def _parts(self, n_rows: int) -> list[range]:
         """The vectors that so many output channels take at once. What lies "compact" is spread out as a whole, and is taken so."""
