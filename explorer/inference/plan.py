@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from explorer.inference.as_code import has_programs
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.kernels.registers import MANY_REGISTERS, pair_parts
+from explorer.inference.kernels.registers import MANY_REGISTERS, linear_room, pair_parts
 from explorer.inference.layout import (
     MAX_TILE,
     Layout,
@@ -452,10 +452,9 @@ class Plan:
             assert home.layout.plane == whole.plane
             home.layout = replace(home.layout, of_channels=whole.channels)
         for place, (shape, _) in vectors.items():
-            # Dense kernels write whole groups of vectors: leave room for the widest group. What comes from planes is written in vectors as long as theirs.
-            lanes, group = self.isa.lanes, 8 * self.isa.single.lanes
-            step = max(group, lanes) if shape[1] > group else lanes
-            stride = -(-shape[1] // step) * step
+            # Dense kernels write whole groups of vectors. What comes from planes is written in vectors as long as theirs.
+            lanes, single = self.isa.lanes, self.isa.single.lanes
+            stride = -(-linear_room(-(-shape[1] // single)) * single // lanes) * lanes
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
     def _readable_in_place(self, graph: Graph) -> set[str]:

@@ -701,7 +701,7 @@ class _StepBuilder:
         }  # fmt: skip
         if choice.dense:
             n_vectors = -(-m // lanes)
-            group = min(n_vectors, 8)
+            group = registers.linear_group(n_vectors, y.images, isa)
             jobs = -(-n_vectors // group)
             padded = np.zeros(jobs * group * lanes, np.float32)
             padded[:m] = bias

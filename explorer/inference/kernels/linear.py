@@ -17,6 +17,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.registers import images_at_once
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -125,11 +126,6 @@ class LinearKernel:
             f.loop(turns, lambda i: some_images(several, b.add(first_image, b.mul(i, I64(several)))))
             done = b.add(first_image, b.mul(turns, I64(several)))
         f.loop(last_image, lambda image: some_images(1, image), start=done)
-
-
-def images_at_once(group: int, isa: Isa) -> int:
-    """Images G of the dense kernel: their G x U sums, one value of each and one vector of weights stay in registers."""
-    return max(1, (isa.registers - 2) // (group + 1))
 
 
 def reference(

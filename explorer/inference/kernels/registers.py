@@ -67,3 +67,25 @@ def has_partners(tile: int, isa: Isa) -> bool:
     time for the sparse layers of ResNet-50, 1.03 of MobileNetV1 (AVX2 code on Zen 4).
     """
     return isa.registers >= MANY_REGISTERS and unroll(2 * tile) == 1
+
+
+_WIDE_GROUP, _NARROW_GROUP = 8, 3
+"""Vectors of outputs that a linear layer on vectors computes at once: eight sums keep the core busy with one image; where registers are few, three leave
+some for three images, so that weights are read a third as often (16 images, Zen 3: 0.53 of the time for the classifier of MobileNetV1)."""
+
+
+def images_at_once(group: int, isa: Isa) -> int:
+    """Images G of such a group of U vectors: G x U sums, one value of each image and one vector of weights stay in registers."""
+    return max(1, (isa.registers - 2) // (group + 1))
+
+
+def linear_group(vectors: int, images: int, isa: Isa) -> int:
+    """U for a layer of so many vectors of outputs and so many images."""
+    is_wide = images == 1 or images_at_once(_WIDE_GROUP, isa) > 1
+    return min(vectors, _WIDE_GROUP if is_wide else _NARROW_GROUP)
+
+
+def linear_room(vectors: int) -> int:
+    """Vectors that are written where so many are wanted: whole groups, whichever they are."""
+    groups = (min(vectors, group) for group in (_WIDE_GROUP, _NARROW_GROUP))
+    return max(-(-vectors // group) * group for group in groups)
