@@ -77,7 +77,9 @@ def of_rows(
     last = np.minimum(first + rows, y.rows) - 1
     each = tiles // len(first)
     writes = np.stack([first * y.pitch, last * y.pitch + y.row_vectors * y.lanes], 1)
-    calls = [tuple((arguments, part * tiles + i * each, each) for part in range(parts)) for i in range(len(first))]
+    calls = [
+        tuple((arguments, part * tiles + i * each, each) for part in range(parts)) for i in range(len(first))
+    ]
     return _of_convolution(calls, writes, shifts, has_residual)
 
 

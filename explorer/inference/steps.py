@@ -528,9 +528,7 @@ class _StepBuilder:
             n_blocks=packed.n_blocks,
             **self._bounds(operation),
         )
-        cut = partial(
-            bands.of_rows, y, ROWS, tiles, parts, taps.shifts(x.pitch), len(places) > 1
-        )
+        cut = partial(bands.of_rows, y, ROWS, tiles, parts, taps.shifts(x.pitch), len(places) > 1)
         return _Row(self.code(kernel), arguments, tiles * parts, choice.label, cut)
 
     def _conv_kernel(

@@ -27,7 +27,7 @@ _WORTH = 0.75
 
 @cache
 def transforms(taps: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """A (4, N), G (N, R) and B (N, N) for a filter of R = 3 or 4 rows, N = R + 3: ``y = A ((G g) * (B d))``, the way of Toom and Cook.
+    """A (4, N), G (N, R) and B (N, N) for a filter of R = 3 or 4 rows, N = R + 3: ``y = A ((G g) * (B d))``.
 
     Rows of B are divided by powers of two, and those of G multiplied, so that what is transformed stays about as large as it was.
     """

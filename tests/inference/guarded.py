@@ -153,6 +153,10 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
             lambda s=stride: nn.Conv2d(3, 6, 2 * s - 1, s, s - 1),
             (2, 3, *size),
         )
+    # Four rows at a time: of the last ones some are not there.
+    for size in ((9, 16), (18, 57), (3, 112)):
+        yield f"conv rows {size}", lambda: nn.Conv2d(3, 9, (3, 5), padding=(2, 3)), (2, 3, *size)
+        yield f"conv rows stride {size}", lambda: nn.Conv2d(3, 9, 7, 2, 3), (2, 3, 2 * size[0], 2 * size[1])
     # Many input channels: several K blocks, and parts of the channels for two threads.
     yield "conv deep", lambda: nn.Conv2d(300, 70, 3, padding=1), (1, 300, 9, 7)
     yield "conv deep 1x1", lambda: nn.Conv2d(900, 70, 1), (1, 900, 13, 11)
@@ -201,6 +205,9 @@ def check(
             assert "pairs" in str(engine.choices), (name, engine.choices)
         elif mode == "sparse" and name.startswith("conv") and "grouped" not in name and not is_vector:
             assert has_programs(engine._isa) == ("code" in str(engine.choices)), (name, engine.choices)
+        assert (
+            "rows" not in name or mode != "dense" or precision == "fp16" or "winograd" in str(engine.choices)
+        )
         borrows = any(place.cell is not None for place in engine._plan.places.values())
         assert borrows or "borrowed" not in name or precision == "fp16"
         for images in {1, shape[0]}:
@@ -218,9 +225,14 @@ def check(
 
 
 def candidates(*args: Any, **options: Any) -> list[Choice]:
-    """In the place of `Plan.candidates`: pairs where there are any; programs in sparse mode, and other kernels in the other modes."""
+    """In the place of `Plan.candidates`: pairs where there are any; programs in sparse mode, and Winograd's filtering or other kernels in the other modes."""
     several, mode = _offered(*args, **options), args[3]
-    for wanted in (lambda c: c.pairs, lambda c: c.code == (mode == "sparse")):
+    winograd = Choice(True, "winograd")
+    for wanted in (
+        lambda c: c.pairs,
+        lambda c: mode == "dense" and c == winograd,
+        lambda c: c.code == (mode == "sparse"),
+    ):
         if any(map(wanted, several)):
             return list(filter(wanted, several))
     return several

@@ -513,7 +513,7 @@ def innermost_loops(text: str) -> list[list[str]]:
 def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
     """Sparse and dense kernels at every tile, with the most rows that the registers are said to hold."""
     compact = {"columns": 4, "pitch": 5}
-    rows = {tile: registers.dense_rows(tile, isa) for tile in (1, 4, 7, 8)}
+    rows = {tile: registers.dense_rows(tile, isa) for tile in (1, 2, 3, 4, 6, 7, 8)}
     return [
         *(conv.ConvKernel(tile) for tile in rows),
         *(conv.ConvKernel(tile, r) for tile, r in rows.items()),

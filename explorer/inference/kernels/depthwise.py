@@ -194,7 +194,12 @@ class _Generator:
     def _order(self) -> list[int]:
         """Which pixel is in each lane where `_phases` splits two vectors within their 16 bytes."""
         quarter, lanes = 2, self.f.lanes
-        return [v * lanes // 2 + part + i for part in range(0, lanes // 2, quarter) for v in range(2) for i in range(quarter)]
+        return [
+            v * lanes // 2 + part + i
+            for part in range(0, lanes // 2, quarter)
+            for v in range(2)
+            for i in range(quarter)
+        ]
 
     def _phases(self, here: Value, columns: set[int]) -> dict[int, Value]:
         """The pixels of these columns of the window, a vector of each; at stride 2 in `_order`: one shuffle each, within 16 bytes."""

@@ -24,9 +24,13 @@ def pair_parts(tile: int, isa: Isa) -> tuple[int, ...]:
 
 def _most_vectors(rows: int, isa: Isa) -> int:
     """The largest S for which R x S sums, the smaller of R and S operands and one more value stay in registers; 0 for none."""
-    # On NEON LLVM loads several float16 ahead of their turn.
-    more = 5 if isa.width == 16 and isa.precision == "fp16" else 1
-    return max(s for s in range(isa.registers) if not s or rows * s + min(rows, s) + more <= isa.registers)
+
+    def held(s: int) -> int:
+        # On NEON LLVM loads several float16 ahead of their turn, and weights by twos where vectors of pixels are the fewer operands.
+        more = 1 if isa.width > 16 else 5 if isa.precision == "fp16" else 1 + 2 * (rows > s)
+        return rows * s + min(rows, s) + more
+
+    return max(s for s in range(isa.registers) if not s or held(s) <= isa.registers)
 
 
 def dense_parts(tile: int, rows: int, isa: Isa) -> tuple[int, ...]:

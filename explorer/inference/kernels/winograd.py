@@ -117,9 +117,7 @@ class _Generator(ConvGenerator):
         zeros = [f.constant(0.0)] * len(channels) * len(which)
         return f.either(is_first, lambda: zeros, lambda: self._left(f, channels, which))
 
-    def _end(
-        self, f: Function, _: Value, channels: list[Value], totals: list[Value], which: range
-    ) -> None:
+    def _end(self, f: Function, _: Value, channels: list[Value], totals: list[Value], which: range) -> None:
         """All sums stay in memory."""
         self._leave(f, channels, totals, which)
 
@@ -147,7 +145,9 @@ class _Generator(ConvGenerator):
             for j, row in enumerate(self.results.tolist())
         ]
 
-    def _transform(self, f: Function, block: Value, rows: list[tuple[Value, Value]], zeros: Value, step: Value) -> Value:
+    def _transform(
+        self, f: Function, block: Value, rows: list[tuple[Value, Value]], zeros: Value, step: Value
+    ) -> Value:
         """V of the planes of a K block. `rows`: whether each input row is there, and where, of the plane at 0."""
         k, n = self.own, self.own.points
         sources, scratch = f.field(block, BLOCK, "sources", PTR), f.arguments[2]
@@ -172,10 +172,30 @@ class _Generator(ConvGenerator):
     def _finish_piece(self) -> None:
         """Results of one piece: (sums, sums_step, channels, bias, out, out_pitch, out_plane, residual, residual_plane, places, rows, low, high)."""
         k, width, n = self.own, self.width, self.own.points
-        f = Function(self.ir, "finish", VOID, [PTR, I64, I64, PTR, PTR, I64, I64, PTR, I64, PTR, I64, F32, F32], self.isa)
+        f = Function(
+            self.ir,
+            "finish",
+            VOID,
+            [PTR, I64, I64, PTR, PTR, I64, I64, PTR, I64, PTR, I64, F32, F32],
+            self.isa,
+        )
         f.native.linkage = "internal"
         b = f.b
-        sums, sums_step, channels, bias, out, pitch, plane, residual, residual_plane, places, rows, low, high = f.arguments
+        (
+            sums,
+            sums_step,
+            channels,
+            bias,
+            out,
+            pitch,
+            plane,
+            residual,
+            residual_plane,
+            places,
+            rows,
+            low,
+            high,
+        ) = f.arguments
         low, high = f.splat_float(low), f.splat_float(high)
         last = width * k.tile - f.element_bytes * k.spare - width
 
