@@ -784,7 +784,7 @@ class Plan:
                 dense_forms = [*forms, "channels"] if few else ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
         if self._fits_winograd(graph, operation):
-            dense.insert(0, Choice(True, "winograd"))
+            dense = [Choice(True, "winograd"), dense[0]]
         sparse = [Choice(False, form) for form in forms]
         in_group = graph.shapes[operation.output][1] // a.get("groups", 1)
         if paired and in_group % 2 == 0 and self._family[operation.output] != "vectors":
