@@ -127,11 +127,17 @@ class ByChannel:
         return bool(self.arguments[self.record.index("places")])
 
     def depthwise(
-        self, taps: Sequence[tuple[int, int]], stride: tuple[int, int], vectors: int, by_rows: bool
+        self,
+        taps: Sequence[tuple[int, int]],
+        stride: tuple[int, int],
+        vectors: int,
+        by_rows: bool,
+        *,
+        pairs: bool = False,
     ) -> Bands:
-        """Bands of `kernels.depthwise`, whose rows have so many vectors, or which takes the plane for one row."""
+        """Bands of `kernels.depthwise`, whose rows have so many vectors and may be taken in `pairs`, or which takes the plane for one row."""
         x, y = self.x, self.y
-        if not by_rows:
+        if not by_rows and not pairs:
             first, count = _cut(y.vectors, BAND_VECTORS)
             start = first * y.vector_bytes
             mask = start if self.arguments[self.record.index("mask")] else 0
@@ -140,7 +146,9 @@ class ByChannel:
             reads = _reached(writes, shifts)
             to = {"places": 4 * first} if self._is_tiled else {"out": start}
             return self._bands(reads, writes, {"vectors": count}, {"x": start, "mask": mask} | to)
-        first, count = _cut(y.rows, max(1, BAND_VECTORS // vectors))
+        first, count = _cut(y.rows, max(1 + pairs, BAND_VECTORS // vectors))
+        if pairs and count[-1] == 1:  # goes with the rows before it
+            first, count = first[:-1], np.append(count[:-2], count[-2] + 1)
         window, columns = [row for row, _ in taps], [column for _, column in taps]
         top, bottom = first * stride[0] + min(window), (first + count - 1) * stride[0] + max(window) + 1
         reads = np.stack([top, bottom], 1) * x.pitch + np.array([min(columns), max(columns)])

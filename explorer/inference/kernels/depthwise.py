@@ -35,9 +35,6 @@ ARGUMENTS = Record(
 from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide.
 Of tiles, `places` (int32) tells for each vector its bytes from the first of its channel, and `out_row` counts bytes of this table."""
 
-_LOADED = (32,)
-"""Bytes of vectors of which each tap is loaded where it lies."""
-
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
 
@@ -60,6 +57,9 @@ class DepthwiseKernel:
         Whether there is a greatest value.
     tiled : bool
         Whether the result lies in tiles.
+    pairs : bool
+        Whether rows are computed two at a time, so that what both need is loaded once (stride 1, where each tap is loaded, see `loads_taps`; two rows at least). Of an odd
+        number the last but one is computed twice.
     """
 
     taps: tuple[tuple[int, int], ...]
@@ -68,6 +68,7 @@ class DepthwiseKernel:
     activation: Activation | None = None
     capped: bool = True
     tiled: bool = False
+    pairs: bool = False
 
     @property
     def shifts(self) -> dict[int, int]:
@@ -77,6 +78,12 @@ class DepthwiseKernel:
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
         return _Generator(self, isa).module()
+
+
+def loads_taps(isa: Isa) -> bool:
+    """Whether each tap is loaded where it lies. Of vectors of 32 bytes half of the misaligned ones cross a cache line, and AVX2 needs two instructions to shift sums."""
+    return isa.width == 32
+
 
 
 class _Generator:
@@ -89,7 +96,7 @@ class _Generator:
         self.ahead = max(0, *kernel.shifts.values())
         self.back = {column: self.ahead - shift for column, shift in kernel.shifts.items()}
         self.kept = {column: -(-back // isa.lanes) for column, back in self.back.items()}
-        self.loads = isa.width in _LOADED
+        self.loads = loads_taps(isa)
 
     def module(self) -> tuple[Value, str]:
         f, b = self.f, self.f.b
@@ -119,13 +126,14 @@ class _Generator:
                 return held[i] if held else f.weight(mine, 4 * i)
 
             self.weight = weight
+            to = places if self.k.tiled else self.channel
+            if self.k.pairs:
+                self._pairs(plane, pitch, to, rows, vectors, out_row)
+                return
             f.loop(
                 rows,
                 lambda _, source, to: self._row(source, pitch, to, vectors, x_row, out_row),
-                [
-                    plane if self.loads else f.at(plane, f.element_bytes * self.k.stride * self.ahead),
-                    places if self.k.tiled else self.channel,
-                ],
+                [plane if self.loads else f.at(plane, f.element_bytes * self.k.stride * self.ahead), to],
             )
 
         f.loop(last, one_channel, start=first)
@@ -142,7 +150,7 @@ class _Generator:
             row: f.at(source, f.b.mul(pitch, I64(row))) for row in sorted({row for row, _ in self.k.taps})
         }
         if self.loads:
-            f.loop(vectors, lambda i, at: self._loaded(lines, i, at, to), [I64(0)])
+            f.loop(vectors, lambda i, at: self._loaded(lines, i, at, [to]), [I64(0)])
             return [f.at(source, x_row), f.at(to, out_row)]
         # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
         zero = f.constant(0.0)
@@ -172,24 +180,37 @@ class _Generator:
         f.loop(vectors, one_vector, [I64(0), *state])
         return [f.at(source, x_row), f.at(to, out_row)]
 
-    def _loaded(self, lines: dict[int, Value], i: Value, offset: Value, to: Value) -> list[Value]:
-        """One vector of a row, each tap of which is loaded where it lies."""
+    def _loaded(self, lines: dict[int, Value], i: Value, offset: Value, to: list[Value]) -> list[Value]:
+        """One vector of a row each, which are below one another, each tap of which is loaded where it lies, once for all of them."""
         f, k = self.f, self.k
-        sums: dict[int, Value] = {}
+        # One sum a row: the core works on the next vectors while it waits.
+        totals = [self.bias] * len(to)
         for row, line in lines.items():
-            pixels = self._phases(f.at(line, offset), {c for r, c in k.taps if r == row})
-            for tap, (r, column) in enumerate(k.taps):
-                if r == row:
-                    # In any order of the lanes, the bias is the same.
-                    start = sums.get(column, f.constant(0.0) if sums else self.bias)
-                    sums[column] = f.fma(self.weight(tap), pixels[column], start)
-        total, *others = sums.values()
-        for other in others:
-            total = f.b.fadd(total, other)
-        if k.stride > 1:
-            [total] = f.pick([total], np.argsort(self._order()).tolist(), 1)
-        self._store(total, i, to)
+            uses = [(n, tap, c) for n in range(len(to)) for tap, (r, c) in enumerate(k.taps) if r + n == row]
+            pixels = self._phases(f.at(line, offset), {column for _, _, column in uses})
+            for n, tap, column in sorted(uses, key=lambda use: use[2]):
+                # In any order of the lanes, the bias is the same.
+                totals[n] = f.fma(self.weight(tap), pixels[column], totals[n])
+        for total, there in zip(totals, to, strict=True):
+            [ordered] = f.pick([total], np.argsort(self._order()).tolist(), 1) if k.stride > 1 else [total]
+            self._store(ordered, i, there)
         return [f.b.add(offset, I64(self.width * k.stride))]
+
+    def _pairs(
+        self, plane: Value, pitch: Value, to: Value, rows: Value, vectors: Value, out_row: Value
+    ) -> None:
+        """The rows of a channel, two at a time."""
+        f, b = self.f, self.f.b
+        window = sorted({row for row, _ in self.k.taps})
+
+        def two_rows(i: Value) -> None:
+            row = f.minimum(b.mul(i, I64(2)), b.sub(rows, I64(2)))
+            source, first = f.at(plane, b.mul(row, pitch)), f.at(to, b.mul(row, out_row))
+            both = [first, f.at(first, out_row)]
+            lines = {r: f.at(source, b.mul(pitch, I64(r))) for r in sorted({r + n for r in window for n in (0, 1)})}
+            f.loop(vectors, lambda i, at: self._loaded(lines, i, at, both), [I64(0)])
+
+        f.loop(b.sdiv(b.add(rows, I64(1)), I64(2)), two_rows)
 
     def _order(self) -> list[int]:
         """Which pixel is in each lane where `_phases` splits two vectors within their 16 bytes."""
