@@ -12,7 +12,9 @@ cost an order of magnitude more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from llvmlite import ir
@@ -30,6 +32,9 @@ ARGUMENTS = Record(
 """`scale`: one float32 per output pixel, as they lie in a plane, with a vector to spare (average)."""
 
 F32_BYTES = 4
+
+_UNROLLED = 8
+"""Rows of a window that are combined without a loop."""
 
 LARGEST_STRIDE = 4
 """Wider strides would read more vectors than they use."""
@@ -137,20 +142,37 @@ class _Generator:
         f, b, k = self.f, self.f.b, self.k
         row_bytes = I64(f.element_bytes * k.pitch)
 
-        def combined(index: Value) -> Value:
+        def in_parts(index: Value) -> Value:
             def one_row(_: Value, pointer: Value, total: Value) -> list[Value]:
                 return [f.at(pointer, row_bytes), self._combined(f.read(pointer), total)]
 
             pointer = f.at(f.at(plane, b.mul(start, row_bytes)), b.mul(index, I64(f.width)))
             return f.loop(stop, one_row, [pointer, self._outside], start=start)[1]
 
+        def whole_window(index: Value) -> Value:
+            pointer = f.at(f.at(plane, b.mul(start, row_bytes)), b.mul(index, I64(f.width)))
+            rows = [f.read(pointer, f.element_bytes * k.pitch * i) for i in range(k.size[0])]
+            return reduce(lambda total, row: self._combined(row, total), rows)
+
         whole, rest = divmod(k.columns, f.lanes)
-        f.loop(I64(whole), lambda i: self._keep(combined(i), line, i))
-        if rest:
-            inside = ir.Constant(
-                ir.VectorType(ir.IntType(1), f.lanes), [int(i < rest) for i in range(f.lanes)]
-            )
-            self._keep(b.select(inside, combined(I64(whole)), self._outside), line, whole)
+        mask = ir.VectorType(ir.IntType(1), f.lanes)
+        inside = ir.Constant(mask, [int(i < rest) for i in range(f.lanes)])
+
+        def fill(combined: Callable[[Value], Value]) -> None:
+            f.loop(I64(whole), lambda i: self._keep(combined(i), line, i))
+            if rest:
+                self._keep(b.select(inside, combined(I64(whole)), self._outside), line, whole)
+
+        if k.size[0] > _UNROLLED:
+            fill(in_parts)
+            return
+        # Nearly all windows have all of their rows in the image, and need no loop over them.
+        is_whole = b.icmp_signed("==", b.sub(stop, start), I64(k.size[0]))
+        with b.if_else(is_whole) as (yes, no):
+            with yes:
+                fill(whole_window)
+            with no:
+                fill(in_parts)
 
     def _read_line(self, line: Value, first: Value, plane: Value, low: Value, high: Value) -> None:
         """The same over the window's columns, to the output row that begins at element `first` of its plane, and the gap after it."""
@@ -185,9 +207,8 @@ class _Generator:
 def _larger(f: Function, value: Value, total: Value) -> Value:
     """The larger; a NaN is taken, and then never given up, as in torch."""
     b = f.b
-    return b.select(
-        b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value)), value, total
-    )
+    larger = b.select(b.fcmp_ordered(">", value, total), value, total)  # a NaN in `total` stays
+    return b.select(b.fcmp_unordered("uno", value, value), value, larger)
 
 
 def reference_maximum(
