@@ -85,7 +85,6 @@ def loads_taps(isa: Isa) -> bool:
     return isa.width == 32
 
 
-
 class _Generator:
     def __init__(self, kernel: DepthwiseKernel, isa: Isa) -> None:
         self.k, self.width = kernel, isa.width
@@ -207,7 +206,9 @@ class _Generator:
             row = f.minimum(b.mul(i, I64(2)), b.sub(rows, I64(2)))
             source, first = f.at(plane, b.mul(row, pitch)), f.at(to, b.mul(row, out_row))
             both = [first, f.at(first, out_row)]
-            lines = {r: f.at(source, b.mul(pitch, I64(r))) for r in sorted({r + n for r in window for n in (0, 1)})}
+            lines = {
+                r: f.at(source, b.mul(pitch, I64(r))) for r in sorted({r + n for r in window for n in (0, 1)})
+            }
             f.loop(vectors, lambda i, at: self._loaded(lines, i, at, both), [I64(0)])
 
         f.loop(b.sdiv(b.add(rows, I64(1)), I64(2)), two_rows)
