@@ -157,10 +157,10 @@ class ByChannel:
         return self._bands(reads, self._rows(first, count, vectors), {"rows": count}, moved)
 
     def shuffled(self, offsets: NDArray[np.int64], stride: int, chunks: int) -> Bands:
-        """Bands of `kernels.split` for small strides; `offsets`, (row phases, rows), and `chunks` as in its arguments."""
+        """Bands of `kernels.split` for small strides; `offsets`, (rows, row phases), and `chunks` as in its arguments."""
         x, y = self.x, self.y
         first, count = _cut(y.rows, max(1, BAND_VECTORS // chunks))
-        tables = [self.memory.put(offsets[:, a : a + n]) for a, n in zip(first, count, strict=True)]
+        tables = [self.memory.put(offsets[a : a + n]) for a, n in zip(first, count, strict=True)]
         reads = np.stack([first, first + count], 1) * stride * x.pitch
         new = {"rows": count, "table": np.array(tables)}
         if x.tile:

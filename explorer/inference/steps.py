@@ -945,7 +945,7 @@ class _StepBuilder:
             rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
             kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut)
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(x.vectors, self.plan.isa))
-            source = np.arange(y.rows) * stride[0] + np.array(rows)[:, None]
+            source = np.arange(y.rows)[:, None] * stride[0] + np.array(rows)
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
             chunks = -(-y.columns // lanes)
             inside = np.arange(chunks * lanes) * stride[1] + np.array(columns)[:, None] < x.columns

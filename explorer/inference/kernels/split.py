@@ -30,7 +30,7 @@ ARGUMENTS = Record(
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
 
-Small strides: `table` holds the byte offset of the input row for each of `row_phases` and each of `rows` (int64, -1 for none), `pitch` the bytes
+Small strides: `table` holds for each of `rows` the byte offset of the input row of each of `row_phases` (int64, -1 for none), `pitch` the bytes
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
 hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
 Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table."""
@@ -82,9 +82,7 @@ class SplitKernel:
         x = f.at(x, b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
         table, out_plane = field("table", PTR), field("out_plane")
-        one_phase = (
-            self._shuffled(f, field, out_plane) if self.stride else self._gathered(f, field, out_plane)
-        )
+        part = self._shuffled(f, field, out_plane) if self.stride else self._gathered(f, field, out_plane)
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
@@ -93,8 +91,8 @@ class SplitKernel:
                 plane = scratch
             phases = f.at(out, b.mul(b.mul(channel, n_phases), out_plane))
             f.loop(
-                field("row_phases") if self.stride else n_phases,
-                lambda phase, entry: one_phase(plane, phases, phase, entry),
+                field("rows") if self.stride else n_phases,
+                lambda i, entry: part(plane, phases, i, entry),
                 [table],
             )
 
@@ -134,14 +132,15 @@ class SplitKernel:
 
     def _shuffled(self, f: Function, field: Value, out_plane: Value) -> Value:
         b, width, n = f.b, f.width, len(self.columns)
-        rows, pitch, chunks, mask = field("rows"), field("pitch"), field("chunks"), field("mask", PTR)
+        pitch, chunks, mask = field("pitch"), field("chunks"), field("mask", PTR)
         mask_row = b.mul(chunks, I64(width))
         places = field("places", PTR)
 
-        def one_row_phase(plane: Value, phases: Value, phase: Value, entry: Value) -> list[Value]:
-            group = f.at(phases, b.mul(b.mul(phase, I64(n)), out_plane))
+        def one_row(plane: Value, phases: Value, y: Value, entry: Value) -> list[Value]:
+            """One row of each phase: neighbouring rows of the image."""
 
-            def one_row(y: Value, entry: Value) -> list[Value]:
+            def one_phase(phase: Value, entry: Value) -> list[Value]:
+                group = f.at(phases, b.mul(b.mul(phase, I64(n)), out_plane))
                 offset = f.load(entry, I64, 0, 8)
                 row = f.at(places if self.tiled else group, b.mul(y, pitch))
                 is_there = b.icmp_signed(">=", offset, I64(0))
@@ -163,9 +162,9 @@ class SplitKernel:
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
 
-            return f.loop(rows, one_row, [entry])
+            return f.loop(field("row_phases"), one_phase, [entry])
 
-        return one_row_phase
+        return one_row
 
 
 def reference(
