@@ -503,6 +503,7 @@ class _StepBuilder:
         kept = per_part if packed.n_blocks > 1 else 1
         sums = form.points * step
         self.scratch_bytes = max(self.scratch_bytes, sums + kept * piece * sums_bytes)
+        places_of_vectors = chunks.places(y) if y.is_cut else np.zeros((0, 0), np.int64)
         tensors = {n: v for n, v in _tensors(layouts, places, out).items() if n != "x"}
         arguments = _fill(
             winograd.ARGUMENTS,
@@ -511,8 +512,8 @@ class _StepBuilder:
             x_pitch=x.pitch_bytes,
             x_rows=min(x.rows, y.rows + form.top + form.rows - 1),
             top=form.top,
-            out_pitch=4 * y.row_vectors if y.is_cut else y.pitch_bytes,
-            places=self._places(y) if y.is_cut else 0,
+            out_pitch=places_of_vectors.strides[0] if y.is_cut else y.pitch_bytes,
+            places=self.memory.put(places_of_vectors) if y.is_cut else 0,
             rows=y.rows,
             bias=self.memory.put(bias),
             chunks=len(chunks.first),
@@ -523,7 +524,7 @@ class _StepBuilder:
             pieces=pieces,
             piece=piece,
             channels=m,
-            zeros=self.memory.put(np.zeros(plane_bytes, np.uint8)),
+            zeros=self.memory.put(np.zeros(max(plane_bytes // 4, piece), np.float32)),
             step=step,
             sums=sums,
             piece_bytes=piece * sums_bytes if packed.n_blocks > 1 else 0,

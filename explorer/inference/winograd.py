@@ -119,9 +119,9 @@ class Chunks:
 
     @classmethod
     def of(cls, y: Planes, *, residual: bool) -> Chunks | None:
-        """None where rows of this result are too short, or their vectors would lie in two tiles. What is added must be added once only."""
-        columns = -(-y.columns // y.lanes) * y.lanes if y.is_cut else y.columns
-        if y.columns < y.lanes or (y.is_cut and (residual or y.pitch % y.lanes)):
+        """None where the rows of this result are too short, or a residual would lie in tiles. What is added must be added once only."""
+        columns = y.columns
+        if columns < y.lanes or (y.is_cut and residual):
             return None
         vectors = -(-columns // y.lanes)
         tile = tile_of(vectors)
@@ -131,3 +131,12 @@ class Chunks:
             first, spare = channel_columns(columns, tile * y.lanes), 0
         again = spare or bool(np.any(np.diff(first) < tile * y.lanes))
         return None if residual and again else cls(tile, first, spare)
+
+    def places(self, y: Planes) -> NDArray[np.int64]:
+        """Of a result in tiles, where the vectors of each row go: rows of `kernels.winograd.PLACE`, (rows, chunks * tile, 3)."""
+        vectors = np.minimum(np.arange(self.tile) * y.lanes, self.tile * y.lanes - self.spare - y.lanes)
+        first = (self.first[:, None] + vectors).reshape(-1) + np.arange(y.rows)[:, None] * y.pitch
+        size = y.tile * y.lanes
+        count = np.minimum(size - first % size, y.lanes)
+        where = y.element(np.stack([first, first + count], -1)) - count[..., None] * np.array([0, 1])
+        return np.concatenate([where * y.element_bytes, count[..., None]], -1)

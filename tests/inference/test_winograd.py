@@ -186,11 +186,13 @@ def test_results_go_to_tiles_and_residuals_are_added_where_they_lie() -> None:
     import explorer
 
     torch.manual_seed(0)
-    for size in ((16, 15), (30, 31), (32, 32)):
+    for size in ((16, 15), (30, 31), (28, 28), (32, 32), (56, 56)):
         module, x = Blocks().eval(), torch.randn(2, 8, *size)
         engine = explorer.compile(module, x, sparse="dense")
         assert relative_error(engine(x), module(x)) < TOLERANCE
-        assert engine.choices["a"] == "dense, winograd" or engine._isa.lanes > size[1]
+        fits = engine._isa.lanes <= size[1]
+        assert {engine.choices[name] == "dense, winograd" for name in "ac"} == {fits}
+        assert size[0] < 56 or any(place.layout.is_cut for place in engine._plan.places.values())
 
 
 @pytest.mark.usefixtures("preferred")

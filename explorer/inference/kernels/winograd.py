@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import F32, I64, NULL, PTR, VOID, Function, Record, Value
-from explorer.inference.kernels.channels import place_of
+from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.conv import ConvGenerator, ConvKernel
 from explorer.inference.kernels.conv_tables import BLOCK
 from explorer.inference.native import Isa
@@ -44,9 +44,16 @@ ARGUMENTS = Record(
 )  # fmt: skip
 """One convolution. `top`: rows from a row of the result to the first that it reads, of the `x_rows` that there are; others are `zeros`. `starts`: bytes from a
 row's first pixel to each of its `chunks` tiles (int64). Output channels come in `pieces` of `piece` (the last may be smaller), `pieces_per_part` of which are a
-job's. `step`, `sums` and `piece_bytes`: bytes of scratch from V[i] to V[i + 1], to the sums, and from one piece's to the next's. Of a result in tiles `places` (int32)
-tells for each vector its bytes from the first, and `out_pitch` counts bytes of this table. `blocks`: rows of `conv_tables.BLOCK` [K block][piece][i], whose
+job's. `step`, `sums` and `piece_bytes`: bytes of scratch from V[i] to V[i + 1], to the sums, and from one piece's to the next's. Of a result in tiles `places` has a
+row of PLACE for each vector [row][chunk][vector], and `out_pitch` counts bytes of this table. `zeros` are at least a transformed row, and `piece` numbers. `blocks`: rows of `conv_tables.BLOCK` [K block][piece][i], whose
 `sources` are the planes that are transformed."""
+
+
+PLACE = Record(("first", "second", "count"))
+"""Where a vector goes: bytes from the channel's first to its first `count` elements, and to what would be its first one if the others were not in the next tile."""
+
+_BIAS_AT = 1
+"""The point at which the value of every polynomial is the sum of its coefficients: what is added to its sums is added to all four results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,6 @@ class _Generator(ConvGenerator):
         self.own = kernel
         self.results, _, self.values = transforms(kernel.taps)
 
-    def _start(self, f: Function, is_first: Value, channels: list[Value], which: range) -> list[Value]:
-        """Sums begin with zeros, or with what the K block before left."""
-        zeros = [f.constant(0.0)] * len(channels) * len(which)
-        return f.either(is_first, lambda: zeros, lambda: self._left(f, channels, which))
-
     def _end(self, f: Function, _: Value, channels: list[Value], totals: list[Value], which: range) -> None:
         """All sums stay in memory."""
         self._leave(f, channels, totals, which)
@@ -170,55 +172,57 @@ class _Generator(ConvGenerator):
         return scratch
 
     def _finish_piece(self) -> None:
-        """Results of one piece: (sums, sums_step, channels, bias, out, out_pitch, out_plane, residual, residual_plane, places, rows, low, high)."""
+        """Results of one piece: (sums, sums_step, channels, out, out_pitch, out_plane, residual, residual_plane, places, rows, low, high)."""
         k, width, n = self.own, self.width, self.own.points
         f = Function(
             self.ir,
             "finish",
             VOID,
-            [PTR, I64, I64, PTR, PTR, I64, I64, PTR, I64, PTR, I64, F32, F32],
+            [PTR, I64, I64, PTR, I64, I64, PTR, I64, PTR, I64, F32, F32],
             self.isa,
         )
         f.native.linkage = "internal"
         b = f.b
-        (
-            sums,
-            sums_step,
-            channels,
-            bias,
-            out,
-            pitch,
-            plane,
-            residual,
-            residual_plane,
-            places,
-            rows,
-            low,
-            high,
-        ) = f.arguments
+        sums, sums_step, channels, out, pitch, plane, residual, residual_plane, places, rows, low, high = (
+            f.arguments
+        )
         low, high = f.splat_float(low), f.splat_float(high)
         last = width * k.tile - f.element_bytes * k.spare - width
 
-        def one_channel(c: Value, mine: Value, to: Value, more: Value) -> list[Value]:
-            constant = f.weight(bias, b.mul(c, I64(4)))
-
+        def one_channel(_: Value, mine: Value, to: Value, more: Value) -> list[Value]:
             def one_vector(i: Value) -> None:
                 at = f.minimum(b.mul(i, I64(width)), I64(last))
                 m = [f.read(f.at(mine, b.mul(I64(j), sums_step)), at) for j in range(n)]
-                for j, result in enumerate(self._results(f, m)):
+                for j, value in enumerate(self._results(f, m)):
                     with b.if_then(b.icmp_signed("<", I64(j), rows)):
                         below = b.mul(I64(j), pitch)
-                        where = place_of(f, f.at(places, below), i) if k.tiled else b.add(below, at)
-                        value = b.fadd(result, constant)
                         if k.residual:
-                            value = b.fadd(value, f.read(more, where))
-                        f.write(apply_or_clamp(k.activation, f, value, low, high, capped=k.capped), to, where)
+                            value = b.fadd(value, f.read(more, b.add(below, at)))
+                        value = apply_or_clamp(k.activation, f, value, low, high, capped=k.capped)
+                        if k.tiled:
+                            self._write_to_tiles(f, value, to, f.row(f.at(places, below), PLACE, i))
+                        else:
+                            f.write(value, to, b.add(below, at))
 
             f.loop(I64(k.tile), one_vector)
             return [f.at(mine, self.row_bytes), f.at(to, plane), f.at(more, residual_plane)]
 
         f.loop(channels, one_channel, [sums, out, residual])
         b.ret_void()
+
+    @staticmethod
+    def _write_to_tiles(f: Function, value: Value, to: Value, place: Value) -> None:
+        """Store a vector of a channel that begins at `to`, of which a part may lie in the next tile."""
+        b = f.b
+        first, second, count = (f.field(place, PLACE, name) for name in PLACE.fields)
+        with b.if_else(b.icmp_signed("==", count, I64(f.lanes))) as (together, apart):
+            with together:
+                f.write(value, to, first)
+            with apart:
+                lane = ir.Constant(f.int_vector, list(range(f.lanes)))
+                in_first = b.icmp_signed("<", lane, f.splat(b.trunc(count, I32)))
+                f.store_where(in_first, value, to, first)
+                f.store_where(b.not_(in_first), value, to, second)
 
     def _job(self, inner: list[str]) -> None:
         self._finish_piece()
@@ -248,7 +252,7 @@ class _Generator(ConvGenerator):
         below = b.mul(row, out_pitch)
         out, residual, places = tensor("out"), tensor("residual"), field("places", PTR)
         if k.tiled:
-            places = f.at(places, b.add(below, b.sdiv(start, I64(self.width // 4))))
+            places = f.row(f.at(places, below), PLACE, b.mul(chunk, I64(k.tile)))
         else:
             out, residual = (f.at(pointer, b.add(below, start)) for pointer in (out, residual))
         left = b.sub(field("rows"), row)
@@ -266,26 +270,28 @@ class _Generator(ConvGenerator):
             def one_piece(piece: Value) -> None:
                 sums = f.at(all_sums, b.mul(b.sub(piece, first_piece), field("piece_bytes")))
 
+                channel = b.mul(piece, piece_size)
+                bias = f.at(field("bias", PTR), b.mul(channel, I64(4)))
+
                 def one_point(i: Value) -> None:
                     block = f.row(group, BLOCK, b.add(b.mul(piece, I64(n)), i))
-                    arguments = [block, f.at(operands, b.mul(i, step)), f.at(sums, b.mul(i, sums_step))]
+                    mine = b.select(b.icmp_signed("==", i, I64(_BIAS_AT)), bias, field("zeros", PTR))
+                    arguments = [block, f.at(operands, b.mul(i, step)), f.at(sums, b.mul(i, sums_step)), mine]
                     for name in inner:
                         b.call(
                             self.ir.globals[name],
-                            [*arguments, NULL, NULL, I64(0), NULL, I64(0), NULL, F32(0), F32(0)],
+                            [*arguments, NULL, I64(0), NULL, I64(0), NULL, F32(0), F32(0)],
                         )
 
                 f.loop(I64(n), one_point)
                 with b.if_then(is_last):
-                    channel = b.mul(piece, piece_size)
                     count = f.minimum(piece_size, b.sub(field("channels"), channel))
-                    mine = f.at(field("bias", PTR), b.mul(channel, I64(4)))
                     to = f.at(out, b.mul(channel, field("out_plane")))
                     more = f.at(residual, b.mul(channel, field("residual_plane")))
                     b.call(
                         self.ir.globals["finish"],
                         [
-                            sums, sums_step, count, mine, to, out_pitch, field("out_plane"), more, field("residual_plane"), places, left, low, high,
+                            sums, sums_step, count, to, out_pitch, field("out_plane"), more, field("residual_plane"), places, left, low, high,
                         ],
                     )  # fmt: skip
 
