@@ -484,11 +484,12 @@ class _StepBuilder:
         parts = -(-pieces // per_part)
         plane_bytes = (kernel.tile + kernel.more) * isa.width
         channels = x.channels // taps.phases
+        filters = self._dense(operation).reshape(m, channels, -1)
         packed = self._once(
             operation,
             choice,
             lambda: conv_winograd(
-                form.transformed(self._dense(operation).reshape(m, channels, -1)),
+                form.transformed(filters),
                 form,
                 taps.phases,
                 x.plane_bytes,
@@ -498,6 +499,8 @@ class _StepBuilder:
                 l1_bytes() // 2,
             ),
         )
+        columns = taps.planes(channels) * x.plane_bytes + (taps.column - form.column.min()) * x.element_bytes
+        reads = np.stack([columns, np.broadcast_to(taps.row - form.top, columns.shape)], -1).reshape(-1, 2)
         step = plane_bytes * packed.most_planes + 64  # so that they do not all fall into the same cache sets
         step, start = -(-step // 64) * 64, int(form.column.min()) * x.element_bytes
         kept = per_part if packed.n_blocks > 1 else 1
@@ -530,6 +533,9 @@ class _StepBuilder:
             piece_bytes=piece * sums_bytes if packed.n_blocks > 1 else 0,
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
+            weights=self.memory.put(filters),
+            reads=self.memory.put(reads),
+            n_reads=len(reads),
             **self._bounds(operation),
         )
         cut = partial(bands.of_rows, y, ROWS, tiles, parts, taps.shifts(x.pitch), len(places) > 1)

@@ -216,18 +216,29 @@ def test_the_error_stays_near_that_of_adding_in_order(
 
 
 @pytest.mark.usefixtures("preferred")
-def test_what_is_no_number_stays_within_the_rows_that_are_computed_together() -> None:
-    x = torch.randn(2, 3, 16, 32)
-    weight = torch.randn(4, 3, 3, 3)
-    wanted = torch.nn.functional.conv2d(x, weight, None, padding=1)
-    attributes = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-    graph = conv_graph(x.shape, weight, None, **attributes)
-    x[0, 1, 9, 20] = math.nan
-    got = run(graph, x, mode="dense")
-    hit = torch.zeros(2, 4, 16, 32, dtype=torch.bool)
-    hit[0, :, 8:12, 19:22] = True
-    assert torch.equal(got.isnan(), hit)
-    assert relative_error(torch.where(hit, 0, got), torch.where(hit, 0, wanted)) < TOLERANCE
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 2)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_is_no_finite_number_spreads_as_far_as_in_torch(
+    poison: float, kernel: int, stride: int, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the definition, which such jobs go back to; channels in several blocks, the last of which may be the one that meets it."""
+    monkeypatch.setattr(steps, "l1_bytes", lambda: 2048)
+    columns = 32
+    weight = torch.randn(9, 5, kernel, kernel)
+    attributes = {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
+    shape = (2, 5, 14 * stride, columns * stride)
+    graph = conv_graph(shape, weight, torch.randn(9), residual=residual, **attributes)
+    graph.operations[0].attributes |= {"low": 0.0, "high": 6.0}
+    added = [torch.randn(2, 9, 14, columns)] * residual
+    engine = SparseModule(graph, (torch.zeros(shape), *added), 1, "dense")
+    assert engine.choices == {"conv": "dense, winograd"}
+    for channel, row, column in ((0, 0, 0), (4, 9, 20), (2, shape[2] - 1, shape[3] - 1)):
+        x = torch.randn(shape)
+        x[0, channel, row, column] = poison
+        wanted = torch.nn.functional.conv2d(x, weight, graph.constants["bias"], stride, kernel // 2)
+        wanted = sum(added, wanted).clamp(0, 6)
+        torch.testing.assert_close(engine(x, *added), wanted, equal_nan=True, rtol=0, atol=1e-4)
 
 
 def test_it_is_a_candidate_where_it_saves_enough_and_rows_are_long_enough() -> None:

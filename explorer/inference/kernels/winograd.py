@@ -12,6 +12,9 @@ The algorithm in plain words
   A job is four rows of a tile (T vectors of neighbouring columns) of one image, times some pieces of the output channels. What it adds up for a piece, and
   mostly V too, stays in the L1 cache.
 
+  What is infinite or no number would spread to all four results (inf - inf is NaN): a job that meets some computes its results by the definition. To notice it,
+  each pixel times zero is added up.
+
 Only one of the two dimensions is transformed: rows are vectors, so that sums of rows need no shuffles, and the error stays near that of adding in order. (Of
 its largest value a sum of 42 products has an error of 1.3e-7 with R = 4 and of 0.8e-7 with R = 3, where adding in order has 0.6e-7.)
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from llvmlite import ir
@@ -39,18 +43,21 @@ ARGUMENTS = Record(
     (
         "x", "x_image", "x_pitch", "x_rows", "top", "out", "out_image", "out_pitch", "out_plane", "residual", "residual_image", "residual_plane", "rows",
         "bias", "low", "high", "chunks", "starts", "tiles", "parts", "pieces_per_part", "pieces", "piece", "channels", "zeros", "places", "step", "sums",
-        "piece_bytes", "blocks", "n_blocks",
+        "piece_bytes", "blocks", "n_blocks", "weights", "reads", "n_reads",
     )
 )  # fmt: skip
 """One convolution. `top`: rows from a row of the result to the first that it reads, of the `x_rows` that there are; others are `zeros`. `starts`: bytes from a
 row's first pixel to each of its `chunks` tiles (int64). Output channels come in `pieces` of `piece` (the last may be smaller), `pieces_per_part` of which are a
 job's. `step`, `sums` and `piece_bytes`: bytes of scratch from V[i] to V[i + 1], to the sums, and from one piece's to the next's. Of a result in tiles `places` has a
 row of PLACE for each vector [row][chunk][vector], and `out_pitch` counts bytes of this table. `zeros` are at least a transformed row, and `piece` numbers. `blocks`: rows of `conv_tables.BLOCK` [K block][piece][i], whose
-`sources` are the planes that are transformed."""
+`sources` are the planes that are transformed. `weights` (channels, `n_reads`) float32, and `reads`, rows of READ: the filter as it is."""
 
 
 PLACE = Record(("first", "second", "count"))
 """Where a vector goes: bytes from the channel's first to its first `count` elements, and to what would be its first one if the others were not in the next tile."""
+
+READ = Record(("offset", "row"))
+"""What a weight is multiplied with: bytes from the tile's first pixel to its plane and column, and rows below the first that a row of the result reads."""
 
 _BIAS_AT = 1
 """The point at which the value of every polynomial is the sum of its coefficients: what is added to its sums is added to all four results."""
@@ -148,28 +155,35 @@ class _Generator(ConvGenerator):
         ]
 
     def _transform(
-        self, f: Function, block: Value, rows: list[tuple[Value, Value]], zeros: Value, step: Value
+        self,
+        f: Function,
+        block: Value,
+        rows: list[tuple[Value, Value]],
+        zeros: Value,
+        step: Value,
+        nothing: Value,
     ) -> Value:
-        """V of the planes of a K block. `rows`: whether each input row is there, and where, of the plane at 0."""
+        """Leave V of the planes of a K block in scratch. `rows`: whether each input row is there, and where, of the plane at 0. Each pixel times zero is added to `nothing`."""
         k, n = self.own, self.own.points
         sources, scratch = f.field(block, BLOCK, "sources", PTR), f.arguments[2]
 
-        def one_plane(_: Value, source: Value, to: Value) -> list[Value]:
+        def one_plane(_: Value, source: Value, to: Value, nothing: Value) -> list[Value]:
             offset = f.load(source, I64, 0, 8)
             pointers = [f.b.select(there, f.at(row, offset), zeros) for there, row in rows]
 
-            def one_vector(i: Value) -> None:
+            def one_vector(i: Value, nothing: Value) -> list[Value]:
                 at = f.b.mul(i, I64(self.width))
                 pixels = [f.read(pointer, at) for pointer in pointers]
                 for j in range(n):
                     value = self._combine(f, self.values[j].tolist(), pixels)
                     f.write(value, f.at(to, f.b.mul(I64(j), step)), at, self.width)
+                return [reduce(lambda total, pixel: f.fma(pixel, f.constant(0.0), total), pixels, nothing)]
 
-            f.loop(I64(k.tile + k.more), one_vector)
-            return [f.at(source, 16), f.at(to, k.plane_bytes(self.isa))]
+            [nothing] = f.loop(I64(k.tile + k.more), one_vector, [nothing])
+            return [f.at(source, 16), f.at(to, k.plane_bytes(self.isa)), nothing]
 
-        f.loop(f.field(block, BLOCK, "n_sources"), one_plane, [sources, scratch])
-        return scratch
+        count = f.field(block, BLOCK, "n_sources")
+        return f.loop(count, one_plane, [sources, scratch, nothing])[2]
 
     def _finish_piece(self) -> None:
         """Results of one piece: (sums, sums_step, channels, out, out_pitch, out_plane, residual, residual_plane, places, rows, low, high)."""
@@ -195,20 +209,81 @@ class _Generator(ConvGenerator):
                 m = [f.read(f.at(mine, b.mul(I64(j), sums_step)), at) for j in range(n)]
                 for j, value in enumerate(self._results(f, m)):
                     with b.if_then(b.icmp_signed("<", I64(j), rows)):
-                        below = b.mul(I64(j), pitch)
-                        if k.residual:
-                            value = b.fadd(value, f.read(more, b.add(below, at)))
-                        value = apply_or_clamp(k.activation, f, value, low, high, capped=k.capped)
-                        if k.tiled:
-                            self._write_to_tiles(f, value, to, f.row(f.at(places, below), PLACE, i))
-                        else:
-                            f.write(value, to, b.add(below, at))
+                        self._store(f, value, b.mul(I64(j), pitch), at, i, to, more, places, low, high)
 
             f.loop(I64(k.tile), one_vector)
             return [f.at(mine, self.row_bytes), f.at(to, plane), f.at(more, residual_plane)]
 
         f.loop(channels, one_channel, [sums, out, residual])
         b.ret_void()
+
+    def _define_piece(self) -> None:
+        """Results of one piece by the definition: (arguments, x, first, channel, channels, out, residual, places, rows, low, high); `first`: the row of `x` to start from."""
+        k, width = self.own, self.width
+        f = Function(
+            self.ir, "define", VOID, [PTR, PTR, I64, I64, I64, PTR, PTR, PTR, I64, F32, F32], self.isa
+        )
+        f.native.linkage = "internal"
+        b = f.b
+        args, x, first, channel, channels, out, residual, places, rows, low, high = f.arguments
+        low, high = f.splat_float(low), f.splat_float(high)
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        n_reads, pitch, x_rows = field("n_reads"), field("x_pitch"), field("x_rows")
+        zeros, bias, out_pitch = field("zeros", PTR), field("bias", PTR), field("out_pitch")
+        last = width * k.tile - f.element_bytes * k.spare - width
+
+        def one_channel(c: Value, to: Value, more: Value) -> list[Value]:
+            number = b.add(channel, c)
+            constant = f.weight(bias, b.mul(number, I64(4)))
+            weights = f.at(field("weights", PTR), b.mul(number, b.mul(n_reads, I64(4))))
+
+            def one_row(j: Value) -> None:
+                def one_vector(i: Value) -> None:
+                    at = f.minimum(b.mul(i, I64(width)), I64(last))
+
+                    def one_weight(index: Value, total: Value) -> list[Value]:
+                        read = f.row(field("reads", PTR), READ, index)
+                        row = b.add(b.add(first, j), f.field(read, READ, "row"))
+                        line = f.at(f.at(x, f.field(read, READ, "offset")), b.add(b.mul(row, pitch), at))
+                        pixels = f.read(b.select(_is_there(f, row, x_rows), line, zeros))
+                        return [f.fma(f.weight(weights, b.mul(index, I64(4))), pixels, total)]
+
+                    [total] = f.loop(n_reads, one_weight, [constant])
+                    self._store(f, total, b.mul(j, out_pitch), at, i, to, more, places, low, high)
+
+                f.loop(I64(k.tile), one_vector)
+
+            f.loop(f.minimum(rows, I64(ROWS)), one_row)
+            return [f.at(to, field("out_plane")), f.at(more, field("residual_plane"))]
+
+        f.loop(channels, one_channel, [out, residual])
+        b.ret_void()
+
+    def _store(
+        self,
+        f: Function,
+        value: Value,
+        below: Value,
+        at: Value,
+        i: Value,
+        to: Value,
+        more: Value,
+        places: Value,
+        low: Value,
+        high: Value,
+    ) -> None:
+        """The end of one vector, number `i` of the tile, `at` bytes from its beginning, `below` bytes from its first row (or in the table of places)."""
+        k, b = self.own, f.b
+        if k.residual:
+            value = b.fadd(value, f.read(more, b.add(below, at)))
+        value = apply_or_clamp(k.activation, f, value, low, high, capped=k.capped)
+        if k.tiled:
+            self._write_to_tiles(f, value, to, f.row(f.at(places, below), PLACE, i))
+        else:
+            f.write(value, to, b.add(below, at))
 
     @staticmethod
     def _write_to_tiles(f: Function, value: Value, to: Value, place: Value) -> None:
@@ -226,6 +301,7 @@ class _Generator(ConvGenerator):
 
     def _job(self, inner: list[str]) -> None:
         self._finish_piece()
+        self._define_piece()
         k, n = self.own, self.own.points
         f = Function(self.ir, "convolution", VOID, [PTR, I64, PTR], self.isa)
         b, (args, job, scratch) = f.b, f.arguments
@@ -247,8 +323,7 @@ class _Generator(ConvGenerator):
         x, rows = f.at(tensor("x"), start), []
         for i in range(n):
             mine = b.add(first, I64(i))
-            there = b.and_(b.icmp_signed(">=", mine, I64(0)), b.icmp_signed("<", mine, field("x_rows")))
-            rows.append((there, f.at(x, b.mul(mine, pitch))))
+            rows.append((_is_there(f, mine, field("x_rows")), f.at(x, b.mul(mine, pitch))))
         below = b.mul(row, out_pitch)
         out, residual, places = tensor("out"), tensor("residual"), field("places", PTR)
         if k.tiled:
@@ -262,21 +337,22 @@ class _Generator(ConvGenerator):
         last_piece = f.minimum(b.add(first_piece, field("pieces_per_part")), pieces)
         all_sums, sums_step = f.at(scratch, field("sums")), b.mul(piece_size, I64(self.row_bytes))
 
-        def one_block(index: Value) -> None:
+        def one_block(index: Value, nothing: Value) -> list[Value]:
             group = f.row(field("blocks", PTR), BLOCK, b.mul(index, b.mul(pieces, I64(n))))
             is_last = b.icmp_signed("==", b.add(index, I64(1)), n_blocks)
-            operands = self._transform(f, group, rows, field("zeros", PTR), step)
+            nothing = self._transform(f, group, rows, field("zeros", PTR), step, nothing)
+            total = f.sum_lanes(nothing)
+            is_finite = b.fcmp_ordered("==", total, total)
 
             def one_piece(piece: Value) -> None:
                 sums = f.at(all_sums, b.mul(b.sub(piece, first_piece), field("piece_bytes")))
-
                 channel = b.mul(piece, piece_size)
                 bias = f.at(field("bias", PTR), b.mul(channel, I64(4)))
 
                 def one_point(i: Value) -> None:
                     block = f.row(group, BLOCK, b.add(b.mul(piece, I64(n)), i))
                     mine = b.select(b.icmp_signed("==", i, I64(_BIAS_AT)), bias, field("zeros", PTR))
-                    arguments = [block, f.at(operands, b.mul(i, step)), f.at(sums, b.mul(i, sums_step)), mine]
+                    arguments = [block, f.at(scratch, b.mul(i, step)), f.at(sums, b.mul(i, sums_step)), mine]
                     for name in inner:
                         b.call(
                             self.ir.globals[name],
@@ -288,17 +364,29 @@ class _Generator(ConvGenerator):
                     count = f.minimum(piece_size, b.sub(field("channels"), channel))
                     to = f.at(out, b.mul(channel, field("out_plane")))
                     more = f.at(residual, b.mul(channel, field("residual_plane")))
-                    b.call(
-                        self.ir.globals["finish"],
-                        [
-                            sums, sums_step, count, to, out_pitch, field("out_plane"), more, field("residual_plane"), places, left, low, high,
-                        ],
-                    )  # fmt: skip
+                    with b.if_else(is_finite) as (yes, no):
+                        with yes:
+                            b.call(
+                                self.ir.globals["finish"],
+                                [
+                                    sums, sums_step, count, to, out_pitch, field("out_plane"), more, field("residual_plane"), places, left, low, high,
+                                ],
+                            )  # fmt: skip
+                        with no:
+                            b.call(
+                                self.ir.globals["define"],
+                                [args, x, first, channel, count, to, more, places, left, low, high],
+                            )
 
             f.loop(last_piece, one_piece, start=first_piece)
+            return [nothing]
 
-        f.loop(n_blocks, one_block)
+        f.loop(n_blocks, one_block, [f.constant(0.0)])
         b.ret_void()
+
+
+def _is_there(f: Function, row: Value, rows: Value) -> Value:
+    return f.b.and_(f.b.icmp_signed(">=", row, I64(0)), f.b.icmp_signed("<", row, rows))
 
 
 def reference(x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
