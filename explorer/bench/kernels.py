@@ -15,10 +15,10 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from explorer.inference.as_code import has_programs
 from explorer.inference.kernels import conv, conv_tables
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.kernels.registers import has_partners
+from explorer.inference.larger_kernels import has_programs
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, current_isa, machine_code
 from explorer.inference.pack import weight_words

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from explorer.inference.as_code import has_programs
+from explorer.inference.larger_kernels import has_programs
 from explorer.inference.layout import MAX_TILE
 from explorer.inference.native import Emitter, Isa
 

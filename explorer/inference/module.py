@@ -25,11 +25,11 @@ from torch.utils import _pytree as pytree
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
-from explorer.inference.as_code import Weighed, layers_as_code
 from explorer.inference.capture import capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
 from explorer.inference.graph import Graph, Ref, with_values
+from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
@@ -666,8 +666,15 @@ class SparseModule:
 
         layers = self._plan.layers(self._graph)
         self._densities = densities = {i: self._density(i) for i in layers}
-        as_code = self._as_code()
-        about = {i: {"paired": in_pairs(self._weight(i)), "code": i in as_code} for i in layers}
+        larger = self._larger_kernels()
+        about = {
+            i: {
+                "paired": in_pairs(self._weight(i)),
+                "code": i in larger.code,
+                "winograd": i in larger.winograd,
+            }
+            for i in layers
+        }
         candidates = {
             i: self._plan.candidates(self._graph, i, self._mode, densities[i], **about[i]) for i in layers
         }
@@ -693,14 +700,17 @@ class SparseModule:
         self._install(steps)
         self._order_bands(question)
 
-    def _as_code(self) -> frozenset[int]:
-        """The layers that may become programs."""
+    def _larger_kernels(self) -> Larger:
+        """The layers whose kernels may need more memory than others."""
         layers = {}
-        for i, density in self._densities.items():
+        for i, share in self._densities.items():
+            # Dense kernels do not ask which weights are zero.
+            density = 1.0 if self._mode == "dense" else share
             size, can = self._weight(i).size, self._plan.may_be_code(self._graph, i)
             vectors = self._plan.vectors_of(self._graph.operations[i])
-            layers[i] = Weighed(size, round(density * size), vectors, can)
-        return layers_as_code(layers, self._plan.memory.n_bytes)
+            winograd = self._plan.may_be_winograd(self._graph, i, density)
+            layers[i] = Weighed(size, round(density * size), vectors, can, winograd)
+        return larger_kernels(layers, self._plan.memory.n_bytes)
 
     def _order_bands(self, question: str) -> None:
         """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from explorer.inference.as_code import has_programs
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, linear_room, pair_parts
+from explorer.inference.larger_kernels import has_programs
 from explorer.inference.layout import (
     MAX_TILE,
     Layout,
@@ -746,6 +746,7 @@ class Plan:
         *,
         paired: bool = False,
         code: bool = False,
+        winograd: bool = False,
     ) -> list[Choice]:
         """The kernels worth timing for operation `index`, `density` of whose weights are not zero; best guess first.
 
@@ -759,6 +760,8 @@ class Plan:
             Whether the weights come in pairs of output channels.
         code : bool
             Whether it may become a program, see `may_be_code`.
+        winograd : bool
+            Whether Winograd's filtering may compute it, see `may_be_winograd`.
         """
         operation = graph.operations[index]
         if operation.kind not in ("conv", "linear"):
@@ -783,7 +786,7 @@ class Plan:
                 few = self.isa.registers < MANY_REGISTERS
                 dense_forms = [*forms, "channels"] if few else ["channels", forms[0]]
         dense = [Choice(True, form) for form in dense_forms or forms]
-        if self._fits_winograd(graph, operation):
+        if winograd:
             dense = [Choice(True, "winograd"), dense[0]]
         sparse = [Choice(False, form) for form in forms]
         in_group = graph.shapes[operation.output][1] // a.get("groups", 1)
@@ -839,14 +842,17 @@ class Plan:
         first = np.arange(out.rows)[:, None] * out.pitch + channel_columns(out.columns, form[0])
         return bool(np.all(first // tile == (first + form[0] - 1) // tile))
 
-    def _fits_winograd(self, graph: Graph, operation: Operation) -> bool:
-        """Whether the dense kernel that computes four rows at a time can run, and saves enough."""
+    def may_be_winograd(self, graph: Graph, index: int, density: float) -> bool:
+        """Whether the dense kernel that computes four rows at a time can run operation `index`, and saves enough."""
+        operation = graph.operations[index]
         a, size = operation.attributes, graph.shapes[operation.weight or ""][2:]
         out, tiles = self.places[operation.output].layout, self._tiles(operation)
         if operation.kind != "conv" or len(size) != 2 or not isinstance(out, Planes):
             return False
         has_residual = len(operation.inputs) > 1
-        if self.isa.precision != "fp32" or a["groups"] > 1 or tiles[0] or (has_residual and any(tiles)):
+        if density <= _ALWAYS_SPARSE or self.isa.precision != "fp32" or a["groups"] > 1:
+            return False
+        if tiles[0] or (has_residual and any(tiles)):
             return False
         form = Filter.of(Taps.of(a, (size[0], size[1])))
         return form is not None and Chunks.of(out, residual=has_residual) is not None
@@ -861,7 +867,14 @@ class Plan:
         return f"{generator_version()} {self.isa.cpu} {self.threads} {hashlib.sha256(every.encode()).hexdigest()}"
 
     def question(
-        self, graph: Graph, index: int, density: float, *, paired: bool = False, code: bool = False
+        self,
+        graph: Graph,
+        index: int,
+        density: float,
+        *,
+        paired: bool = False,
+        code: bool = False,
+        winograd: bool = False,
     ) -> str:
         """What the fastest kernel of operation `index` depends on, for `explorer.inference.choices`."""
         operation = graph.operations[index]
@@ -869,4 +882,4 @@ class Plan:
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {self._tiles(operation)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {winograd} {self._tiles(operation)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from explorer.inference.graph import Graph, Operation, Ref
+from explorer.inference.larger_kernels import Larger, Weighed
 from explorer.inference.module import Mode, SparseModule
 from explorer.inference.plan import Choice, Plan
 
@@ -91,3 +92,11 @@ def preferring(wanted: Callable[[Choice], bool]) -> Callable[..., list[Choice]]:
         return [choice for choice in several if wanted(choice)] or several
 
     return candidates
+
+
+def without_limit(layers: Mapping[int, Weighed], _: int) -> Larger:
+    """In the place of `larger_kernels`: all layers that can."""
+    return Larger(
+        frozenset(i for i, layer in layers.items() if layer.can),
+        frozenset(i for i, layer in layers.items() if layer.winograd),
+    )

@@ -26,9 +26,10 @@ from torch import nn
 import explorer
 from explorer.errors import EngineError
 from explorer.inference import module, native, plan
-from explorer.inference.as_code import has_programs
+from explorer.inference.larger_kernels import has_programs
 from explorer.inference.memory import Memory
 from explorer.inference.plan import Choice, Plan
+from tests.inference.graphs import without_limit
 from tests.inference.test_tiles import Bottlenecks, Feedforward
 
 PATTERN = 0xFF
@@ -245,7 +246,7 @@ def main(side: str, pattern: str, precision: str = "fp32") -> None:
     """Run all networks whose name holds `pattern` ("all": every one)."""
     module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = candidates  # type: ignore[method-assign]
-    module.layers_as_code = lambda layers, _: frozenset(i for i in layers if layers[i].can)
+    module.larger_kernels = without_limit
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
     # torch takes most of the time: once for each network will do.
     module.capture = lru_cache(maxsize=1)(module.capture)  # type: ignore[assignment,attr-defined]

@@ -17,15 +17,15 @@ import explorer
 from explorer.errors import EngineError
 from explorer.inference import memory as engine_memory
 from explorer.inference import native, plan, sparse_code
-from explorer.inference.as_code import LIMIT, Weighed, has_programs, layers_as_code
 from explorer.inference.kernels import avx512, write_programs
 from explorer.inference.kernels.conv_code import GROUP, NEAR_WEIGHTS, REACH_BYTES, ROWS
+from explorer.inference.larger_kernels import LIMIT, Weighed, has_programs, larger_kernels
 from explorer.inference.layout import MAX_TILE
 from explorer.inference.memory import Memory, can_run_code
 from explorer.inference.plan import Choice, Plan
 from explorer.inference.sparse_code import Finish, programs
 from explorer.inference.sparse_rows import SparseWeights
-from tests.inference.graphs import conv_graph, preferring, relative_error
+from tests.inference.graphs import conv_graph, preferring, relative_error, without_limit
 from tests.inference.test_kernels import TOLERANCE, compare_with_torch, convolutions
 from tests.inference.test_partners import needs_code, random_rows
 
@@ -42,8 +42,7 @@ def as_code(choice: Choice) -> bool:
 def only_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers become programs wherever they can."""
     monkeypatch.setattr(plan.Plan, "candidates", preferring(as_code))
-    everything = lambda layers, *_: frozenset(i for i, layer in layers.items() if layer.can)  # noqa: E731
-    monkeypatch.setattr("explorer.inference.module.layers_as_code", everything)
+    monkeypatch.setattr("explorer.inference.module.larger_kernels", without_limit)
 
 
 # ---- instructions
@@ -318,10 +317,10 @@ def test_layers_with_most_pixels_become_programs_until_the_memory_is_used_up() -
 
     rest = {9: layer(1_000_000, 200, can=False)}
     layers = {0: layer(100_000, 4), 1: layer(100_000, 200), 2: layer(10_000_000, 90), 3: layer(200_000, 14)}
-    assert layers_as_code(layers | rest, 0) == {0, 1, 2, 3} - {2}
-    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 0) == frozenset()
-    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 3_000_000) == {1}
-    assert layers_as_code({0: layer(300_000, 4), 1: layer(300_000, 5)}, 10_000_000) == {0, 1}
+    assert larger_kernels(layers | rest, 0).code == {0, 1, 2, 3} - {2}
+    assert larger_kernels({0: layer(300_000, 4), 1: layer(300_000, 5)}, 0).code == frozenset()
+    assert larger_kernels({0: layer(300_000, 4), 1: layer(300_000, 5)}, 3_000_000).code == {1}
+    assert larger_kernels({0: layer(300_000, 4), 1: layer(300_000, 5)}, 10_000_000).code == {0, 1}
 
 
 def test_what_is_too_sparse_or_large_and_dense_does_not_become_a_program() -> None:
@@ -368,14 +367,14 @@ def test_only_those_that_can_are_offered_as_programs(monkeypatch: pytest.MonkeyP
         )
         return Plan(graph, isa, 1).may_be_code(graph, 0)
 
-    monkeypatch.setattr("explorer.inference.as_code.can_run_code", lambda: True)
+    monkeypatch.setattr("explorer.inference.larger_kernels.can_run_code", lambda: True)
     assert may(wide)
     assert may(wide, groups=2)
     assert not may(wide, groups=16)
     assert not may(native.Isa("avx2", 8, 16, "", ""))
     assert not may(native.Isa("neon", 4, 32, "", ""))
     assert not may(native.Isa("avx512", 32, 32, "", "", "fp16"))
-    monkeypatch.setattr("explorer.inference.as_code.can_run_code", lambda: False)
+    monkeypatch.setattr("explorer.inference.larger_kernels.can_run_code", lambda: False)
     assert not may(wide)
 
 

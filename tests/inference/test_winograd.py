@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from explorer.inference import native, steps
 from explorer.inference.kernels import conv, winograd
 from explorer.inference.kernels.registers import dense_parts, dense_rows
+from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
 from explorer.inference.module import SparseModule
 from explorer.inference.plan import Choice, Plan
 from explorer.inference.taps import Taps
 from explorer.inference.winograd import ROWS, Filter, transforms
-from tests.inference.graphs import conv_graph, preferring, relative_error, run
+from tests.inference.graphs import conv_graph, preferring, relative_error, run, without_limit
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
 
 CHOICE = Choice(True, "winograd")
@@ -26,8 +27,9 @@ CHOICE = Choice(True, "winograd")
 
 @pytest.fixture
 def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers take this kernel wherever it is a candidate."""
+    """Layers take this kernel wherever they can."""
     monkeypatch.setattr(Plan, "candidates", preferring(CHOICE.__eq__))
+    monkeypatch.setattr("explorer.inference.module.larger_kernels", without_limit)
 
 
 def check(
@@ -145,6 +147,7 @@ def test_any_shape_equals_the_numpy_twin(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "candidates", preferring(CHOICE.__eq__))
+        patch.setattr("explorer.inference.module.larger_kernels", without_limit)
         ran = check(
             (height, width),
             outputs,
@@ -246,12 +249,14 @@ def test_it_is_a_candidate_where_it_saves_enough_and_rows_are_long_enough() -> N
     if isa.name == "torch":
         pytest.skip("no machine code on this machine")
 
-    def offered(kernel: tuple[int, int], columns: int = 32, groups: int = 1, dilation: int = 1) -> bool:
+    def offered(
+        kernel: tuple[int, int], columns: int = 32, groups: int = 1, dilation: int = 1, density: float = 1.0
+    ) -> bool:
         weight = torch.ones(4, 4 // groups, *kernel)
         padding = tuple(k // 2 * dilation for k in kernel)
         attributes = {"stride": (1, 1), "padding": padding, "dilation": (dilation,) * 2, "groups": groups}
         graph = conv_graph((1, 4, 32, columns), weight, None, **attributes)
-        return CHOICE in Plan(graph, isa, 1).candidates(graph, 0, "auto", 1.0)
+        return Plan(graph, isa, 1).may_be_winograd(graph, 0, density)
 
     assert offered((3, 3))
     assert offered((3, 1))
@@ -262,6 +267,25 @@ def test_it_is_a_candidate_where_it_saves_enough_and_rows_are_long_enough() -> N
     assert not offered((3, 3), groups=2)
     assert not offered((3, 3), dilation=2)
     assert not offered((3, 3), columns=isa.lanes - 1)
+    assert offered((3, 3), density=0.21)
+    assert not offered((3, 3), density=0.19)
+
+
+def test_transformed_weights_take_what_the_limit_of_memory_leaves_most_pixels_first() -> None:
+    def layer(weights: int, vectors: int, *, can: bool = False) -> Weighed:
+        return Weighed(weights, weights, vectors, can, winograd=True)
+
+    others = {9: Weighed(1_000_000, 1_000_000, 50, can=False)}  # a dense layer leaves 6.2 bytes a weight
+    assert larger_kernels({0: layer(1000, 4)}, 0).winograd == frozenset()
+    assert larger_kernels({0: layer(1000, 4)}, 10_000).winograd == {0}
+    layers = {0: layer(700_000, 4), 1: layer(700_000, 90), 2: layer(50_000, 2)}
+    assert larger_kernels(layers | others, 0).winograd == {0, 1, 2}
+    layers[0] = layer(7_000_000, 4)
+    assert larger_kernels(layers | others, 0).winograd == {1, 2}
+    # A layer that may be either needs room for the larger of the two only.
+    small = {0: layer(1000, 4, can=True)}
+    assert larger_kernels(small, 9_000) == Larger(frozenset(), frozenset({0}))
+    assert larger_kernels(small, 20_000) == Larger(frozenset({0}), frozenset({0}))
 
 
 def in_phases(size: int) -> Filter | None:

@@ -1,0 +1,108 @@
+"""Which layers may have the kernels that are faster and larger: programs, where each nonzero is an instruction, and Winograd's filtering.
+
+A program takes twice the bytes of a table, transformed weights with those that they come from three times the bytes of dense ones. What a compiled network
+occupies has a limit, and what such kernels gain is the less the fewer pixels a layer has: each instruction, or weight, then does little before the next one has
+to be fetched. The layers with most pixels come first, until the limit is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from explorer.inference.memory import can_run_code
+from explorer.inference.native import Isa, l2_bytes
+
+LIMIT = 1.3
+"""What a network may occupie / (8 bytes for each nonzero + its activations)."""
+
+_LEAST_DENSITY, _MOST_DENSITY = 0.03, 0.75
+"""Nonzeros / weights between which programs may be faster: below, no operand is shared by enough output channels (ResNet-50 on Zen 4: at 0.05 they still take
+0.95 of the time), above, dense kernels are as fast."""
+
+_SMALL = 0.25
+"""Programs of so much of the L2 cache may be faster than dense kernels: first layers of three channels (of ResNet-50 0.91, of MobileNetV1 0.70 of the time)."""
+
+_DENSE_BYTES, _TABLE_BYTES, _PROGRAM_BYTES, _WINOGRAD_BYTES = 4.2, 8.5, 15.0, 12.2
+"""What a weight needs in a dense kernel, a nonzero in tables and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.4 and 14.4), and a weight where
+Winograd's filtering has transformed it to twice its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A layer with weights.
+
+    Attributes
+    ----------
+    weights, nonzeros : int
+    vectors : int
+        Vectors of pixels of its result.
+    can : bool
+        Whether its kernels could be programs at all.
+    winograd : bool
+        Whether Winograd's filtering could compute it, and faster than a sparse kernel.
+    """
+
+    weights: int
+    nonzeros: int
+    vectors: int
+    can: bool
+    winograd: bool = False
+
+    @property
+    def may_gain(self) -> bool:
+        """Whether a program may be faster than other kernels."""
+        density = self.nonzeros / max(self.weights, 1)
+        is_small = _PROGRAM_BYTES * self.nonzeros <= _SMALL * l2_bytes()
+        return self.can and density >= _LEAST_DENSITY and (density < _MOST_DENSITY or is_small)
+
+    @property
+    def n_bytes(self) -> float:
+        """Bytes that it needs otherwise, about."""
+        return min(_DENSE_BYTES * self.weights, _TABLE_BYTES * self.nonzeros)
+
+
+def has_programs(isa: Isa) -> bool:
+    """Whether sparse weights can become programs: of AVX-512 only, in float32, and where the system lets a process run what it has written."""
+    return isa.name == "avx512" and isa.precision == "fp32" and can_run_code()
+
+
+@dataclass(frozen=True, slots=True)
+class Larger:
+    """The layers that may become programs, and those that Winograd's filtering may compute. A layer can be in both: it will be one of them."""
+
+    code: frozenset[int]
+    winograd: frozenset[int]
+
+
+def larger_kernels(layers: Mapping[int, Weighed], activation_bytes: int) -> Larger:
+    """Share out what the limit leaves beside the smaller kernels. Winograd's filtering, which saves half of the products, comes before programs.
+
+    Parameters
+    ----------
+    layers : mapping
+        All layers of a network.
+    activation_bytes : int
+    """
+    nonzeros = sum(layer.nonzeros for layer in layers.values())
+    left = (
+        LIMIT * (8 * nonzeros + activation_bytes)
+        - activation_bytes
+        - sum(layer.n_bytes for layer in layers.values())
+    )
+    in_order = sorted(layers.items(), key=lambda item: (-item[1].vectors, item[1].nonzeros))
+    taken: dict[int, float] = {}  # by layer, beyond what it needs otherwise
+
+    def take(index: int, n_bytes: float) -> bool:
+        """Whether there is room for the layer to need so many bytes."""
+        nonlocal left
+        before = taken.get(index, 0.0)
+        more = max(n_bytes - layers[index].n_bytes, before)
+        fits = more - before <= left
+        if fits:
+            left, taken[index] = left - (more - before), more
+        return fits
+
+    winograd = {i for i, layer in in_order if layer.winograd and take(i, _WINOGRAD_BYTES * layer.weights)}
+    code = {i for i, layer in in_order if layer.may_gain and take(i, _PROGRAM_BYTES * layer.nonzeros)}
+    return Larger(frozenset(code), frozenset(winograd))
