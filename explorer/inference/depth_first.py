@@ -118,5 +118,8 @@ def _needed(step: Step, earlier: Step) -> list[int]:
                 return [len(earlier)] * len(step)
             # The lowest pixel that the bands from each on will still touch.
             lowest = np.minimum.accumulate(b.intervals[::-1, 0])[::-1]
-            needed.append(np.searchsorted(lowest, a.intervals[:, 1], "left"))
+            count = np.searchsorted(lowest, a.intervals[:, 1], "left")
+            # Who reads nothing but zeros above the image waits too: they are made with the first band of the image.
+            is_read = b is earlier.writes and a is not step.writes
+            needed.append(np.maximum(count, 1) if is_read else count)
     return np.max(needed, axis=0).tolist() if needed else []

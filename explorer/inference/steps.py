@@ -475,15 +475,14 @@ class _StepBuilder:
         )
         tiles = -(-y.rows // ROWS) * len(chunks.first)
         parts = _parts(tiles, m, self.plan.threads, y.images)
-        sums_bytes = form.points * chunks.tile * isa.width  # of one output channel
-        most = max(rows, min(-(-m // parts), l1_bytes() * 3 // 4 // sums_bytes))
-        pieces = -(-m // most)
+        sums_bytes = kernel.points * kernel.channel_bytes(isa)
+        # The sums of a piece fill most of the L1 cache, beside which weights stream.
+        pieces = -(-m // max(rows, min(-(-m // parts), l1_bytes() * 3 // 4 // sums_bytes)))
         piece = -(-m // pieces // rows) * rows
         pieces = -(-m // piece)
         per_part = -(-pieces // parts)
         parts = -(-pieces // per_part)
-        plane_bytes = (kernel.tile + kernel.more) * isa.width
-        channels = x.channels // taps.phases
+        plane_bytes, channels = kernel.plane_bytes(isa), x.channels // taps.phases
         filters = self._dense(operation).reshape(m, channels, -1)
         packed = self._once(
             operation,
@@ -501,10 +500,10 @@ class _StepBuilder:
         )
         columns = taps.planes(channels) * x.plane_bytes + (taps.column - form.column.min()) * x.element_bytes
         reads = np.stack([columns, np.broadcast_to(taps.row - form.top, columns.shape)], -1).reshape(-1, 2)
-        step = plane_bytes * packed.most_planes + 64  # so that they do not all fall into the same cache sets
-        step, start = -(-step // 64) * 64, int(form.column.min()) * x.element_bytes
+        # Whole cache lines, and one more, so that not all V fall into the same cache sets.
+        step = (-(-plane_bytes * packed.most_planes // 64) + 1) * 64
+        start, sums = int(form.column.min()) * x.element_bytes, kernel.points * step
         kept = per_part if packed.n_blocks > 1 else 1
-        sums = form.points * step
         self.scratch_bytes = max(self.scratch_bytes, sums + kept * piece * sums_bytes)
         places_of_vectors = chunks.places(y) if y.is_cut else np.zeros((0, 0), np.int64)
         tensors = {n: v for n, v in _tensors(layouts, places, out).items() if n != "x"}

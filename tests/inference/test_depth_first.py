@@ -79,6 +79,16 @@ def test_the_last_layer_begins_as_soon_as_it_can() -> None:
     assert order(layers)[:6] == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0)]
 
 
+def test_who_reads_only_zeros_waits_for_the_first_band_with_which_they_are_made() -> None:
+    cuts = np.stack([np.arange(0, 40, 10), np.arange(10, 50, 10)], 1)
+    a, b = (Access(memory, (), cuts) for memory in range(2))
+    layers = [
+        Step((), a),
+        Step((Access(0, (), cuts - 30),), b),
+    ]  # as of a filter of one tap with as much padding
+    assert order(layers) == [(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (0, 1), (0, 2), (0, 3)]
+
+
 # ---- networks, every layer of which is too large for the cache
 
 
@@ -144,6 +154,23 @@ def test_filters_of_each_channel_equal_torch(
     engine = explorer.compile(network, x, threads=threads)
     for n in {images, 1}:
         assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 20])
+def test_rows_that_read_only_padding_find_zeros_there(
+    stride: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_all_for_unclean(monkeypatch)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 20, 1, stride, 3, groups=groups), nn.ReLU(), nn.Conv2d(20, 20, 1)
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 53, 53)
+    engine = explorer.compile(network, x)
+    assert in_chains(engine) > 2
+    assert fill_with_nan(engine)
+    assert relative_error(engine(x), network(x)) < 1e-5
 
 
 class Strided(nn.Module):
