@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from explorer.inference.graph import Graph, Operation, Ref
@@ -100,3 +101,45 @@ def without_limit(layers: Mapping[int, Weighed], _: int) -> Larger:
         frozenset(i for i, layer in layers.items() if layer.can),
         frozenset(i for i, layer in layers.items() if layer.winograd),
     )
+
+
+def dense_convolution(
+    size: tuple[int, int],
+    outputs: int,
+    *,
+    images: int = 1,
+    channels: int = 5,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    bounds: tuple[float, float] | None = None,
+    residual: bool = False,
+    threads: int = 1,
+) -> str:
+    """Compile one convolution with dense kernels and compare it with the numpy twin, twice and for fewer images; the label of the kernel that ran."""
+    from explorer.inference.kernels import conv
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((images, channels, *size), np.float32)
+    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
+    bias = generator.standard_normal(outputs).astype(np.float32)
+    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
+    graph = conv_graph(
+        x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
+    )
+    wanted = torch.from_numpy(conv.reference(x, weight, bias, **attributes))
+    inputs = [torch.from_numpy(x)]
+    if residual:
+        inputs.append(torch.from_numpy(generator.standard_normal(wanted.shape, np.float32)))
+        wanted = wanted + inputs[1]
+    if bounds:
+        graph.operations[0].attributes |= dict(zip(("low", "high"), bounds, strict=True))
+        wanted = wanted.clamp(*bounds)
+    module = SparseModule(graph, tuple(inputs), threads, "dense")
+    for _ in range(2):  # the second call finds what the first has left in the buffers
+        assert relative_error(module(*inputs), wanted) < 1e-5
+    if images > 1:
+        fewer = [value[: images - 1] for value in inputs]
+        assert relative_error(module(*fewer), wanted[: images - 1]) < 1e-5
+    return module.choices["conv"]

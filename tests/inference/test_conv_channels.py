@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from explorer.inference import native, steps
-from explorer.inference.kernels import conv
 from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_columns, channel_tile
-from explorer.inference.module import SparseModule
 from explorer.inference.plan import Choice, Plan
-from tests.inference.graphs import conv_graph, preferring, relative_error
-from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
+from tests.inference.graphs import conv_graph, dense_convolution, preferring
+from tests.inference.test_kernels import CPUS, ISAS, innermost_loops, runnable
 
 ACROSS = Choice(True, "channels")
 
@@ -31,44 +30,9 @@ def across(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plan, "may_be_winograd", lambda *_: False)
 
 
-def check(
-    size: tuple[int, int],
-    outputs: int,
-    *,
-    images: int = 1,
-    channels: int = 5,
-    kernel: tuple[int, int] = (3, 3),
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    bounds: tuple[float, float] | None = None,
-    residual: bool = False,
-    threads: int = 1,
-) -> None:
-    """Compile one convolution, see that this kernel runs it, and compare."""
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((images, channels, *size), np.float32)
-    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
-    bias = generator.standard_normal(outputs).astype(np.float32)
-    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
-    graph = conv_graph(
-        x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
-    )
-    wanted = torch.from_numpy(conv.reference(x, weight, bias, **attributes))
-    inputs = [torch.from_numpy(x)]
-    if residual:
-        inputs.append(torch.from_numpy(generator.standard_normal(wanted.shape, np.float32)))
-        wanted = wanted + inputs[1]
-    if bounds:
-        graph.operations[0].attributes |= dict(zip(("low", "high"), bounds, strict=True))
-        wanted = wanted.clamp(*bounds)
-    module = SparseModule(graph, tuple(inputs), threads, "dense")
-    assert module.choices == {"conv": "dense, channels"}
-    for _ in range(2):  # the second call finds what the first has left in the buffers
-        assert relative_error(module(*inputs), wanted) < TOLERANCE
-    if images > 1:
-        fewer = [value[: images - 1] for value in inputs]
-        assert relative_error(module(*fewer), wanted[: images - 1]) < TOLERANCE
+def check(size: tuple[int, int], outputs: int, **more: Any) -> None:
+    """Compile one convolution, see that this kernel runs it, and compare, see `dense_convolution`."""
+    assert dense_convolution(size, outputs, **more) == "dense, channels"
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,14 @@ from explorer.inference.module import SparseModule
 from explorer.inference.plan import Choice, Plan
 from explorer.inference.taps import Taps
 from explorer.inference.winograd import ROWS, Filter, transforms
-from tests.inference.graphs import conv_graph, preferring, relative_error, run, without_limit
+from tests.inference.graphs import (
+    conv_graph,
+    dense_convolution,
+    preferring,
+    relative_error,
+    run,
+    without_limit,
+)
 from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
 
 CHOICE = Choice(True, "winograd")
@@ -32,43 +40,9 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explorer.inference.module.larger_kernels", without_limit)
 
 
-def check(
-    size: tuple[int, int],
-    outputs: int,
-    *,
-    images: int = 1,
-    channels: int = 5,
-    kernel: tuple[int, int] = (3, 3),
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (1, 1),
-    bounds: tuple[float, float] | None = None,
-    residual: bool = False,
-    threads: int = 1,
-) -> bool:
-    """Compile one convolution and compare; whether this kernel ran."""
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((images, channels, *size), np.float32)
-    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
-    bias = generator.standard_normal(outputs).astype(np.float32)
-    attributes = {"stride": stride, "padding": padding, "dilation": (1, 1), "groups": 1}
-    graph = conv_graph(
-        x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
-    )
-    wanted = torch.from_numpy(conv.reference(x, weight, bias, **attributes))
-    inputs = [torch.from_numpy(x)]
-    if residual:
-        inputs.append(torch.from_numpy(generator.standard_normal(wanted.shape, np.float32)))
-        wanted = wanted + inputs[1]
-    if bounds:
-        graph.operations[0].attributes |= dict(zip(("low", "high"), bounds, strict=True))
-        wanted = wanted.clamp(*bounds)
-    module = SparseModule(graph, tuple(inputs), threads, "dense")
-    for _ in range(2):  # the second call finds what the first has left in the buffers
-        assert relative_error(module(*inputs), wanted) < TOLERANCE
-    if images > 1:
-        fewer = [value[: images - 1] for value in inputs]
-        assert relative_error(module(*fewer), wanted[: images - 1]) < TOLERANCE
-    return module.choices["conv"] == "dense, winograd"
+def check(size: tuple[int, int], outputs: int, **more: Any) -> bool:
+    """Compile one convolution and compare, see `dense_convolution`; whether this kernel ran."""
+    return dense_convolution(size, outputs, **more) == "dense, winograd"
 
 
 @pytest.mark.parametrize("taps", [3, 4])
