@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,14 +93,9 @@ class Loop:
         self.out = memory.zeros(CHANNELS_OUT * pixels).reshape(CHANNELS_OUT, pixels)
         tables = self._programs(weights) if kernel.code else self._entries(weights, kernel)
         memory.seal()
-        block = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
-        stage = conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK
-        _set(conv_tables.BLOCK.index, block, stage=stage, **tables)
+        block = conv_tables.BLOCK.filled(stage=conv_tables.FIRST_BLOCK | conv_tables.LAST_BLOCK, **tables)
         low, high = np.array([-np.inf, np.inf], np.float32).view(np.int32).tolist()
-        arguments = np.zeros(len(conv_tables.ARGUMENTS.fields), np.int64)
-        _set(
-            conv_tables.ARGUMENTS.index,
-            arguments,
+        arguments = conv_tables.ARGUMENTS.filled(
             x=address(self.x),
             out=address(self.out),
             out_plane=row_bytes,
@@ -159,11 +154,6 @@ def _pruned(depth: int, density: float, channels: int) -> NDArray[np.float32]:
     draw = np.random.default_rng(0)
     kept = np.repeat(draw.random((CHANNELS_OUT // channels, depth)) < density, channels, axis=0)
     return (draw.normal(size=kept.shape) * kept).astype(np.float32)
-
-
-def _set(index: Callable[[str], int], row: NDArray[np.int64], **values: int) -> None:
-    for name, value in values.items():
-        row[index(name)] = value
 
 
 @dataclass(frozen=True, slots=True)

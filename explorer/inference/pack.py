@@ -445,23 +445,20 @@ def conv_dense(
             weights.append(_in_groups(piece, step))
             offsets.append(where.astype(np.int32))
             sources.append(mine.sources[here])
-            fields = {
-                "stage": int(stage),
-                "n_sources": len(here) * mine.is_copied,
-                "sources": n_sources,
-                "depth": len(ks),
-                "offsets": n_offsets,
-                "weights": n_weights,
-                "rows": int(len(rows) % step != 0),
-                "n_groups": full,
-                "first_channel": part.low,
-            }
+            row = conv_tables.BLOCK.filled(
+                stage=int(stage),
+                n_sources=len(here) * mine.is_copied,
+                sources=n_sources,
+                depth=len(ks),
+                offsets=n_offsets,
+                weights=n_weights,
+                rows=int(len(rows) % step != 0),
+                n_groups=full,
+                first_channel=part.low,
+            )
             n_sources += len(here)
             n_offsets += len(ks)
             n_weights += piece.size
-            row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
-            for name, value in fields.items():
-                row[conv_tables.BLOCK.index(name)] = value
             rows_of_blocks.append(row)
     tables: dict[str, NDArray[Any]] = {
         "weights": words(np.concatenate(weights)),
@@ -526,18 +523,16 @@ def conv_winograd(
             mine = weight[:, first : first + piece, low:high].reshape(n, -1, depth)
             for of_point in mine:
                 weights.append(_in_groups(of_point, step))
-                row = np.zeros(len(conv_tables.BLOCK.fields), np.int64)
-                for name, value in {
-                    "stage": conv_tables.FIRST_BLOCK if low == 0 else 0,
-                    "n_sources": (high - low) * phases,
-                    "sources": low * phases,
-                    "depth": depth,
-                    "offsets": n_offsets,
-                    "weights": n_weights,
-                    "rows": int(mine.shape[1] % step != 0),
-                    "n_groups": mine.shape[1] // step,
-                }.items():
-                    row[conv_tables.BLOCK.index(name)] = value
+                row = conv_tables.BLOCK.filled(
+                    stage=conv_tables.FIRST_BLOCK if low == 0 else 0,
+                    n_sources=(high - low) * phases,
+                    sources=low * phases,
+                    depth=depth,
+                    offsets=n_offsets,
+                    weights=n_weights,
+                    rows=int(mine.shape[1] % step != 0),
+                    n_groups=mine.shape[1] // step,
+                )
                 rows.append(row)
                 n_weights += of_point.size
         n_offsets += depth

@@ -36,7 +36,6 @@ from explorer.inference.kernels import (
     winograd,
     zero_gaps,
 )
-from explorer.inference.kernels.builder import Record
 from explorer.inference.layout import MAX_TILE, Planes, Vectors, channel_columns, channel_tile, tile_of
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Emitter, Isa, Kernel, l1_bytes, l2_bytes
@@ -167,13 +166,6 @@ _SUMS_BYTES = 128 << 10
 """Sums that one job of a convolution with channels in the lanes keeps between K blocks."""
 
 
-def _fill(record: Record, **values: int) -> NDArray[np.int64]:
-    row = np.zeros(len(record.fields), np.int64)
-    for name, value in values.items():
-        row[record.index(name)] = value
-    return row
-
-
 _LEAST_BLOCK_BYTES = 33 << 10
 
 
@@ -195,11 +187,11 @@ def _dense_block_bytes(row_bytes: int, sparse: int) -> int:
     return min(sparse, max(l1_bytes() * 5 // 8, _DENSE_DEPTH * row_bytes))
 
 
-_LONG_ROW = 4
-"""Vectors of a row that depthwise layers take with another (MobileNetV1 on Zen 3: 112 x 112 pixels 0.84 of the time, 14 x 14 0.97, 7 x 7 1.15)."""
-
 _DENSE_DEPTH = 72
 """Operands that a K block of the dense kernel holds at least, if the L1 cache can."""
+
+_LONG_ROW = 4
+"""Vectors of a row that depthwise layers take with another (MobileNetV1 on Zen 3: 112 x 112 pixels 0.84 of the time, 14 x 14 0.97, 7 x 7 1.15)."""
 
 
 @dataclass(slots=True)
@@ -344,8 +336,7 @@ class _StepBuilder:
 
         packed = self._once(operation, choice, pack)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(m, self.plan.isa))
-        arguments = _fill(
-            conv_tables.ARGUMENTS,
+        arguments = conv_tables.ARGUMENTS.filled(
             **_tensors(layouts, places, out),
             **{f"{name}_tile": layout.tile_step(kernel.tile) for name, layout in layouts.items()},
             bias=self.memory.put(words(bias)),
@@ -426,8 +417,7 @@ class _StepBuilder:
             self.scratch_bytes,
             kernel.turned_bytes(isa) + groups_per_job * tiles_per_job * kernel.sums_bytes(isa),
         )
-        arguments = _fill(
-            conv_channels.ARGUMENTS,
+        arguments = conv_channels.ARGUMENTS.filled(
             **_tensors(layouts, places, out),
             bias=self.memory.put(padded),
             **{
@@ -507,8 +497,7 @@ class _StepBuilder:
         self.scratch_bytes = max(self.scratch_bytes, sums + kept * piece * sums_bytes)
         places_of_vectors = chunks.places(y) if y.is_cut else np.zeros((0, 0), np.int64)
         tensors = {n: v for n, v in _tensors(layouts, places, out).items() if n != "x"}
-        arguments = _fill(
-            winograd.ARGUMENTS,
+        arguments = winograd.ARGUMENTS.filled(
             **tensors,
             x=places[0].address + start,
             x_pitch=x.pitch_bytes,
@@ -616,8 +605,7 @@ class _StepBuilder:
             taps, sx, masked, a.get("activation"), _is_capped(operation), y.is_cut, pairs
         )
         common = self._by_channel(place, out) | self._bounds(operation)
-        arguments = _fill(
-            depthwise.ARGUMENTS,
+        arguments = depthwise.ARGUMENTS.filled(
             weights=self.memory.put(weight_words(self._dense(operation), self.plan.isa)),
             bias=self.memory.put(weight_words(bias, self.plan.isa)),
             mask=mask,
@@ -719,8 +707,8 @@ class _StepBuilder:
                 self._once(operation, choice, lambda: linear_dense(self._dense(operation), group, lanes))
             )
             chunk = _chunk(jobs, y.images, self.plan.threads)
-            arguments = _fill(
-                linear.ARGUMENTS, chunk=chunk, weights=weights, bias=self.memory.put(padded), **common
+            arguments = linear.ARGUMENTS.filled(
+                chunk=chunk, weights=weights, bias=self.memory.put(padded), **common
             )
             kernel = linear.LinearKernel(group)
             return _Row(self.code(kernel, isa), arguments, jobs, choice.label, images_per_job=chunk)
@@ -730,8 +718,7 @@ class _StepBuilder:
         size = max(1, min(64, -(-m // (4 * self.plan.threads))))
         jobs = -(-m // size)
         chunk = _chunk(jobs, y.images, self.plan.threads)
-        arguments = _fill(
-            linear.ARGUMENTS,
+        arguments = linear.ARGUMENTS.filled(
             chunk=chunk,
             rows_per_job=size,
             starts=self.memory.put(starts),
@@ -756,8 +743,7 @@ class _StepBuilder:
         tile = max(t for t in (1, 2, 3, 4) if fixed % t == 0) if fixed else min(4, y.vectors)
         jobs, per_tile = -(-y.vectors // tile), max(fixed // tile, 1)
         kernel = layer_norm.LayerNormKernel(tile, y.has_gaps)
-        arguments = _fill(
-            layer_norm.ARGUMENTS,
+        arguments = layer_norm.ARGUMENTS.filled(
             x=place.address,
             x_plane=x.plane_bytes,
             x_tile=x.tile_step(per_tile * tile),
@@ -800,8 +786,7 @@ class _StepBuilder:
         rows = registers.dense_rows(tile * 4 // isa.element_bytes, isa, whole=True)
         kernel = attention.AttentionKernel(tile, min(8, rows), queries % lanes != 0)
         self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(keys, lanes))
-        arguments = _fill(
-            attention.ARGUMENTS,
+        arguments = attention.ARGUMENTS.filled(
             heads=a["heads"],
             tiles=tiles,
             queries=queries,
@@ -841,8 +826,7 @@ class _StepBuilder:
         if operation.kind == "plane_average":
             assert isinstance(y, Vectors)
             scale = self.memory.put(np.array([1.0 / (x.rows * x.columns)], np.float32))
-            arguments = _fill(
-                pool.ARGUMENTS,
+            arguments = pool.ARGUMENTS.filled(
                 vectors=x.vectors,
                 mask=self._mask(x),
                 scale=scale,
@@ -854,8 +838,7 @@ class _StepBuilder:
         assert isinstance(y, Planes)
         if operation.kind == "adaptive_average":
             table, n_taps, scale = self._adaptive(x, y)
-            arguments = _fill(
-                pool.ARGUMENTS,
+            arguments = pool.ARGUMENTS.filled(
                 vectors=y.vectors,
                 n_taps=n_taps,
                 table=table,
@@ -888,15 +871,13 @@ class _StepBuilder:
                 y.vectors,
             )
             self.scratch_bytes = max(self.scratch_bytes, kernel.scratch_bytes(self.plan.isa))
-            arguments = _fill(
-                window_pool.ARGUMENTS,
+            arguments = window_pool.ARGUMENTS.filled(
                 scale=self.memory.put(np.append(scale, np.zeros(y.lanes, np.float32))),
                 **common,
             )
             return _Row(self.code(kernel), arguments, common["jobs"], "pool")
         window = [(row * dy - py, column * dx - px) for row in range(kh) for column in range(kw)]
-        arguments = _fill(
-            pool.ARGUMENTS,
+        arguments = pool.ARGUMENTS.filled(
             vectors=y.vectors,
             n_taps=len(window),
             table=self._taps(x, y, window, a["stride"]),
@@ -914,8 +895,7 @@ class _StepBuilder:
         assert isinstance(y, Planes)
         vectors, filled = -(-y.pitch // y.lanes), -(-y.columns // y.lanes)
         common = self._by_channel(place, out) | self._bounds(operation)
-        arguments = _fill(
-            upsample.ARGUMENTS,
+        arguments = upsample.ARGUMENTS.filled(
             x_row=x.pitch_bytes,
             out_row=y.pitch_bytes,
             rows=x.rows,
@@ -941,7 +921,7 @@ class _StepBuilder:
         if stride[1] > split.LARGEST_SHUFFLED:
             kernel = split.SplitKernel(0, (), place.cell is not None, tiled=y.is_cut)
             table = self._taps(x, y, phases, stride)
-            arguments = _fill(split.ARGUMENTS, vectors=y.vectors, table=table, **common)
+            arguments = split.ARGUMENTS.filled(vectors=y.vectors, table=table, **common)
             mine = bands.ByChannel(self.memory, split.ARGUMENTS, arguments, x, y)
 
             def cut(_: int) -> Bands:
@@ -955,8 +935,7 @@ class _StepBuilder:
             offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
             chunks = -(-y.columns // lanes)
             inside = np.arange(chunks * lanes) * stride[1] + np.array(columns)[:, None] < x.columns
-            arguments = _fill(
-                split.ARGUMENTS,
+            arguments = split.ARGUMENTS.filled(
                 table=self.memory.put(offsets),
                 rows=y.rows,
                 row_phases=len(rows),
@@ -1010,7 +989,7 @@ class _StepBuilder:
         if masked:
             assert isinstance(y, Planes)
             values["mask"] = self._mask(y)
-        arguments = _fill(pointwise.ARGUMENTS, vectors=vectors, **values, **jobs, **self._bounds(operation))
+        arguments = pointwise.ARGUMENTS.filled(vectors=vectors, **values, **jobs, **self._bounds(operation))
         kernel = pointwise.PointwiseKernel(
             operation.kind if len(places) == 2 else "",
             one_value="one_value" in a,
@@ -1039,10 +1018,9 @@ class _StepBuilder:
                 ]
         if not rows:
             kernel = copy_planes.CopyPlanesKernel()
-            return _Row(self.code(kernel), _fill(copy_planes.ARGUMENTS), 0, "in place")
+            return _Row(self.code(kernel), copy_planes.ARGUMENTS.filled(), 0, "in place")
         jobs = self._channel_jobs(len(rows))
-        arguments = _fill(
-            copy_planes.ARGUMENTS,
+        arguments = copy_planes.ARGUMENTS.filled(
             out_image=y.image_bytes,
             vectors=y.vectors,
             table=self.memory.put(np.array(rows, np.int64)),
@@ -1061,8 +1039,7 @@ class _StepBuilder:
         table[: y.features] = where.reshape(-1)
         size = max(1, min(64, -(-vectors // (2 * self.plan.threads))))
         jobs = -(-vectors // size)
-        arguments = _fill(
-            flatten.ARGUMENTS,
+        arguments = flatten.ARGUMENTS.filled(
             x=place.address,
             x_image=x.image_bytes,
             out=out.address,
@@ -1096,8 +1073,7 @@ class _StepBuilder:
 def zeroing_arguments(y: Planes, start: int, *, fills: bool) -> NDArray[np.int64]:
     """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`; `fills`: who writes them writes zeros between the rows, and to the end of the last vector."""
     size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
-    return _fill(
-        zero_gaps.ARGUMENTS,
+    return zero_gaps.ARGUMENTS.filled(
         out=start,
         image=y.image_bytes,
         before=size * y.guard,  # the end of the image before has as much
@@ -1269,7 +1245,7 @@ def _steps(
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
     for step, zeroing in gaps.items():
         images = plan.places[graph.operations[plan.native[step]].output].layout.images
-        table[step][-1] = memory.put(_fill(driver.GAPS, kernel=zero, arguments=zeroing, images=images))
+        table[step][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=zeroing, images=images))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
@@ -1315,8 +1291,7 @@ def _chains(
             calls += [(row.kernel(), *call, row.jobs, 8 * s) for call in cut[s].calls[band]]
         calls = _joined(calls)
         counters = -(-builder.scratch_bytes // 64) * 64
-        arguments = _fill(
-            chain.ARGUMENTS,
+        arguments = chain.ARGUMENTS.filled(
             calls=builder.memory.put(np.array(calls, np.int64)),
             n_calls=len(calls),
             cycles=counters,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.native import Isa
 
@@ -43,6 +44,13 @@ class Record:
 
     def index(self, name: str) -> int:
         return self.fields.index(name)
+
+    def filled(self, **values: int) -> NDArray[np.int64]:
+        """A row with these fields; all others are 0."""
+        row = np.zeros(len(self.fields), np.int64)
+        for name, value in values.items():
+            row[self.index(name)] = value
+        return row
 
 
 class Function:

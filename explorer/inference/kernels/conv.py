@@ -215,18 +215,17 @@ class ConvGenerator:
 
     def _start(self, f: Function, is_first: Value, channels: list[Value], which: range) -> list[Value]:
         """The sums of some channels, and of these vectors of the tile, at the beginning of a block: their bias, or what the block before left."""
-        bias = f.arguments[3]
+        _, _, sums, bias, *_ = f.arguments
 
         def from_bias() -> list[Value]:
             values = [f.weight(bias, f.b.mul(c, I64(4))) for c in channels]
             return [value for value in values for _ in which]
 
-        return f.either(is_first, from_bias, lambda: self._left(f, channels, which))
+        def from_sums() -> list[Value]:
+            rows = [f.at(sums, f.b.mul(c, I64(self.row_bytes))) for c in channels]
+            return [value for row in rows for value in self._vectors(f, row, self.width, which)]
 
-    def _left(self, f: Function, channels: list[Value], which: range) -> list[Value]:
-        """What `_leave` stored."""
-        rows = [f.at(f.arguments[2], f.b.mul(c, I64(self.row_bytes))) for c in channels]
-        return [value for row in rows for value in self._vectors(f, row, self.width, which)]
+        return f.either(is_first, from_bias, from_sums)
 
     def _end(
         self, f: Function, is_last: Value, channels: list[Value], totals: list[Value], which: range
