@@ -90,8 +90,9 @@ def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(fake
     expect(monitor.locator(".se-below .se-hint")).to_contain_text(
         re.compile(r"learning rate 0\.0\d+ · \d+ s gone · about \d+ s left · memory [\d,]+ MB")
     )
-    alive = re.compile(r"^block3\.conv2: [3-9]\d\.\d %")
-    expect(picture).to_have_attribute("aria-label", alive, timeout=30_000)
+    # Between the 100 % of the beginning and the 1 % of the end, wherever a busy machine lets the pause come.
+    some_pruned = re.compile(r"^block3\.conv2: [1-9]\d\.\d %")
+    expect(picture).to_have_attribute("aria-label", some_pruned, timeout=30_000)
     monitor.get_by_role("button", name="Pause").click()
     for face in ("Training loss", "Each layer", "Stored size"):
         monitor.get_by_role("button", name=face, exact=True).click()
@@ -122,7 +123,7 @@ def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(fake
     full = picture.evaluate(inked)
     assert full == 96 * 192
     page.keyboard.press("End")
-    expect(picture).to_have_attribute("aria-label", alive)
+    expect(picture).to_have_attribute("aria-label", some_pruned)
     assert picture.evaluate(inked) < full / 4
     monitor.get_by_role("button", name="Stop").click()
     expect(page.locator(".se-now")).to_contain_text("Run 1 stopped early")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from explorer.sensitivity import LATENCY_PASSES, SensitivityPoint, measure_latency
 from explorer.sensitivity import latency as latency_module
+from explorer.sensitivity import times as times_module
 from explorer.sensitivity.latency import _Clock, _Rounds
 from explorer.sensitivity.times import TimesFile
 
@@ -39,6 +41,15 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
+@pytest.fixture
+def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, it is the one on which the times were measured.
+
+    The dense network of these tests takes microseconds: other work can make it several times slower for a while.
+    """
+    monkeypatch.setattr(times_module, "_SAME_MACHINE", math.inf)
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1600, 10)).eval()
@@ -54,7 +65,7 @@ def latest(points: list[SensitivityPoint]) -> dict[tuple[str, float], float]:
     return {(p.layer, p.sparsity): p.value for p in points}
 
 
-def test_a_second_measurement_times_the_dense_network_alone(timed: list[int]) -> None:
+def test_a_second_measurement_times_the_dense_network_alone(timed: list[int], same_machine: None) -> None:
     first = measure(net())
     assert len(timed) == 3 * LATENCY_PASSES
     second = measure(net())
@@ -66,7 +77,6 @@ def test_a_second_measurement_times_the_dense_network_alone(timed: list[int]) ->
         second / first for first, second in zip(latest(first).values(), latest(second).values(), strict=True)
     }
     assert max(ratios) / min(ratios) == pytest.approx(1.0), "one factor for all"
-    assert 0.5 <= max(ratios) <= 2.0
 
 
 def test_times_come_in_units_of_now(timed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +98,7 @@ def test_times_come_in_units_of_now(timed: list[int], monkeypatch: pytest.Monkey
     assert len(timed) == 2 * n, "that is another machine"
 
 
-def test_a_stopped_measurement_goes_on_where_it_was(timed: list[int]) -> None:
+def test_a_stopped_measurement_goes_on_where_it_was(timed: list[int], same_machine: None) -> None:
     stop = threading.Event()
     for point in measure_latency(net(), X, levels=LEVELS, threads=1, repeats=12, resume=True, stop=stop):
         if point.sparsity == 0.9:
@@ -99,7 +109,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(timed: list[int]) -> None:
     assert len(timed) == 3 * LATENCY_PASSES - 2
 
 
-def test_more_levels_take_over_what_is_there(timed: list[int]) -> None:
+def test_more_levels_take_over_what_is_there(timed: list[int], same_machine: None) -> None:
     measure(net())
     timed.clear()
     measure(net(), (0.5, 0.7, 0.9))
