@@ -7,6 +7,9 @@ operand of output pixel p is ``plane[p + shift]``, inside the image or in a zero
 so must the operands of an addition. `PitchClasses` finds who shares. A convolution of stride s reads the s x s *phases* of its input (the pixels
 at rows and columns that leave the same remainders), each of which is such a plane again, see lower.py.
 
+Where the gaps would cost more lanes than their zeros save work, and all convolutions that read them are sparse, there are none: rows of 28 pixels, which are 14 tiles of 7 vectors of 8 lanes,
+and 17 of 6 with a gap of one pixel. A tap then finds the first pixels of the next row, or the last of the row before, and masks zero them while they are copied ("shift", see kernels/conv.py).
+
 **Tiles.** What only 1 x 1 convolutions read (and additions to convolutions) may lie tile by tile instead: the first T vectors of every channel, then the
 next T of every channel. A job then reads and writes one piece of memory, every operand on a vector boundary, and two threads that work on neighbouring tiles
 have no cache line in common, nor one that the other's hardware prefetcher takes away. (ResNet-50 at 90 % on a Xeon: 1.14 x on two cores, 1.01 to 1.06 x on
@@ -47,6 +50,9 @@ at 28 x 28 pixels, 90 %, Zen 4: with 7 vectors 0.95 to 1.00 of the time of 8, as
 _WORTH_WHOLE_VECTORS = 1.07
 """A row is rounded up to whole vectors when its plane then costs no more than this factor: 15 to 16, and 29 to 32 (7 tiles of 8 vectors either way),
 but not 57 to 64."""
+
+_WORTH_MASKS = 0.97
+"""Rows follow one another without a gap where their plane then costs less than this factor: 28 pixels (AVX2: 14 tiles of 7 vectors in place of 17 of 6)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +197,7 @@ class Planes:
 
         def cost(tile: int) -> float:
             even = _EVEN_COST if tile % 2 == 0 else 1.0
-            return even * -(-self.vectors // tile // threads) * (tile + _NONZERO_COST)
+            return even * _cost(self.vectors, tile, threads)
 
         tile = min(sizes, key=lambda t: (cost(t), -t))
         return replace(self, plane=tile * self.lanes, guard=0, tile=tile)
@@ -285,15 +291,19 @@ class Vectors:
 Layout = Planes | Vectors
 
 
-def _cost(vectors: int, tile: int) -> float:
-    """Of a plane cut into such tiles: each costs its vectors plus what reading the nonzeros again does."""
-    return -(-vectors // tile) * (tile + _NONZERO_COST)
+def _cost(vectors: int, tile: int, sharing: int = 1) -> float:
+    """Of a plane cut into such tiles, for each of the threads that share them: a tile costs its vectors plus what reading the nonzeros again does."""
+    tiles = -(-vectors // tile)
+    return -(-tiles // sharing) * (tile + _NONZERO_COST)
+
+
+def _tile_sizes(vectors: int) -> range:
+    return range(min(_SMALLEST_TILE, vectors), min(MAX_TILE, vectors) + 1)
 
 
 def tile_of(vectors: int) -> int:
     """Vectors per tile: about seven keep both FMA units busy; tiles that divide the plane evenly waste nothing."""
-    sizes = range(min(_SMALLEST_TILE, vectors), min(MAX_TILE, vectors) + 1)
-    return min(sizes, key=lambda tile: (_cost(vectors, tile), -tile))
+    return min(_tile_sizes(vectors), key=lambda tile: (_cost(vectors, tile), -tile))
 
 
 def channel_tile(columns: int, channels: int, isa: Isa, *, overlap: bool = False) -> tuple[int, int] | None:
@@ -330,9 +340,23 @@ def channel_tile_held(isa: Isa) -> int:
     return 1 if isa.width > 16 else 4
 
 
-def _tiled_cost(rows: int, pitch: int, lanes: int) -> float:
+def _tiled_cost(rows: int, pitch: int, lanes: int, sharing: int = 1) -> float:
+    """Of the fastest way to cut a plane into tiles, for each of the threads that share them."""
     vectors = -(-rows * pitch // lanes)
-    return _cost(vectors, tile_of(vectors))
+    return min(_cost(vectors, tile, sharing) for tile in _tile_sizes(vectors))
+
+
+def worth_masks(rows: int, without: int, pitch: int, lanes: int, sharing: int) -> bool:
+    """Whether rows had better have the pitch `without` gaps, at which taps beyond their ends have to be masked; `sharing`: threads that share an image.
+
+    Where rows are whole vectors with their gaps, as 14 pixels and two more are, they had better stay so: without, a 3 x 3 layer needs nine copies of its operand in place of three.
+    (Tiles of 5 vectors in place of 7: 1 x 1 layers of ResNet-50 0.92, but 3 x 3 layers 1.10 of the time; Zen 3, 90 %.)
+    """
+    if pitch % lanes == 0 and without % lanes:
+        return False
+    return _tiled_cost(rows, without, lanes, sharing) < _WORTH_MASKS * _tiled_cost(
+        rows, pitch, lanes, sharing
+    )
 
 
 def _round_up(value: int, step: int) -> int:
@@ -346,6 +370,7 @@ class PitchClasses:
     parent: dict[str, str] = field(default_factory=dict)
     columns: dict[str, int] = field(default_factory=dict)
     gap: dict[str, int] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
     rows_above: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
@@ -353,7 +378,8 @@ class PitchClasses:
         """A tensor of so many rows with `columns` pixels each."""
         if name not in self.parent:
             self.parent[name] = name
-            self.columns[name], self.gap[name], self.rows_above[name], self.rows[name] = columns, 0, 0, rows
+            self.columns[name], self.rows[name] = columns, rows
+            self.gap[name] = self.beyond[name] = self.rows_above[name] = 0
 
     def find(self, name: str) -> str:
         while self.parent[name] != name:
@@ -366,14 +392,16 @@ class PitchClasses:
         a, b = self.find(a), self.find(b)
         if a != b:
             self.parent[b] = a
-            for table in (self.columns, self.gap, self.rows_above, self.rows):
+            for table in (self.columns, self.gap, self.beyond, self.rows_above, self.rows):
                 table[a] = max(table[a], table[b])
 
-    def pad(self, name: str, rows: int, columns: int) -> None:
-        """A convolution reads `name` with this padding."""
+    def pad(self, name: str, rows: int, columns: int, *, masked: bool = False) -> None:
+        """A convolution reads `name` with this padding; `masked`: it can do without a gap."""
         root = self.find(name)
         self.rows_above[root] = max(self.rows_above[root], rows)
-        self.gap[root] = max(self.gap[root], columns)
+        self.beyond[root] = max(self.beyond[root], columns)
+        if not masked:
+            self.gap[root] = max(self.gap[root], columns)
 
     def planes(
         self,
@@ -385,10 +413,11 @@ class PitchClasses:
         columns: int,
         isa: Isa,
         tokens: bool = False,
+        sharing: int = 1,
     ) -> Planes:
-        """The layout of tensor `name`, once all ties and paddings are known."""
+        """The layout of tensor `name`, once all ties and paddings are known; `sharing`: threads that share an image."""
         root, lanes = self.find(name), isa.lanes
-        gap = self.gap[root]
+        gap = self.beyond[root]
         pitch = self.columns[root] + gap
         # Rows of whole vectors leave only three kinds of misaligned taps in a 3 x 3 convolution, see `explorer.inference.pack.operands`.
         whole = _round_up(pitch, lanes)
@@ -396,6 +425,9 @@ class PitchClasses:
         widened = _tiled_cost(tallest, whole, lanes) / _tiled_cost(tallest, pitch, lanes)
         if gap and widened <= _WORTH_WHOLE_VECTORS:
             pitch = whole
+        least = self.columns[root] + self.gap[root]
+        if least < self.columns[root] + gap and worth_masks(tallest, least, pitch, lanes, sharing):
+            pitch = least
         guard = max(self.rows_above[root] * pitch + gap, 1)
         vectors = -(-rows * pitch // lanes)
         plane = _round_up(vectors * lanes + guard, lanes)

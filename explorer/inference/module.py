@@ -261,7 +261,7 @@ class SparseModule:
         self._lock = fork.EngineLock()
         self._at_once: int | None = None
         self._graph = self._lowered()
-        self._plan = Plan(self._graph, self._isa, threads)
+        self._plan = Plan(self._graph, self._isa, threads, mode=mode)
         self.batch_size = self._plan.images
         self.division: str | None = None
         self.compile_times = CompileTimes(0.0, 0.0)
@@ -271,7 +271,7 @@ class SparseModule:
             heads = self._plan.head_places
             self._in_head = frozenset(n for n in self._graph.shapes if self._plan.root(n) in heads)
             self._graph = self._lowered()
-            self._plan = Plan(self._graph, self._isa, threads, self.batch_size)
+            self._plan = Plan(self._graph, self._isa, threads, self.batch_size, mode)
         self._choices: dict[int, Choice] = {}
         self._densities: dict[int, float] = {}
         self._cycles: NDArray[np.int64] = np.zeros(0, np.int64)

@@ -26,8 +26,8 @@ class Operands:
 
     Attributes
     ----------
-    sources : (S, 2) int64
-        Byte offset from the pixel, and vectors beyond the tile: what is copied to the buffer, in rows one after another.
+    sources : (S, 2 or 3) int64
+        Byte offset from the pixel, vectors beyond the tile, and where they are masked the mask's place: what is copied to the buffer, in rows one after another.
     source : (K,) int64
         The source of each operand.
     within : (K,) int64
@@ -61,6 +61,7 @@ def operands(
     reach: str,
     tile: int,
     isa: Isa,
+    masks: NDArray[np.int64] | None = None,
 ) -> Operands:
     """Plan how operands are reached.
 
@@ -77,6 +78,8 @@ def operands(
     tile : int
         Vectors of pixels.
     isa : Isa
+    masks : (taps,) int64, optional
+        Place of the mask that is applied to what each tap reads ("shift"): other masks, other copies.
     """
     channels, taps = planes.shape
     lanes, size, width = isa.lanes, isa.element_bytes, isa.width
@@ -93,12 +96,13 @@ def operands(
         return Operands(sources, each, place.reshape(-1), n_bytes, is_copied=False)
     # Taps that read the same plane, at shifts that differ by whole vectors, share a source. All channels are alike.
     groups: list[list[int]] = []
-    for tap in sorted(range(taps), key=lambda t: (planes[0, t], shifts[t] % lanes, shifts[t])):
+    mask = np.zeros(taps, np.int64) if masks is None else masks
+    kinds = list(zip(planes[0].tolist(), mask.tolist(), (shifts % lanes).tolist(), strict=True))
+    for tap in sorted(range(taps), key=lambda t: (kinds[t], shifts[t])):
         last = groups[-1][0] if groups else -1
         together = (
             bool(groups)
-            and planes[0, last] == planes[0, tap]
-            and (shifts[tap] - shifts[last]) % lanes == 0
+            and kinds[last] == kinds[tap]
             and shifts[tap] - shifts[last] <= _LONGEST_SHARE * tile * lanes
         )
         if together:
@@ -112,9 +116,10 @@ def operands(
     extra = np.array([(shifts[members[-1]] - shifts[members[0]]) // lanes for members in groups])
     source = np.arange(channels)[:, None] * len(groups) + group
     within = np.broadcast_to((shifts - shifts[first][group]) * size, (channels, taps))
-    sources = np.stack([place[:, first], np.broadcast_to(extra, (channels, len(groups)))], 2)
+    columns = [extra] if masks is None else [extra, mask[first]]
+    sources = np.stack([place[:, first], *(np.broadcast_to(c, (channels, len(groups))) for c in columns)], 2)
     n_bytes = np.tile(row_bytes + extra * width, channels)
-    return Operands(sources.reshape(-1, 2), source.reshape(-1), within.reshape(-1), n_bytes)
+    return Operands(sources.reshape(-1, sources.shape[-1]), source.reshape(-1), within.reshape(-1), n_bytes)
 
 
 def weight_words(weights: NDArray[np.float32], isa: Isa) -> NDArray[np.int32]:

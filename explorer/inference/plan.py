@@ -174,6 +174,8 @@ class Plan:
         Work is cut so that this many threads find jobs in each step.
     batch : int, optional
         Images of a whole call, when they go through in turns: `head` tells which steps come after all turns.
+    mode : str
+        Which kernels layers may have: "auto", "sparse" or "dense".
 
     Attributes
     ----------
@@ -186,8 +188,10 @@ class Plan:
         Places whose gaps must be zero, and in whose memory something else lies before them.
     """
 
-    def __init__(self, graph: Graph, isa: Isa, threads: int, batch: int | None = None) -> None:
-        self.isa, self.threads = isa, threads
+    def __init__(
+        self, graph: Graph, isa: Isa, threads: int, batch: int | None = None, mode: str = "auto"
+    ) -> None:
+        self.isa, self.threads, self._mode = isa, threads, mode
         self.images = (
             graph.shapes[graph.inputs[0]][0] if graph.inputs and graph.shapes.get(graph.inputs[0]) else 1
         )
@@ -435,13 +439,15 @@ class Plan:
                 for place in ins:
                     classes.tie(place, out)
                 # In phases, a padding of p pixels is one of p / stride, rounded up.
-                classes.pad(ins[0], *(-(-p // s) for p, s in zip(zeros, a["stride"], strict=True)))
+                rows, columns = (-(-p // s) for p, s in zip(zeros, a["stride"], strict=True))
+                classes.pad(ins[0], rows, columns, masked=bool(columns) and self._may_mask(graph, operation))
             elif operation.kind in _ONE_PITCH:
                 for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
         self._borrowed = self._readable_in_place(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
-            layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens)
+            sharing = self.threads if images % self.threads else 1  # or each has images of its own
+            layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
             self.places[place] = Place(layout)
@@ -456,6 +462,28 @@ class Plan:
             lanes, single = self.isa.lanes, self.isa.single.lanes
             stride = -(-linear_room(-(-shape[1] // single)) * single // lanes) * lanes
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
+
+    def _may_mask(self, graph: Graph, operation: Operation) -> bool:
+        """Whether the kernel of a convolution zeroes what lies beyond the ends of rows itself, if there is no gap between them.
+
+        Only what is copied is zeroed, and only sparse kernels lose nothing by copying. (Programs, which AVX-512 has, need not copy either.)
+        """
+        groups, weight = operation.attributes["groups"], graph.constants[operation.weight or ""]
+        if has_programs(self.isa) or self._mode == "dense" or 1 < groups == weight.shape[0]:
+            return False
+        n_nonzeros = np.count_nonzero(weight.detach().numpy() != 0)
+        return bool(n_nonzeros <= _ALWAYS_SPARSE * weight.numel())
+
+    def reaches_over(self, graph: Graph, operation: Operation) -> bool:
+        """Whether a convolution in planes reads beyond the ends of rows between which there is no gap."""
+        x, y = (self.places[place].layout for place in (self.operands(operation)[0], operation.output))
+        if operation.kind != "conv" or not isinstance(x, Planes) or not isinstance(y, Planes):
+            return False
+        if operation.attributes.get("depthwise"):
+            return False  # its kernel needs the gaps
+        size = graph.shapes[operation.weight or ""][2:]
+        taps = Taps.of(operation.attributes, (size[0], size[1]) if len(size) == 2 else (1, size[0]))
+        return taps.reach_over(x.columns, y.columns, x.pitch)
 
     def _readable_in_place(self, graph: Graph) -> set[str]:
         """Inputs that kernels may read where the caller has them: in float32, by splits alone, which read whole rows and nothing behind their ends."""
@@ -776,11 +804,19 @@ class Plan:
                 return [Choice(False)]  # one output channel of a group has nobody to share operands with
             out = self.places[operation.output].layout
             assert isinstance(out, Planes)
-            if out.is_compactable:
+            reaches_over = self.reaches_over(graph, operation)
+            if reaches_over:
+                forms = ["shift"]
+            elif out.is_compactable:
                 forms = ["compact", "direct"]
             elif prod(taps) > 1:
                 forms = ["shift", "direct"]
-            if a["groups"] == 1 and out.has_gaps and self._fits_channels(graph, operation, out):
+            if (
+                a["groups"] == 1
+                and out.has_gaps
+                and not reaches_over
+                and self._fits_channels(graph, operation, out)
+            ):
                 # It has been the fastest nearly everywhere: one other is enough to compare with. Not so with 16 registers, where its tile is small, and
                 # "direct" often wins, as few loads of 32 bytes cross a cache line: the first layer of ResNet-50 took 0.7 of the time on Zen 3.
                 few = self.isa.registers < MANY_REGISTERS
@@ -852,7 +888,7 @@ class Plan:
         has_residual = len(operation.inputs) > 1
         if density <= _ALWAYS_SPARSE or self.isa.precision != "fp32" or a["groups"] > 1:
             return False
-        if tiles[0] or (has_residual and any(tiles)):
+        if tiles[0] or (has_residual and any(tiles)) or self.reaches_over(graph, operation):
             return False
         form = Filter.of(Taps.of(a, (size[0], size[1])))
         return form is not None and Chunks.of(out, residual=has_residual) is not None
@@ -882,4 +918,4 @@ class Plan:
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {winograd} {self._tiles(operation)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {winograd} {self._tiles(operation)} {self.reaches_over(graph, operation)}"

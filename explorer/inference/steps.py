@@ -312,7 +312,12 @@ class _StepBuilder:
             partners=not (choice.dense or choice.pairs or choice.code)
             and registers.has_partners(kernel.tile, self.plan.isa),
         )
-        reach = operands(planes, shifts, x.plane, choice.reach, kernel.tile, self.plan.isa)
+        edges, masks = 0, None
+        if where.reach_over(x.columns, y.columns, x.pitch):
+            assert choice.reach == "shift"
+            kernel = replace(kernel, masked=True)
+            edges, masks = self._edges(where, y)
+        reach = operands(planes, shifts, x.plane, choice.reach, kernel.tile, self.plan.isa, masks)
         if groups > 1 and not choice.dense and parts == groups:
             # As many groups at once as fill a K block, and no fewer parts than there are threads.
             fewest = min(groups, self.plan.threads if tiles < self.plan.threads else 1)
@@ -344,6 +349,7 @@ class _StepBuilder:
             parts=parts,
             back=0 if choice.reach == "compact" else y.vector_bytes * (tiles * kernel.tile - y.vectors),
             mask=self._mask(y) if y.has_gaps and not y.tile else 0,  # of tiles, nobody counts the gaps
+            edges=edges,
             blocks=packed.place(self.memory),
             n_blocks=packed.n_blocks,
             **self._bounds(operation),
@@ -646,6 +652,19 @@ class _StepBuilder:
             inside[at.reshape(-1)] = True
             self._tables[key] = self._mask_of(inside)
         return self._tables[key]
+
+    def _edges(self, taps: Taps, y: Planes) -> tuple[int, NDArray[np.int64]]:
+        """All ones where a tap of a pixel of `y` reads its own row, zero where it would reach another one: the tables of all distances, and where each tap's begins, in bytes.
+
+        As long as what the taps of a row reach from each other, beside the pixels, since they share what is copied.
+        """
+        distances, which = np.unique(taps.column, return_inverse=True)
+        n = y.vectors + -(-int(np.ptp(taps.shifts(y.pitch))) // y.lanes)
+        key = ("edges", n, y.pitch, *distances.tolist())
+        if key not in self._tables:
+            reached = np.arange(n * y.lanes) % y.pitch + distances[:, None]
+            self._tables[key] = self._mask_of((reached >= 0) & (reached < y.pitch))
+        return self._tables[key], which.astype(np.int64) * n * y.vector_bytes
 
     def _mask_of(self, inside: NDArray[np.bool_]) -> int:
         return self.memory.put(-inside.astype(f"i{self.plan.isa.element_bytes}"))

@@ -49,3 +49,11 @@ class Taps:
     def planes(self, channels: int) -> NDArray[np.int64]:
         """The plane that each tap of each of so many channels reads: (channels, taps)."""
         return np.arange(channels)[:, None] * self.phases + self.phase
+
+    def reach_over(self, x_columns: int, y_columns: int, pitch: int) -> bool:
+        """Whether some tap of a pixel reads a pixel of the row before or after, in planes of this pitch: what it should find there is a zero.
+
+        `x_columns`, `y_columns`: pixels in a row of the operand (or of its phases), and of the result.
+        """
+        before, after = int(self.column.min()), int(self.column.max())
+        return pitch + before < x_columns or y_columns - 1 + after >= pitch

@@ -103,7 +103,7 @@ def without_limit(layers: Mapping[int, Weighed], _: int) -> Larger:
     )
 
 
-def dense_convolution(
+def compared_convolution(
     size: tuple[int, int],
     outputs: int,
     *,
@@ -116,15 +116,24 @@ def dense_convolution(
     bounds: tuple[float, float] | None = None,
     residual: bool = False,
     threads: int = 1,
+    groups: int = 1,
+    density: float = 1.0,
+    mode: Mode = "dense",
 ) -> str:
-    """Compile one convolution with dense kernels and compare it with the numpy twin, twice and for fewer images; the label of the kernel that ran."""
+    """Compile one convolution and compare it with the numpy twin, twice and for fewer images; the label of the kernel that ran."""
     from explorer.inference.kernels import conv
 
     generator = np.random.default_rng(0)
     x = generator.standard_normal((images, channels, *size), np.float32)
-    weight = generator.standard_normal((outputs, channels, *kernel)).astype(np.float32)
+    weight = generator.standard_normal((outputs, channels // groups, *kernel)).astype(np.float32)
+    weight[generator.random(weight.shape) >= density] = 0
     bias = generator.standard_normal(outputs).astype(np.float32)
-    attributes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1}
+    attributes: dict[str, Any] = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
     graph = conv_graph(
         x.shape, torch.from_numpy(weight), torch.from_numpy(bias), residual=residual, **attributes
     )
@@ -136,7 +145,7 @@ def dense_convolution(
     if bounds:
         graph.operations[0].attributes |= dict(zip(("low", "high"), bounds, strict=True))
         wanted = wanted.clamp(*bounds)
-    module = SparseModule(graph, tuple(inputs), threads, "dense")
+    module = SparseModule(graph, tuple(inputs), threads, mode)
     for _ in range(2):  # the second call finds what the first has left in the buffers
         assert relative_error(module(*inputs), wanted) < 1e-5
     if images > 1:

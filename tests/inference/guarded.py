@@ -25,7 +25,7 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError
-from explorer.inference import module, native, plan
+from explorer.inference import layout, module, native, plan
 from explorer.inference.larger_kernels import has_programs
 from explorer.inference.memory import Memory
 from explorer.inference.plan import Choice, Plan
@@ -247,6 +247,9 @@ def main(side: str, pattern: str, precision: str = "fp32") -> None:
     module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = candidates  # type: ignore[method-assign]
     module.larger_kernels = without_limit
+    # In mode "auto" rows have no gaps between them.
+    layout.worth_masks = lambda *_: True  # type: ignore[assignment]
+    Plan._may_mask = lambda self, _, o: self._mode == "auto" and o.attributes["groups"] == 1  # type: ignore[method-assign]
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
     # torch takes most of the time: once for each network will do.
     module.capture = lru_cache(maxsize=1)(module.capture)  # type: ignore[assignment,attr-defined]

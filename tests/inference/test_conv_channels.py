@@ -17,7 +17,7 @@ from explorer.inference import native, steps
 from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_columns, channel_tile
 from explorer.inference.plan import Choice, Plan
-from tests.inference.graphs import conv_graph, dense_convolution, preferring
+from tests.inference.graphs import compared_convolution, conv_graph, preferring
 from tests.inference.test_kernels import CPUS, ISAS, innermost_loops, runnable
 
 ACROSS = Choice(True, "channels")
@@ -31,8 +31,8 @@ def across(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(size: tuple[int, int], outputs: int, **more: Any) -> None:
-    """Compile one convolution, see that this kernel runs it, and compare, see `dense_convolution`."""
-    assert dense_convolution(size, outputs, **more) == "dense, channels"
+    """Compile one convolution, see that this kernel runs it, and compare, see `compared_convolution`."""
+    assert compared_convolution(size, outputs, **more) == "dense, channels"
 
 
 @pytest.mark.parametrize("isa", ISAS)

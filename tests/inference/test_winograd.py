@@ -21,8 +21,8 @@ from explorer.inference.plan import Choice, Plan
 from explorer.inference.taps import Taps
 from explorer.inference.winograd import ROWS, Filter, transforms
 from tests.inference.graphs import (
+    compared_convolution,
     conv_graph,
-    dense_convolution,
     preferring,
     relative_error,
     run,
@@ -41,8 +41,8 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(size: tuple[int, int], outputs: int, **more: Any) -> bool:
-    """Compile one convolution and compare, see `dense_convolution`; whether this kernel ran."""
-    return dense_convolution(size, outputs, **more) == "dense, winograd"
+    """Compile one convolution and compare, see `compared_convolution`; whether this kernel ran."""
+    return compared_convolution(size, outputs, **more) == "dense, winograd"
 
 
 @pytest.mark.parametrize("taps", [3, 4])

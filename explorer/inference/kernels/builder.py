@@ -182,6 +182,15 @@ class Function:
             return self.splat(self.load(pointer, F32, offset))
         return self.b.bitcast(self.splat(self.load(pointer, I32, offset), self.lanes // 2), self.vector)
 
+    def two_weights(self, pointer: Value, offset: int | Value = 0) -> list[Value]:
+        """Two neighbouring weights, each in all lanes, by one load for both and a shuffle for each (AVX2, float32)."""
+        both = self.splat(self.load(pointer, ir.DoubleType(), offset), self.lanes // 2)
+        # Behind a wall: LLVM would make two broadcasts of it, which are loads.
+        both = self.b.asm(ir.FunctionType(both.type, [both.type]), "", "=x,0", [both], False)
+        both = self.b.bitcast(both, self.vector)
+        every_other = ([i // 2 * 2 + which for i in range(self.lanes)] for which in range(2))
+        return [self.pick([both], lanes, 1)[0] for lanes in every_other]
+
     # ---- vectors
 
     def constant(self, value: float) -> Value:

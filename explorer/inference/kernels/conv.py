@@ -5,7 +5,8 @@ The algorithm in plain words
   kernel tap) is cut into blocks whose operands fit the L1 cache. For each block:
     reach    "direct"   operands are read where they lie: every tap is the input plane, shifted by a constant (see layout.py)
              "shift"    the shifted pixels are first copied into an L1 buffer, so that the hot loop loads whole cache lines. Taps whose shifts
-                        differ by whole vectors share one copy, a few vectors longer: in rows of whole vectors, 3 copies serve 3 x 3 taps
+                        differ by whole vectors share one copy, a few vectors longer: in rows of whole vectors, 3 copies serve 3 x 3 taps.
+                        Where there is no gap between rows, masks zero what a tap would read of the row before or after
              "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
              The first two are one kernel: a block that names nothing to copy is read where it lies.
     sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
@@ -39,7 +40,7 @@ from explorer.inference.activations import Activation
 from explorer.inference.kernels import conv_code
 from explorer.inference.kernels.activation import apply_or_clamp
 from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Value
-from explorer.inference.kernels.conv_sparse import SparseLoops
+from explorer.inference.kernels.conv_sparse import SparseLoops, loads_two_weights
 from explorer.inference.kernels.conv_tables import (
     ARGUMENTS,
     BLOCK,
@@ -47,6 +48,8 @@ from explorer.inference.kernels.conv_tables import (
     CACHE_LINE,
     FIRST_BLOCK,
     LAST_BLOCK,
+    MASKED_SOURCE,
+    SOURCE,
     WEIGHT_PREFETCH_BYTES,
 )
 from explorer.inference.kernels.registers import dense_parts, pair_parts, unroll
@@ -76,6 +79,8 @@ class ConvKernel:
         Whether the sparse kernel takes output channels that share operands two at a time.
     code : bool
         Whether the nonzeros are programs of their own, see `conv_code`.
+    masked : bool
+        Whether what lies beyond the ends of rows is zeroed while it is copied ("shift"): where there are no gaps between rows.
     capped : bool
         Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
     """
@@ -91,6 +96,7 @@ class ConvKernel:
     partners: bool = False
     capped: bool = True
     code: bool = False
+    masked: bool = False
 
     @property
     def compact(self) -> bool:
@@ -289,6 +295,7 @@ class ConvGenerator:
             partial(self._start, f, is_first),
             partial(self._end, f, is_last),
             fetch,
+            loads_two_weights(self.isa, k.channels),
         ).run(partners=k.partners)
         f.b.ret_void()
         return name
@@ -365,28 +372,37 @@ class ConvGenerator:
 
     # ---- one job
 
-    def _pack(self, f: Function, block: Value, x: Value, buffer: Value) -> None:
-        """Operands of one K block into the L1 buffer."""
+    def _pack(self, f: Function, block: Value, x: Value, buffer: Value, edges: Value) -> None:
+        """Operands of one K block into the L1 buffer; `edges`: the masks for this tile, where they are masked."""
         sources = f.field(block, BLOCK, "sources", PTR)
+        step = 8 * (MASKED_SOURCE if self.k.masked else SOURCE)
 
         def shifted(_: Value, source: Value, to: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
-            for i, value in enumerate(self._vectors(f, pointer, None)):
-                f.write(value, to, self.width * i, self.width)
             extra = f.load(source, I64, 8, 8)
+            mask = f.at(edges, f.load(source, I64, 16, 8)) if self.k.masked else edges
 
-            def one_more(_: Value, pointer: Value, to: Value) -> list[Value]:
-                f.write(f.read(pointer), to, 0, self.width)
-                return [f.at(pointer, self.width), f.at(to, self.width)]
+            def copy(pointer: Value, to: Value, mask: Value, offset: int) -> None:
+                value = f.read(pointer, offset)
+                value = f.keep(value, f.read_mask(mask, offset)) if self.k.masked else value
+                f.write(value, to, offset, self.width)
 
-            _, to = f.loop(extra, one_more, [f.at(pointer, self.row_bytes), f.at(to, self.row_bytes)])
-            return [f.at(source, 16), to]
+            for i in self._all:
+                copy(pointer, to, mask, self.width * i)
+
+            def one_more(_: Value, pointer: Value, to: Value, mask: Value) -> list[Value]:
+                copy(pointer, to, mask, 0)
+                return [f.at(pointer, self.width), f.at(to, self.width), f.at(mask, self.width)]
+
+            start = [f.at(place, self.row_bytes) for place in (pointer, to, mask)]
+            _, to, _ = f.loop(extra, one_more, start)
+            return [f.at(source, step), to]
 
         def compacted(_: Value, source: Value, to: Value) -> list[Value]:
             pointer = f.opaque(f.at(x, f.load(source, I64, 0, 8)))
             for i, value in enumerate(self._compact(f, self._vectors(f, pointer, None, range(self.k.plane)))):
                 f.write(value, to, self.width * i, self.width)
-            return [f.at(source, 16), f.at(to, self.row_bytes)]
+            return [f.at(source, step), f.at(to, self.row_bytes)]
 
         body = compacted if self.k.compact else shifted
         f.loop(f.field(block, BLOCK, "n_sources"), body, [sources, buffer])
@@ -417,6 +433,7 @@ class ConvGenerator:
         residual = b.select(f.is_there(field("residual", PTR)), tensor("residual"), NULL)
         masks = field("mask", PTR)
         mask = b.select(f.is_there(masks), f.at(masks, position(I64(self.row_bytes))), NULL)
+        edges = f.at(field("edges", PTR), position(I64(self.row_bytes))) if self.k.masked else NULL
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         bias, n_blocks = field("bias", PTR), field("n_blocks")
         blocks = f.row(field("blocks", PTR), BLOCK, b.mul(part, n_blocks))
@@ -426,7 +443,7 @@ class ConvGenerator:
             block = f.row(blocks, BLOCK, index)
             is_copied = b.icmp_signed("!=", f.field(block, BLOCK, "n_sources"), I64(0))
             operands = b.select(is_copied, scratch, x)
-            self._pack(f, block, x, scratch)
+            self._pack(f, block, x, scratch, edges)
 
             for name in inner:
                 b.call(

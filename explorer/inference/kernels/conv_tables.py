@@ -7,11 +7,14 @@ from explorer.inference.kernels.builder import Record
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_tile", "out", "out_image", "out_tile", "out_plane", "residual", "residual_image", "residual_tile",
-        "residual_plane", "bias", "low", "high", "tiles", "parts", "back", "mask", "blocks", "n_blocks",
+        "residual_plane", "bias", "low", "high", "tiles", "parts", "back", "mask", "edges", "blocks", "n_blocks",
     )
 )  # fmt: skip
 """One convolution. `..._tile`: bytes from one tile to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
-evenly. `residual`, `mask`: 0 for none."""
+evenly. `residual`, `mask`: 0 for none. `edges`: all ones where a tap may read, zero where it would reach the row before or after, for each vector of a plane; one table after another."""
+
+SOURCE, MASKED_SOURCE = 2, 3
+"""Numbers that tell what to copy, and with a mask."""
 
 BLOCK = Record(
     (
@@ -20,7 +23,7 @@ BLOCK = Record(
     )
 )  # fmt: skip
 """One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
-the buffer; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
+the buffer, with {bytes from `edges` to the table} where it is masked; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
 Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
 nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
 Code: `n_groups` rows of `conv_code.GROUP` from `groups`.
