@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -45,6 +46,15 @@ def measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that an earlier run of the tests measured is taken from disk; tests of the cache itself give it a folder of their own."""
     for part in ("loss", "latency"):
         monkeypatch.setattr(f"explorer.sensitivity.{part}.cache_folder", lambda: None)
+
+
+@pytest.fixture
+def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, it is the one on which the times were measured.
+
+    The networks of such tests take microseconds: other work can make it several times slower for a while.
+    """
+    monkeypatch.setattr("explorer.sensitivity.times._SAME_MACHINE", math.inf)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

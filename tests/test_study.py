@@ -464,7 +464,7 @@ def test_the_frontier_of_a_study_falls_in_time_and_rises_in_score(measured: Stud
 
 
 def test_a_study_takes_from_disk_what_was_measured_unless_told_otherwise(
-    model: LoadedModel, data: LoadedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model: LoadedModel, data: LoadedData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, same_machine: None
 ) -> None:
     for part in ("loss", "latency"):
         monkeypatch.setattr(f"explorer.sensitivity.{part}.cache_folder", lambda: tmp_path)

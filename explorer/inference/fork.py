@@ -2,18 +2,22 @@
 
 A fork copies the memory of a process, but of its threads only the one that forked: a lock that another thread held at that moment would stay locked in
 the child, and what it was writing would stay half written. So a fork waits until no other thread is inside the engine, and lets none in
-meanwhile: milliseconds, since an inference is short. It takes none of the engine's locks itself, so that it cannot be part of a deadlock.
+meanwhile: milliseconds, since an inference is short. It never waits for a lock while it holds others, so that it cannot be part of a deadlock.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from typing import Any, Protocol
 
 _PATIENCE_S = 10.0
 """How long a fork waits for others to leave. A thread that compiles a large network may take longer: the child then gets new locks."""
+
+_LOOK_S = 0.0005
+"""How often it looks."""
 
 
 class Revivable(Protocol):
@@ -23,65 +27,44 @@ class Revivable(Protocol):
         """Forget the threads of the parent. Called in the child, before anything else runs there."""
 
 
-class _Depth(threading.local):
-    """How many of the engine's locks this thread holds."""
-
-    n = 0
-
-
-_depth = _Depth()
-_guard = threading.RLock()
-_door = threading.Condition(_guard)
-_inside = 0
+_door = threading.Condition()
 _is_closed = False
 _locks: weakref.WeakValueDictionary[int, EngineLock] = weakref.WeakValueDictionary()
+_held: list[EngineLock] = []  # by the thread that forks
 _revivable: weakref.WeakValueDictionary[int, Revivable] = weakref.WeakValueDictionary()
 
 
 class EngineLock:
-    """A reentrant lock that no forked child finds held by a thread that does not exist there. For ``with``."""
+    """A reentrant lock that no forked child finds held by a thread that does not exist there. For ``with``.
 
-    __slots__ = ("__weakref__", "_lock")
+    On the way of every inference, and when its code has left the caches: it does as little as it can.
+    """
+
+    __slots__ = ("__weakref__", "lock")
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         _locks[id(self)] = self
 
     def __enter__(self) -> None:
-        _enter()
-        try:
-            self._lock.acquire()
-        except BaseException:
-            _leave()
-            raise
+        if _is_closed:
+            _wait_outside()
+        self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        _leave()
-
-    def renew(self) -> None:
-        """Forget who held it."""
-        self._lock = threading.RLock()
+        self.lock.release()
 
 
-def _enter() -> None:
-    global _inside  # noqa: PLW0603  # the one count of this process
-    if _depth.n == 0:
-        with _guard:  # the lock of the door itself, without its Python: this is on the way of every inference
-            while _is_closed:
-                _door.wait()
-            _inside += 1
-    _depth.n += 1
+def _wait_outside() -> None:
+    """Until no fork is on its way; who is inside already may go on."""
+    with _door:
+        while _is_closed and not any(_is_mine(lock) for lock in list(_locks.values())):
+            _door.wait()
 
 
-def _leave() -> None:
-    global _inside  # noqa: PLW0603
-    _depth.n -= 1
-    if _depth.n == 0:
-        with _guard:
-            _inside -= 1
-            if _is_closed:
-                _door.notify_all()
+def _is_mine(lock: EngineLock) -> bool:
+    owned: bool = lock.lock._is_owned()  # type: ignore[attr-defined]  # noqa: SLF001  # as threading.Condition asks
+    return owned
 
 
 def revive_in_child(thing: Revivable) -> None:
@@ -90,30 +73,44 @@ def revive_in_child(thing: Revivable) -> None:
 
 
 def _before() -> None:
-    global _is_closed  # noqa: PLW0603
-    _door.acquire()
-    while _is_closed:  # another thread is about to fork
-        _door.wait()
-    _is_closed = True
-    mine = 1 if _depth.n else 0
-    _door.wait_for(lambda: _inside == mine, timeout=_PATIENCE_S)
-    # The door's own lock stays with this thread until the fork is over: nobody is in the middle of passing.
+    global _is_closed  # noqa: PLW0603  # the one door of this process
+    with _door:
+        while _is_closed:  # another thread is about to fork
+            _door.wait()
+        _is_closed = True
+    give_up = time.monotonic() + _PATIENCE_S
+    # All at once or none: who is inside may still take another lock, and must not wait for this thread.
+    while not _hold_all() and time.monotonic() < give_up:
+        _release()
+        time.sleep(_LOOK_S)
+
+
+def _hold_all() -> bool:
+    """Take every lock, as far as others leave them; whether there are all."""
+    locks = list(_locks.values())
+    _held[:] = [lock for lock in locks if lock.lock.acquire(blocking=False)]
+    return len(_held) == len(locks)
+
+
+def _release() -> None:
+    while _held:
+        _held.pop().lock.release()
 
 
 def _after() -> None:
     global _is_closed  # noqa: PLW0603
-    _is_closed = False
-    _door.notify_all()
-    _door.release()
+    _release()
+    with _door:
+        _is_closed = False
+        _door.notify_all()
 
 
 def _after_in_child() -> None:
-    global _inside  # noqa: PLW0603
-    mine = 1 if _depth.n else 0
-    if _inside != mine:
-        _inside = mine
-        for lock in list(_locks.values()):
-            lock.renew()
+    global _door  # noqa: PLW0603
+    _door = threading.Condition()  # whoever waited there is gone
+    for lock in list(_locks.values()):
+        if lock not in _held:
+            lock.lock = threading.RLock()  # who held it too long is gone
     for reference in _revivable.valuerefs():
         thing: Any = reference()
         if thing is not None:

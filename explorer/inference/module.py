@@ -448,7 +448,7 @@ class SparseModule:
         return images
 
     def _run_straight(self, straight: StraightPath, x: Tensor) -> Tensor:
-        at_once = self._plan.images
+        at_once = straight.shape[0]
         self._set_batch(at_once, len(x) if straight.has_head else at_once)
         ready, self._batch = self._batch, (0, 0)  # an interrupt may leave addresses moved on
         result = straight.run(x)

@@ -1,14 +1,14 @@
 """The short way through the engine: what a call does when one input goes through native steps only to one output, and nothing else.
 
-After a network has run, the interpreter's own code and data have left the cache, and each line of Python costs several times what it does in a tight
-loop: for a network of 270 microseconds the general way (`SparseModule._run`) added 90.
+After a network has run, the interpreter's own code and data, and torch's, have left the cache, and each line of Python costs several times what it does in a tight
+loop: for a network of 270 microseconds the general way (`SparseModule._run`) added 90. Most of all costs a new tensor (50 microseconds; 2 in a tight loop): results are made
+several at a time, for the next calls too.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from explorer.errors import EngineError
+from explorer.inference.memory import address
 from explorer.inference.plan import Place
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ class StraightPath:
         Where the steps leave the answer; after the head, that of all turns.
     result_shape : torch.Size
         Of the answer of one turn.
-    output_address, n_bytes : int
-        The same as one piece of memory; 0 bytes when it is none.
+    n_bytes : int
+        The same as one piece of memory, which native code copies; 0 when it is none.
+    ready : list
+        Tensors for the answers of the next turns, and their addresses.
     """
 
     shape: torch.Size
@@ -62,8 +66,8 @@ class StraightPath:
     moves: list[Move]
     output: Tensor
     result_shape: torch.Size
-    output_address: int
     n_bytes: int
+    ready: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -82,6 +86,8 @@ class StraightPath:
         # One piece of memory is copied without torch, which would have to be fetched into the cache for it.
         is_plain = result.is_contiguous() and result.dtype == torch.float32
         n_bytes = result.numel() * result.element_size() if is_plain else 0
+        cell = 0 if place.cell is None else address(place.cell)
+        runner.answers(cell, result.data_ptr(), n_bytes)
         return cls(
             view.shape,
             place,
@@ -93,7 +99,6 @@ class StraightPath:
             moves,
             output,
             result.shape,
-            result.data_ptr(),
             n_bytes,
         )
 
@@ -118,15 +123,15 @@ class StraightPath:
         at_once = self.shape[0]
         if x.shape == self.shape:
             if self.n_bytes:
-                result, cell = _empty(self.result_shape), self.place.cell
-                if (
-                    cell is not None and x.is_contiguous()
-                ):  # all that `Place.borrow` asks beside what is known
-                    cell[0] = x.data_ptr()
-                    self.runner.run(0, self.n_steps)
+                cell = self.place.cell
+                # All that `Place.borrow` asks beside what is known.
+                if cell is not None and x.is_contiguous():
+                    where = x.data_ptr()
                 else:
-                    self._through(x, self.n_steps)
-                ctypes.memmove(result.data_ptr(), self.output_address, self.n_bytes)
+                    self._bring(x)
+                    where = 0 if cell is None else int(cell[0])
+                result, to = self.ready.pop() if self.ready else self._results()
+                self.runner.answer(self.n_steps, where, to)
                 return result
             self._through(x, self.n_steps)
             result = self.output[:at_once] if self.has_head else self.output
@@ -154,20 +159,41 @@ class StraightPath:
             part.copy_(self.output)
         return result
 
+    def _results(self) -> tuple[Tensor, int]:
+        """A tensor for an answer, and its address; others that are made with it are `ready` for the answers after it."""
+        # Whatever mode this call is made in, another one may get them.
+        with torch.inference_mode(mode=False):
+            count = max(1, min(_AT_ONCE, _READY_BYTES // self.n_bytes))
+            some = [_empty(self.result_shape) for _ in range(count)]
+        if some[0].__class__ is not Tensor:
+            raise EngineError(
+                f"In a mode of torch's that makes a {some[0].__class__.__name__} there is no memory for an answer. Call the network outside of it."
+            )
+        first, *others = ((result, result.data_ptr()) for result in some)
+        self.ready.extend(others)
+        return first
+
     def _through(self, x: Tensor, last: int) -> None:
+        self._bring(x)
+        self.runner.run(0, last)
+
+    def _bring(self, x: Tensor) -> None:
+        """Let the kernels find `x`: copy it, or tell where it lies."""
         # By this thread alone: torch would wake others for it, which takes longer than copying an image. numpy takes twenty times as long for float16.
         if self.pieces:
             for piece, at in self.pieces:
                 piece.copy_(x[at])
         elif not self.place.borrow(x):
             np.copyto(self.input, x.numpy(), casting="same_kind")
-        self.runner.run(0, last)
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
     """Whatever a program's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
+
+_AT_ONCE, _READY_BYTES = 32, 1 << 18
+"""Results that are made at once, and their memory together."""
 
 _GRAIN = 32_768
 """Elements up to which torch copies without other threads."""

@@ -43,10 +43,11 @@ class _State:
         self.asleep = [False] * threads
         self.calls = 0  # of the helpers, whether they slept or not
         self.scratch: list[int] = []
-        run, turns, help_ = (
-            machine_code(isa, driver.DriverKernel(name)) for name in ("run", "run_turns", "help")
+        run, answer, turns, help_ = (
+            machine_code(isa, driver.DriverKernel(name)) for name in ("run", "answer", "run_turns", "help")
         )
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(run)
+        self.answer = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4)(answer)
         self.run_turns = ctypes.CFUNCTYPE(
             None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
         )(turns)
@@ -207,6 +208,18 @@ class Runner:
         self._set_range(first, last)
         self._wake()
         self._state.run(*self._arguments)
+
+    def answers(self, cell: int, output: int, n_bytes: int) -> None:
+        """Let `answer` write the input's address to `cell`, unless that is 0, and copy so many bytes of the answer from `output`."""
+        for name, value in (("cell", cell), ("output", output), ("n_bytes", n_bytes)):
+            self._state.set(name, value)
+
+    def answer(self, last: int, input_: int, result: int) -> None:
+        """Run all steps, of which there are `last`, on the input at one address, and copy the answer to another, see `answers`."""
+        if self._range != (0, last):
+            self._set_range(0, last)
+        self._wake()
+        self._state.answer(*self._arguments, input_, result)
 
     def run_turns(self, first: int, last: int, turns: int, moves: Sequence[Move]) -> None:
         """Run steps [first, last) so many times, in one native call; from turn to turn, and only until this returns, `moves` go on."""

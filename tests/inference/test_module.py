@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native
 from explorer.inference.choices import choice_cache
-from explorer.inference.module import Mode
+from explorer.inference.module import Mode, SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import runnable
 from tests.inference.test_networks import pruned
@@ -606,3 +607,46 @@ def test_compiling_tells_what_it_took() -> None:
     assert times.capture_s > 0
     assert times.rest_s > 0
     assert times.capture_s + times.rest_s <= time.perf_counter() - start
+
+
+# ---- results
+
+
+def straight_engine() -> tuple[SparseModule, Tensor, Tensor]:
+    """An engine whose calls take the short way, an input, and the answer to it."""
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    x = torch.randn(1, 3, 21, 64)
+    engine = explorer.compile(module, x, threads=1)
+    assert engine._straight is not None
+    with torch.no_grad():
+        return engine, x, module(x)
+
+
+def test_each_answer_has_memory_of_its_own() -> None:
+    engine, x, wanted = straight_engine()
+    answers = [engine(x * n) for n in range(100)]
+    assert len({answer.data_ptr() for answer in answers}) == 100
+    for n, answer in enumerate(answers):
+        torch.testing.assert_close(answer, n * wanted)
+
+
+def test_answers_do_not_depend_on_the_mode_in_which_others_were_asked_for() -> None:
+    engine, x, wanted = straight_engine()
+    with torch.inference_mode():
+        engine(x)
+    weight = torch.ones(8, requires_grad=True)
+    for _ in range(40):
+        answer = engine(x)
+        assert not answer.is_inference()
+    (answer @ weight).sum().backward()
+    torch.testing.assert_close(weight.grad, wanted[0])
+
+
+def test_a_mode_without_memory_is_an_error_and_leaves_nothing_behind() -> None:
+    engine, x, wanted = straight_engine()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(EngineError, match="FakeTensor"):
+        engine(x)
+    for _ in range(40):
+        torch.testing.assert_close(engine(x), wanted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from explorer.sensitivity import LATENCY_PASSES, SensitivityPoint, measure_latency
 from explorer.sensitivity import latency as latency_module
-from explorer.sensitivity import times as times_module
 from explorer.sensitivity.latency import _Clock, _Rounds
 from explorer.sensitivity.times import TimesFile
 
@@ -39,15 +37,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(_Rounds, "add", counted)
     return passes
-
-
-@pytest.fixture
-def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine is, it is the one on which the times were measured.
-
-    The dense network of these tests takes microseconds: other work can make it several times slower for a while.
-    """
-    monkeypatch.setattr(times_module, "_SAME_MACHINE", math.inf)
 
 
 def net() -> nn.Module:

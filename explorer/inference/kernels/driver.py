@@ -5,6 +5,8 @@ then steals from the others' shares, by atomic tickets. A step may start when th
 waits for a helper**: one that is late or asleep only means that the caller does more of the work itself.
 
     run(state, scratch)             the caller: opens the gate, works, waits for the last job, closes the gate
+    answer(state, scratch, input, result)
+                                    the caller: one run with an input that lies elsewhere, whose answer is copied to `result`
     run_turns(state, scratch, turns, moves, n_moves)
                                     the caller: several runs, between which addresses in the steps' arguments move on, and at the end back
     help(state, scratch, me)        a helper: waits for an open gate for a while, works, and returns when nothing came (it then sleeps in Python)
@@ -19,14 +21,18 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I1, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
 STATE = Record(
-    ("steps", "first", "last", "tickets", "done", "gate", "active", "stop", "spin", "threads", "stamps"),
-)
+    (
+        "steps", "first", "last", "tickets", "done", "gate", "active", "stop", "spin", "threads", "stamps",
+        "cell", "output", "n_bytes",
+    ),
+)  # fmt: skip
 """`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread). `done`: one per step, from step -1. `gate` is odd while a run is on.
-`stamps`: two counters per step, its start and its end."""
+`stamps`: two counters per step, its start and its end. `cell`: where kernels find the address of the input, or 0; `output`: where the steps leave the answer, of so many
+bytes."""
 
 STEP = Record(("jobs", "kernel", "arguments", "gaps"))
 """`gaps`: a row of GAPS, or 0 where nothing has to be zeroed."""
@@ -169,6 +175,19 @@ def _run(module: Value, work: Value, isa: Isa) -> Value:
     return f.native
 
 
+def _answer(module: Value, run: Value, isa: Isa) -> None:
+    """After a network has run, Python's code and data have left the caches: what can be done here takes a fraction of the time."""
+    f = Function(module, "answer", VOID, [PTR, PTR, PTR, PTR], isa)
+    b, (state, scratch, input_, result) = f.b, f.arguments
+    cell = f.field(state, STATE, "cell", PTR)
+    with b.if_then(f.is_there(cell)):
+        f.store(input_, cell, 0, 8)
+    b.call(run, [state, scratch])
+    output, n_bytes = f.field(state, STATE, "output", PTR), f.field(state, STATE, "n_bytes")
+    f.call("llvm.memcpy.p0.p0.i64", VOID, [result, output, n_bytes, I1(0)])
+    b.ret_void()
+
+
 def _run_turns(module: Value, run: Value, isa: Isa) -> None:
     f = Function(module, "run_turns", VOID, [PTR, PTR, I64, PTR, I64], isa)
     b, (state, scratch, turns, moves, n_moves) = f.b, f.arguments
@@ -224,7 +243,7 @@ def _clock(module: Value, isa: Isa) -> None:
     f.b.ret(cycles(f))
 
 
-ENTRIES = ("run", "run_turns", "help", "clock")
+ENTRIES = ("run", "answer", "run_turns", "help", "clock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,4 +265,6 @@ class DriverKernel:
             run = _run(module, work, isa)
             if self.entry == "run_turns":
                 _run_turns(module, run, isa)
+            elif self.entry == "answer":
+                _answer(module, run, isa)
         return module, self.entry
