@@ -562,6 +562,20 @@ def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> N
         assert "fmaf" not in text
 
 
+def test_one_load_brings_the_weights_of_two_nonzeros() -> None:
+    isa, triple, instruction, _ = CPUS["avx2"]
+    for tile, pairs in ((4, False), (7, False), (8, False), (6, True)):
+        text = native.assembly(isa, conv.ConvKernel(tile, pairs=pairs).build(isa)[0], triple)
+        hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
+        assert hot
+        for loop in hot:
+            broadcasts = [line for line in loop if "broadcast" in line]
+            shuffles = [line for line in loop if re.search("vmovs[lh]dup", line)]
+            n_weights = len([line for line in loop if instruction in line]) // tile
+            assert len(shuffles) == (0 if pairs else n_weights), loop
+            assert len(broadcasts) == (n_weights if pairs else n_weights // 2), loop
+
+
 @pytest.mark.parametrize("cpu", ["avx2", "avx512"])
 def test_the_products_of_attention_stay_in_registers(cpu: str) -> None:
     isa, triple, instruction, _ = CPUS[cpu]
