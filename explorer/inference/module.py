@@ -33,7 +33,7 @@ from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.pairs import in_pairs
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment
+from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment, density_of
 from explorer.inference.straight import StraightPath
 from explorer.inference.timing import (
     Benchmark,
@@ -745,9 +745,7 @@ class SparseModule:
         return min(best, key=best.__getitem__)
 
     def _density(self, index: int) -> float:
-        weight = self._weight(index)
-        # On booleans numpy counts ten times as fast as on floats.
-        return float(np.count_nonzero(weight != 0)) / max(weight.size, 1)
+        return density_of(self._weight(index))
 
     def _weight(self, index: int) -> NDArray[np.float32]:
         weight: NDArray[np.float32] = (

@@ -119,6 +119,12 @@ class Place:
         return fits
 
 
+def density_of(weight: NDArray[np.float32]) -> float:
+    """Nonzeros / weights."""
+    # On booleans numpy counts ten times as fast as on floats.
+    return float(np.count_nonzero(weight != 0)) / max(weight.size, 1)
+
+
 def _joins_channels(operation: Operation) -> bool:
     """Whether an operation is a convolution of all channels, or a linear layer."""
     a = operation.attributes
@@ -446,7 +452,7 @@ class Plan:
                     classes.tie(place, out)
         self._borrowed = self._readable_in_place(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
-            sharing = self.threads if images % self.threads else 1  # or each has images of its own
+            sharing = self._threads_on_an_image(images)
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
@@ -463,6 +469,10 @@ class Plan:
             stride = -(-linear_room(-(-shape[1] // single)) * single // lanes) * lanes
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
+    def _threads_on_an_image(self, images: int) -> int:
+        """Threads that share an image of so many, unless each has images of its own."""
+        return self.threads if images % self.threads else 1
+
     def _may_mask(self, graph: Graph, operation: Operation) -> bool:
         """Whether the kernel of a convolution zeroes what lies beyond the ends of rows itself, if there is no gap between them.
 
@@ -471,8 +481,7 @@ class Plan:
         groups, weight = operation.attributes["groups"], graph.constants[operation.weight or ""]
         if has_programs(self.isa) or self._mode == "dense" or 1 < groups == weight.shape[0]:
             return False
-        n_nonzeros = np.count_nonzero(weight.detach().numpy() != 0)
-        return bool(n_nonzeros <= _ALWAYS_SPARSE * weight.numel())
+        return density_of(weight.detach().numpy()) <= _ALWAYS_SPARSE
 
     def reaches_over(self, graph: Graph, operation: Operation) -> bool:
         """Whether a convolution in planes reads beyond the ends of rows between which there is no gap."""
@@ -481,8 +490,7 @@ class Plan:
             return False
         if operation.attributes.get("depthwise"):
             return False  # its kernel needs the gaps
-        size = graph.shapes[operation.weight or ""][2:]
-        taps = Taps.of(operation.attributes, (size[0], size[1]) if len(size) == 2 else (1, size[0]))
+        taps = Taps.of(operation.attributes, graph.shapes[operation.weight or ""][2:])
         return taps.reach_over(x.columns, y.columns, x.pitch)
 
     def _readable_in_place(self, graph: Graph) -> set[str]:
@@ -514,8 +522,7 @@ class Plan:
             # Of tokens, one thread chooses other tiles for each layer.
             if self.threads == 1 and layout.tokens:
                 continue
-            sharing = self.threads if layout.images % self.threads else 1  # or each has images of its own
-            candidate = layout.in_tiles(sharing)
+            candidate = layout.in_tiles(self._threads_on_an_image(layout.images))
             if candidate is not None and not layout.is_compactable and _writes_tiles(operation, candidate):
                 tiled[operation.output] = candidate
         for place in [*tiled]:
@@ -890,7 +897,7 @@ class Plan:
             return False
         if tiles[0] or (has_residual and any(tiles)) or self.reaches_over(graph, operation):
             return False
-        form = Filter.of(Taps.of(a, (size[0], size[1])))
+        form = Filter.of(Taps.of(a, size))
         return form is not None and Chunks.of(out, residual=has_residual) is not None
 
     def layers(self, graph: Graph) -> list[int]:

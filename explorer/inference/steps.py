@@ -296,7 +296,7 @@ class _StepBuilder:
         a = operation.attributes
         weight = weight.reshape(*weight.shape[:2], *[1] * (4 - weight.ndim), *weight.shape[2:])
         m, _, *size = weight.shape
-        where = Taps.of(a, (size[0], size[1]))
+        where = Taps.of(a, tuple(size))
         if choice.reach == "winograd":
             return self._winograd(operation, places, out, where, choice)
         shifts, planes = where.shifts(x.pitch), where.planes(x.channels // where.phases)

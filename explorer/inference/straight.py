@@ -1,7 +1,7 @@
 """The short way through the engine: what a call does when one input goes through native steps only to one output, and nothing else.
 
 After a network has run, the interpreter's own code and data, and torch's, have left the cache, and each line of Python costs several times what it does in a tight
-loop: for a network of 270 microseconds the general way (`SparseModule._run`) added 90. Most of all costs a new tensor (50 microseconds; 2 in a tight loop): results are made
+loop: for a network of 270 microseconds the general way (`SparseModule._run`) added 90. Most of all costs a new tensor (50 microseconds or more; 5 in a tight loop): results are made
 several at a time, for the next calls too.
 """
 

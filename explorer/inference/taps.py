@@ -29,14 +29,16 @@ class Taps:
     phases: int
 
     @classmethod
-    def of(cls, attributes: Mapping[str, Any], size: tuple[int, int]) -> Taps:
-        """Of a convolution with such attributes (see `explorer.inference.graph`) and a filter of such a size; a linear layer has none."""
+    def of(cls, attributes: Mapping[str, Any], size: tuple[int, ...]) -> Taps:
+        """Of a convolution with such attributes (see `explorer.inference.graph`) and a filter of such a size, rows and columns or columns only; a linear layer has none."""
         stride, padding, dilation = (
             np.array(attributes.get(name, (n, n)))
             for name, n in (("stride", 1), ("padding", 0), ("dilation", 1))
         )
         phases = attributes.get("phases", ((0, 0),))
-        steps = np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"), -1).reshape(-1, 2)
+        steps = np.stack(np.meshgrid(*(np.arange(n) for n in (1, *size)[-2:]), indexing="ij"), -1).reshape(
+            -1, 2
+        )
         away = steps * dilation - padding
         phase = np.array([phases.index(tuple(left)) for left in (away % stride).tolist()])
         row, column = (away // stride).T

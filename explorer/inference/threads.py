@@ -216,8 +216,7 @@ class Runner:
 
     def answer(self, last: int, input_: int, result: int) -> None:
         """Run all steps, of which there are `last`, on the input at one address, and copy the answer to another, see `answers`."""
-        if self._range != (0, last):
-            self._set_range(0, last)
+        self._set_range(0, last)
         self._wake()
         self._state.answer(*self._arguments, input_, result)
 

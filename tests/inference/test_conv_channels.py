@@ -18,7 +18,7 @@ from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_columns, channel_tile
 from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import compared_convolution, conv_graph, preferring
-from tests.inference.test_kernels import CPUS, ISAS, innermost_loops, runnable
+from tests.inference.test_kernels import CPUS, ISAS, compute_in, innermost_loops, runnable
 
 ACROSS = Choice(True, "channels")
 
@@ -41,9 +41,7 @@ def check(size: tuple[int, int], outputs: int, **more: Any) -> None:
 def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     isa: str, size: tuple[int, int], outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    compute_in(isa, "fp32", monkeypatch)
     check(size, outputs, images=2, residual=True, bounds=(0.0, math.inf))
 
 

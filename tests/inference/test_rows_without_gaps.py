@@ -16,7 +16,7 @@ from explorer.inference.layout import Planes
 from explorer.inference.module import SparseModule
 from explorer.inference.plan import Plan
 from tests.inference.graphs import compared_convolution, conv_graph, relative_error
-from tests.inference.test_kernels import ISAS, TOLERANCE, runnable
+from tests.inference.test_kernels import ISAS, TOLERANCE, compute_in
 from tests.inference.test_shared_memory import fill_with_nan, take_all_for_unclean
 
 pytestmark = pytest.mark.skipif(
@@ -47,9 +47,7 @@ def masked(size: tuple[int, int], outputs: int, **more: Any) -> bool:
 def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     isa: str, size: tuple[int, int], outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    compute_in(isa, "fp32", monkeypatch)
     assert masked(size, outputs, images=2, bounds=(0.0, math.inf))
     assert masked(size, outputs, kernel=(5, 5), padding=(2, 2), residual=True)
     strided = size[0] * 2, size[1] * 2

@@ -28,7 +28,7 @@ from tests.inference.graphs import (
     run,
     without_limit,
 )
-from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
+from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, compute_in, innermost_loops
 
 CHOICE = Choice(True, "winograd")
 
@@ -71,9 +71,7 @@ def test_the_numpy_twin_is_a_convolution(taps: int) -> None:
 def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     isa: str, size: tuple[int, int], outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    compute_in(isa, "fp32", monkeypatch)
     assert check(size, outputs, images=2, bounds=(0.0, math.inf))
     strided = size[0] * 2, size[1] * 2
     assert check(strided, outputs, channels=3, kernel=(7, 7), stride=(2, 2), padding=(3, 3), bounds=(0, 6))

@@ -29,7 +29,7 @@ def loads_two_weights(isa: Isa, channels: int) -> bool:
     """Whether rows of so many output channels take the weights of two nonzeros by one load.
 
     One of the loads that limit the loop becomes shuffles, which have a port of their own where vectors have 32 bytes. (With AVX-512, Intel's share one with the
-    multiply-adds.) Pairs of channels have two products for each load, which do not limit them. (ResNet-50 at 90 % on Zen 3: layers of 28 x 28 pixels and fewer 0.96 to 0.98.)
+    multiply-adds.) Pairs of channels have two products for each load, which do not limit them. (ResNet-50 at 90 % on Zen 3: layers of 28 x 28 pixels and fewer 0.93 to 0.99.)
     """
     return isa.name == "avx2" and isa.precision == "fp32" and channels == 1
 
