@@ -142,6 +142,16 @@ def test_importing_explorer_alone_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "numpy", "llvmlite", "pandas", "ipywidgets", "plotly", "anywidget", "voila"}
 
 
+def test_settings_schedule_and_events_of_a_run_load_no_torch_and_every_name_is_found() -> None:
+    program = """
+import sys
+from explorer import pruning
+pruning.RunSettings(), pruning.CubicSchedule, pruning.StepEvent
+print("torch" in sys.modules, all(getattr(pruning, name) is not None for name in pruning.__all__))
+"""
+    assert run_python(program).split() == ["False", "True"]
+
+
 def test_every_room_but_the_widgets_loads_neither_ipywidgets_nor_plotly() -> None:
     rooms = [
         module.name

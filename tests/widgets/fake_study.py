@@ -133,14 +133,24 @@ class DoneEvent:
     result: Any
 
 
-def _network(sparsity: float) -> Any:
-    """Return a small network of 1,000 weights, of which the share `sparsity` is zero."""
-    import torch
+class WithModule(SimpleNamespace):
+    """Attributes, and a network of 1,000 weights, of which the share `zeros` is zero.
 
-    network = torch.nn.Linear(100, 10, bias=False)
-    with torch.no_grad():
-        network.weight.fill_(1.0).view(-1)[: round(1000 * sparsity)] = 0.0
-    return network
+    It is made, and torch imported, once somebody asks for it: most pages of the tests never do, and torch takes seconds to import.
+    """
+
+    def __init__(self, zeros: float, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._zeros = zeros
+
+    @functools.cached_property
+    def module(self) -> Any:
+        import torch
+
+        network = torch.nn.Linear(100, 10, bias=False)
+        with torch.no_grad():
+            network.weight.fill_(1.0).view(-1)[: round(1000 * self._zeros)] = 0.0
+        return network
 
 
 @functools.cache
@@ -182,7 +192,7 @@ class FakeStudy:
     levels: tuple[float, ...] = LEVELS
     table: Any = None
     dense_baseline: Any = None
-    model: Any = field(default_factory=lambda: SimpleNamespace(name="fashion-resnet", module=_network(0.0)))
+    model: Any = field(default_factory=lambda: WithModule(0.0, name="fashion-resnet"))
     data: Any = field(default_factory=lambda: SimpleNamespace(name="fashion", train=range(8000)))
     calls: list[Any] = field(default_factory=list)
 
@@ -211,7 +221,7 @@ class FakeStudy:
         found = {key: tuple(tensor.shape) for key, tensor in read_weights(path).items()}
         if found != self.weight_shapes:
             raise FormatError("The file does not belong to this network.")
-        model = SimpleNamespace(name=name or self.model.name, module=self.model.module)
+        model = WithModule(0.0, name=name or self.model.name)
         return FakeStudy(self.pause_s, self.steps_per_epoch, model=model)
 
     def ms(self, layer: Layer, sparsity: float) -> float:
@@ -510,9 +520,9 @@ class FakeRun:
             for layer in study.layers
         }
         yield DoneEvent(
-            SimpleNamespace(
-                accuracy=accuracy, dense_accuracy=0.931, stopped=stopped, achieved=achieved, sparsity=sparsity,
-                measured_on="test", module=_network(0.9), asked=self.distribution, n_evaluated=2000, seconds=3.0,
+            WithModule(
+                0.9, accuracy=accuracy, dense_accuracy=0.931, stopped=stopped, achieved=achieved, sparsity=sparsity,
+                measured_on="test", asked=self.distribution, n_evaluated=2000, seconds=3.0,
             )
         )  # fmt: skip
 
