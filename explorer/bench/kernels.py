@@ -118,12 +118,13 @@ class Loop:
         """The fields of a block whose nonzeros are in tables."""
         entries = sparse_entries(
             weights,
-            weights.columns * self.tile * self.isa.width,
-            np.zeros_like(weights.columns),
+            np.arange(weights.shape[1]) * self.tile * self.isa.width,
+            np.zeros(weights.shape[1], np.int64),
             1,
             kernel.unroll,
             lambda values: weight_words(values, self.isa),
-            self.isa if kernel.partners else None,
+            self.isa,
+            partners=kernel.partners,
         )
         offsets, channels = read_beyond(entries.offsets, entries.rows * np.int32(kernel.channels))
         put = self._memory.put

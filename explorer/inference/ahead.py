@@ -21,6 +21,7 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
         driver,
         find_nonzeros,
         match_rows,
+        place_entries,
         place_rows,
         registers,
         write_programs,
@@ -32,6 +33,9 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
             if registers.has_partners(MAX_TILE, isa):
                 emitter.code(isa.single, match_rows.MatchRowsKernel())
                 emitter.code(isa.single, place_rows.PlaceRowsKernel())
+            else:
+                for which in place_entries.PASSES:
+                    emitter.code(isa.single, place_entries.PlaceEntriesKernel(which))
             if has_programs(isa):
                 emitter.code(isa.single, write_programs.OrderColumnsKernel())
                 emitter.code(isa.single, write_programs.WriteProgramsKernel())

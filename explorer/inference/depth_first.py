@@ -13,6 +13,7 @@ This module knows neither kernels nor weights.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,22 +88,33 @@ def order(steps: Sequence[Step]) -> list[tuple[int, int]]:
                     needed[s][band].append((e, count))
     done = [0] * len(steps)
     found: list[tuple[int, int]] = []
-    total = sum(map(len, steps))
+    # Steps whose next band can be computed, by their place from the end. The others wait for one step each that has too few bands done, and are
+    # looked at again when it has enough: a band that was waited for stays done.
+    able: list[int] = []
+    waiting: list[list[int]] = [[] for _ in steps]
 
-    def can_go_on(s: int) -> bool:
+    def look(s: int) -> None:
         if done[s] == len(steps[s]):
-            return False
+            return
         waits_for = needed[s][done[s]]
-        # What is done stays so: nothing is looked at again.
         while waits_for and done[waits_for[-1][0]] >= waits_for[-1][1]:
             waits_for.pop()
-        return not waits_for
+        if waits_for:
+            waiting[waits_for[-1][0]].append(s)
+        else:
+            heapq.heappush(able, -s)
 
-    while len(found) < total:
-        # The first step that is not done can always go on.
-        s = next(s for s in range(len(steps) - 1, -1, -1) if can_go_on(s))
+    for s in range(len(steps)):
+        look(s)
+    # The first step that is not done can always go on.
+    while able:
+        s = -heapq.heappop(able)
         found.append((s, done[s]))
         done[s] += 1
+        again, waiting[s] = waiting[s], []
+        for waits in (s, *again):
+            look(waits)
+    assert done == [len(step) for step in steps]
     return found
 
 

@@ -339,10 +339,9 @@ def conv_sparse(
     before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
     for low, piece, mine, sources in pieces:
         block_of, row_start, cuts = _cut(mine, sources, n_blocks)
-        where = (mine.within + row_start[mine.source])[piece.columns]
-        block = block_of[mine.source][piece.columns]
+        where, block = mine.within + row_start[mine.source], block_of[mine.source]
         entries = sparse_entries(
-            piece, where, block, n_blocks, kernel.unroll, words, isa if kernel.partners else None
+            piece, where, block, n_blocks, kernel.unroll, words, isa, partners=kernel.partners
         )
         starts = entries.starts
         blocks = np.zeros((n_blocks, len(conv_tables.BLOCK.fields)), np.int64)

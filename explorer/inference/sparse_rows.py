@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.errors import EngineError
-from explorer.inference.kernels import conv_tables, find_nonzeros, match_rows, place_rows
+from explorer.inference.kernels import conv_tables, find_nonzeros, match_rows, place_entries, place_rows
 from explorer.inference.kernels.builder import Record
 from explorer.inference.native import Isa, Kernel, machine_code
 
@@ -125,19 +125,33 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class _Cells:
-    """The nonzeros of each row in each K block. Cells stand in the order in which they are worked on, by block and length.
+    """What each row has in each K block, in the order in which it is worked on: by block and length.
 
     Attributes
     ----------
-    row, block, count : (cells,) int64
-    first : (cells,) int64
-        The first entry of each. Entries stand by row, and by block in it.
+    row, block : (cells,) int64
+    place : (cells,) int64
+        Where each stands in a table of all (row, block), row by row.
+    count : (cells,) int64
+        Nonzeros.
     """
 
     row: NDArray[np.int64]
     block: NDArray[np.int64]
-    first: NDArray[np.int64]
+    place: NDArray[np.int64]
     count: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], n_blocks: int, unroll: int = 1) -> _Cells:
+        """Of nonzeros counted row by row, and by block in each; only the first block and the last keep what is empty."""
+        turns = -(-counts // unroll)
+        kept = (turns > 0).reshape(-1, n_blocks)
+        kept[:, [0, -1]] = True
+        block, row = np.nonzero(kept.T)
+        place = row * n_blocks + block
+        order = np.lexsort((turns[place], block))
+        place = place[order]
+        return cls(row[order], block[order], place, counts[place])
 
 
 def sparse_entries(
@@ -147,59 +161,67 @@ def sparse_entries(
     n_blocks: int,
     unroll: int,
     words: Words,
-    isa: Isa | None = None,
+    isa: Isa,
+    *,
+    partners: bool = False,
 ) -> Entries:
     """The nonzeros of some rows, in the order in which the sparse kernel takes them.
 
     Parameters
     ----------
     weights : SparseWeights
-    where : (nonzeros,) int64
-        Byte offset of the operand of each nonzero: one for each column, or at least for each column of rows that share any.
-    block : (nonzeros,) int64
-        The K block of each.
+    where : (K,) int64
+        Byte offset of the operand of each column, below 2^31.
+    block : (K,) int64
+        The K block of each column.
     n_blocks : int
     unroll : int
         A row's entries in a block are filled up to a multiple of this.
     words : callable
-    isa : Isa, optional
-        Take two rows at once where they share columns, with machine code for this CPU to find them. Not with an `unroll`.
+    isa : Isa
+        The CPU that packs.
+    partners : bool
+        Take two rows at once where they share columns; then without an `unroll`.
     """
-    m = weights.shape[0]
-    # The place of (row, block) in a row-major table: nonzeros come in this order when the blocks ascend along a row.
-    key = block + np.repeat(np.arange(m) * n_blocks, np.diff(weights.starts))
-    columns, values = weights.columns, weights.values
-    if n_blocks > 1 and np.any(key[1:] < key[:-1]):
-        order = np.argsort(key, kind="stable")
-        key, where, columns, values = key[order], where[order], columns[order], values[order]
-    counts = np.bincount(key, minlength=m * n_blocks)
-    firsts = np.cumsum(counts) - counts
-    turns = -(-counts // unroll)
-    kept = (turns > 0).reshape(m, n_blocks)
-    kept[:, [0, -1]] = True
-    # Block by block, and in each by the number of turns.
-    each_block, each_row = np.nonzero(kept.T)
-    cell = each_row * n_blocks + each_block
-    order = np.lexsort((turns[cell], each_block))
-    cell = cell[order]
-    cells = _Cells(each_row[order], each_block[order], firsts[cell], counts[cell])
-    if isa is not None:
-        return _in_pairs(cells, columns, where, words(values), n_blocks, isa)
-    padded = turns[cell] * unroll
+    if partners:
+        return _in_pairs(weights, where, block, n_blocks, words, isa)
+    n_cells = weights.shape[0] * n_blocks
+    counts = np.zeros(n_cells, np.int64)
+    channels = weights.values.shape[1]
+    tables: dict[str, NDArray[Any]] = {
+        "starts": weights.starts,
+        "columns": weights.columns,
+        "block": block,
+    }
+
+    def run(which: str, **more: NDArray[Any]) -> None:
+        kernel = place_entries.PlaceEntriesKernel(which, channels if which == "place" else 1)
+        numbers = {"rows": weights.shape[0], "n_blocks": n_blocks}
+        run_kernel(kernel, place_entries.ARGUMENTS, isa, tables | more, **numbers)
+
+    run("count", next=counts)
+    cells = _Cells.of(counts, n_blocks, unroll)
+    turns = -(-cells.count // unroll)
+    padded = turns * unroll
     ends = np.cumsum(padded)
-    first_slot = np.zeros(m * n_blocks, np.int64)
-    first_slot[cell] = ends - padded
     total = int(ends[-1]) if len(ends) else 0
-    offsets = np.zeros(total, np.int32)
-    filled = np.zeros((total, values.shape[1]), np.int32)
-    at = np.arange(len(key)) + (first_slot - firsts)[key]
-    offsets[at] = where
-    filled[at] = words(values)
+    first, last = np.zeros(n_cells, np.int64), np.zeros(n_cells, np.int64)
+    first[cells.place] = ends - padded
+    offsets, filled = np.zeros(total, np.int32), np.zeros((total, channels), np.int32)
+    run(
+        "place",
+        words=words(weights.values),
+        where=where.astype(np.int32),
+        next=first,
+        last=last,
+        offsets=offsets,
+        filled=filled,
+    )
     slots, row, share = fill_up(cells.count, padded)
-    source = (cells.first + cells.count - 1)[row]
-    offsets[slots] = where[source]
-    filled[slots] = words(values[source] * share[:, None])
-    groups, begins = _runs(cells.block, np.zeros_like(ends), turns[cell])
+    entry = last[cells.place[row]]
+    offsets[slots] = where[weights.columns[entry]]
+    filled[slots] = words(weights.values[entry] * share[:, None])
+    groups, begins = _runs(cells.block, np.zeros_like(ends), turns)
     starts = _starts(cells.block, n_blocks, begins, padded, padded, np.ones_like(ends))
     return Entries(offsets, filled, cells.row.astype(np.int32), groups, starts, np.zeros(n_blocks, np.int64))
 
@@ -225,25 +247,34 @@ def _starts(
 
 
 def _in_pairs(
-    cells: _Cells,
-    columns: NDArray[np.int64],
+    weights: SparseWeights,
     where: NDArray[np.int64],
-    words: NDArray[np.int32],
+    block: NDArray[np.int64],
     n_blocks: int,
+    words: Words,
     isa: Isa,
 ) -> Entries:
     """The same where rows of a block that share columns, and are of one length, are taken two at a time."""
-    partner, shared_of, is_shared = _match(cells, columns, n_blocks, isa)
+    columns, values = weights.columns, weights.values
+    # The nonzeros of a cell have to stand side by side: they do when the blocks ascend along each row.
+    key = block[columns] + np.repeat(np.arange(weights.shape[0]) * n_blocks, np.diff(weights.starts))
+    if n_blocks > 1 and np.any(key[1:] < key[:-1]):
+        order = np.argsort(key, kind="stable")
+        key, columns, values = key[order], columns[order], values[order]
+    counts = np.bincount(key, minlength=weights.shape[0] * n_blocks)
+    cells = _Cells.of(counts, n_blocks)
+    first = (np.cumsum(counts) - counts)[cells.place]
+    partner, shared_of, is_shared = _match(cells, first, columns, n_blocks, isa)
     # A pair stands where the first of its rows does.
     lead = np.flatnonzero((partner < 0) | (partner > np.arange(len(partner))))
     is_pair, shared = partner[lead] >= 0, shared_of[lead]
     lead = lead[np.lexsort((shared, cells.count[lead] - shared, is_pair, cells.block[lead]))]
-    second, shared, block = partner[lead], shared_of[lead], cells.block[lead]
+    second, shared, in_block = partner[lead], shared_of[lead], cells.block[lead]
     is_pair, turns = second >= 0, cells.count[lead] - shared
     step = 1 + is_pair
     n_offsets, n_words = shared + step * turns, step * (shared + turns)
-    groups, begins = _runs(2 * block + is_pair, shared, turns)
-    starts = _starts(block, n_blocks, begins, n_offsets, n_words, step)
+    groups, begins = _runs(2 * in_block + is_pair, shared, turns)
+    starts = _starts(in_block, n_blocks, begins, n_offsets, n_words, step)
 
     first_offset, first_word = np.cumsum(n_offsets) - n_offsets, np.cumsum(n_words) - n_words
     names = ("shared_offset", "shared_word", "own_offset", "own_word", "step")
@@ -254,9 +285,13 @@ def _in_pairs(
         for name, begin, more in zip(names, begins_of, beside, strict=True):
             places[name][these] = begin[who] + more
     offsets, filled = np.zeros(int(n_offsets.sum()), np.int32), np.zeros((int(n_words.sum()), 1), np.int32)
-    entries: dict[str, NDArray[Any]] = {"where": where, "words": words, "is_shared": is_shared}
+    entries: dict[str, NDArray[Any]] = {
+        "where": where[columns],
+        "words": words(values),
+        "is_shared": is_shared,
+    }
     cells_of: dict[str, NDArray[Any]] = {
-        "first": cells.first,
+        "first": first,
         "count": cells.count,
         "offsets": offsets,
         "filled": filled,
@@ -271,7 +306,7 @@ def _in_pairs(
     ends = np.cumsum(step)
     rows = np.repeat(cells.row[lead], step).astype(np.int32)
     rows[ends[is_pair] - 1] = cells.row[second[is_pair]]
-    pairs = np.bincount(block[begins], weights=is_pair[begins], minlength=n_blocks).astype(np.int64)
+    pairs = np.bincount(in_block[begins], weights=is_pair[begins], minlength=n_blocks).astype(np.int64)
     return Entries(offsets, filled, rows, groups, starts, pairs)
 
 
@@ -295,15 +330,15 @@ it more than some loads. (Sparse layers at 90 % on Zen 4, multiples of 2 in plac
 
 
 def _match(
-    cells: _Cells, columns: NDArray[np.int64], n_blocks: int, isa: Isa
+    cells: _Cells, first: NDArray[np.int64], columns: NDArray[np.int64], n_blocks: int, isa: Isa
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
-    """The partner of each cell (-1 for none), how many columns they share, and whether each entry is of these."""
+    """The partner of each cell (-1 for none), how many columns they share, and whether each entry is of these; `first` is the first entry of each cell."""
     n = len(cells.row)
     lowest, highest = np.full(n_blocks, np.iinfo(np.int64).max), np.full(n_blocks, -1)
     filled = np.flatnonzero(cells.count)
-    first = cells.first[filled]
-    np.minimum.at(lowest, cells.block[filled], columns[first])
-    np.maximum.at(highest, cells.block[filled], columns[first + cells.count[filled] - 1])
+    begin = first[filled]
+    np.minimum.at(lowest, cells.block[filled], columns[begin])
+    np.maximum.at(highest, cells.block[filled], columns[begin + cells.count[filled] - 1])
     span = int((highest - lowest)[highest >= 0].max(initial=0)) + 1
     set_words = -(-span // (64 * match_rows.SET_WORDS)) * match_rows.SET_WORDS
     runs, begins = _runs(cells.block, np.zeros_like(cells.count), cells.count)
@@ -313,7 +348,7 @@ def _match(
     is_shared = np.zeros(len(columns), np.uint8)
     tables: dict[str, NDArray[Any]] = {
         "columns": columns,
-        "first": cells.first,
+        "first": first,
         "count": cells.count,
         "base": lowest[cells.block],
         "run_end": np.repeat(begins + lengths, lengths),

@@ -41,12 +41,13 @@ def entries_of(weight: NDArray[np.float32], block: NDArray[np.int64], *, partner
     weights = SparseWeights.of(weight, native.current_isa())
     return sparse_entries(
         weights,
-        weights.columns * 4,
-        block[weights.columns],
+        4 * np.arange(weights.shape[1]),
+        block,
         int(block.max()) + 1,
         1,
         partial(weight_words, isa=WIDE),
-        native.current_isa() if partners else None,
+        native.current_isa(),
+        partners=partners,
     )
 
 

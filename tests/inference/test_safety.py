@@ -195,11 +195,12 @@ def test_filled_up_rows_hold_the_weights_exactly(unroll: int) -> None:
     block = np.arange(33) * 3 // 33  # three blocks of columns
     entries = sparse_entries(
         weights,
-        weights.columns * 4,
-        block[weights.columns],
+        4 * np.arange(33),
+        block,
         3,
         unroll,
         partial(weight_words, isa=native.Isa("test", 16, 32, "", "")),
+        native.current_isa(),
     )
     offsets, rows, groups = entries.offsets, entries.rows, entries.groups
     values = entries.words[:, 0].copy().view(np.float32)
