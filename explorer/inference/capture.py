@@ -7,17 +7,27 @@ within the graph are read as if they stood in their place.
 from __future__ import annotations
 
 import operator
+import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
-from explorer.inference.graph import Graph, Operation, Ref, base_name
-from explorer.inference.in_place import is_in_place, writes_through_views
+from explorer.inference.fork import EngineLock
+from explorer.inference.graph import TENSOR, Arguments, Graph, Operation, Ref, base_name
+from explorer.inference.in_place import (
+    has_in_place,
+    is_in_place,
+    without_idle_dropout,
+    writes_through_views,
+)
 from explorer.inference.operators import name_items, read_operator
 
 
@@ -38,17 +48,24 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
-        with evaluating(module), torch.no_grad():
+        with CAPTURING, evaluating(module), torch.no_grad():
             exported = torch.export.export(module, args, strict=False)
-            if writes_through_views(exported.graph):
+            if has_in_place(exported.graph):
+                without_idle_dropout(exported.graph)
+            is_functional = writes_through_views(exported.graph)
+            if is_functional:
                 exported = exported.run_decompositions({})
     except Exception as error:  # torch.export raises many kinds; all of them mean the same to the user
-        raise EngineError(
-            f"torch.export could not capture {type(module).__name__}: {_reason(error)}\n"
-            "Control flow that depends on values, and calls into other libraries, cannot be captured. Replace that line, "
-            "or compile the largest submodule that does not contain it."
-        ) from error
-    return _read(exported)
+        raise EngineError(_explained(module, args, error)) from error
+    if is_functional:
+        _check_state(module, exported)
+        _check_answers(module, exported, args)
+    return _read(exported, module)
+
+
+CAPTURING = EngineLock()
+"""Held by who captures a module, or reads one: torch.export keeps where it is in variables of the whole process, and meanwhile puts tensors without
+values in the place of a module's parameters."""
 
 
 @contextmanager
@@ -63,42 +80,189 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _reason(error: Exception) -> str:
+def run_aside(module: nn.Module, args: Sequence[Any]) -> Any:
+    """What a module answers in eval mode; arguments, buffers and torch's random numbers stay as they are."""
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, tuple(args))
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return module(*copies)
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _explained(module: nn.Module, args: Sequence[Any], error: Exception) -> str:
+    """Why a module could not be captured, where, and what to do."""
+    name = type(module).__name__
+    try:
+        run_aside(module, args)
+    except Exception as own:  # noqa: BLE001 - whatever the user's code raises
+        return f"{name} cannot be run on this example input: {_first_line(own)}{_users_line(own)}"
+    return (
+        f"torch.export could not capture {name}: {_first_line(error)}{_users_line(error)}\n"
+        "Control flow that depends on values, and calls into other libraries, cannot be captured. Replace that line, "
+        "or compile the largest submodule that does not contain it."
+    )
+
+
+def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    where = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
-    return " ".join(([lines[0]] if lines else [type(error).__name__]) + where[-1:])
+    return lines[0] if lines else type(error).__name__
 
 
-def _read(exported: Any) -> Graph:
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+def _users_line(error: BaseException) -> str:
+    """The innermost line on the way to an error that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = max((i for i, frame in enumerate(frames) if frame.filename == __file__), default=-1)
+    theirs = [frame for frame in frames[ours + 1 :] if not frame.filename.startswith(_TORCH)]
+    if theirs:
+        return f' File "{theirs[-1].filename}", line {theirs[-1].lineno}, in {theirs[-1].name}'
+    told = [line.strip() for line in str(error).splitlines() if line.strip().startswith("File ")]
+    told = [line for line in told if _TORCH not in line]
+    return f" {told[-1]}" if told else ""
+
+
+def _check_state(module: nn.Module, exported: Any) -> None:
+    """Refuse a network whose answers depend on what an earlier call has left in a buffer."""
     signature = exported.graph_signature
-    state: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    lifted = dict(signature.inputs_to_lifted_tensor_constants)
+    changed = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
+    homes = {spec.arg.name: spec.target for spec in signature.input_specs if spec.target in changed}
+    *_, output = exported.graph.nodes
+    kinds = [spec.kind for spec in signature.output_specs]
+    waiting = [
+        node
+        for node, kind in zip(output.args[0], kinds, strict=True)
+        if kind is OutputKind.USER_OUTPUT and isinstance(node, torch.fx.Node)
+    ]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name in homes:
+            raise EngineError(
+                f"The forward of {type(module).__name__} changes its buffer {homes[node.name]!r} and reads it in the next call; a compiled network "
+                "keeps nothing from call to call. Pass it as an argument and return the new value, or compile the largest submodule without it."
+            )
+        waiting += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+
+
+def _check_answers(module: nn.Module, exported: Any, args: Sequence[Any]) -> None:
+    """Refuse a network that answers otherwise once torch has made its in-place operators functional: of some views torch does not know whose memory they are."""
+    signature = exported.graph_signature
     tensors = {**exported.state_dict, **exported.constants}
-    graph = Graph([], [], [], {}, {}, {}, state, lambda values: values)
+    given = iter(pytree.tree_leaves(pytree.tree_map_only(Tensor, Tensor.clone, tuple(args))))
+    inputs = [
+        next(given) if spec.kind is InputKind.USER_INPUT else tensors[spec.target]
+        for spec in signature.input_specs
+    ]
+    with CAPTURING, torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        wanted = run_aside(module, args)
+        torch.manual_seed(0)
+        found = torch.fx.Interpreter(exported.graph_module).run(*inputs)
+    returned = [
+        value
+        for value, spec in zip(found, signature.output_specs, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    if not are_close(returned, pytree.tree_leaves(wanted), 1e-3):
+        raise EngineError(
+            f"{type(module).__name__} writes to a tensor in place of which it reads a view, in a way that torch.export does not follow. Write "
+            "x = torch.relu(x) in place of torch.relu_(x), and the like, near unfold, as_strided and other views."
+        )
+
+
+def are_close(found: Any, wanted: Any, tolerance: float) -> bool:
+    """Whether two results have the same structure, and no number differs by more than `tolerance` times the largest of its tensor."""
+    mine, theirs = pytree.tree_leaves(found), pytree.tree_leaves(wanted)
+    if len(mine) != len(theirs):
+        return False
+    for a, b in zip(mine, theirs, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            if type(a) is not type(b) or (a is not b and a != b):
+                return False
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return False
+            continue
+        largest = float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()) if b.numel() else 0.0
+        if not torch.allclose(a, b, rtol=0.0, atol=tolerance * largest + 1e-6, equal_nan=True):
+            return False
+    return True
+
+
+def tensor_attribute(module: nn.Module, path: str) -> Tensor | None:
+    """The tensor at a dotted path, a plain attribute of a module, if there is one."""
+    *parts, last = path.split(".")
+    owner: Any = module
+    for part in parts:
+        owner = getattr(owner, part, None)
+    found = getattr(owner, last, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _read(exported: Any, module: nn.Module) -> Graph:
+    signature = exported.graph_signature
+    tensors = {**exported.state_dict, **exported.constants}
+    graph = Graph([], [], [], {}, {}, {}, {}, lambda values: values)
     reader = _Reader(graph)
+    specs = iter(signature.input_specs)
+    names: list[str] = []
+    fixed: list[Any] = []
     for node in exported.graph.nodes:
         if node.op == "placeholder":
-            reader.remember(node)
-            if node.name in state or node.name in lifted:
-                graph.constants[node.name] = tensors[state.get(node.name) or lifted[node.name]].detach()
-            elif node.name in signature.user_inputs:
-                graph.inputs.append(node.name)
-            else:
+            spec = next(specs)
+            if spec.kind in _CONSTANTS:
+                reader.remember(node)
+                graph.constants[node.name] = tensors[spec.target].detach()
+                if (
+                    spec.kind is not InputKind.CONSTANT_TENSOR
+                    or tensor_attribute(module, spec.target) is not None
+                ):
+                    graph.parameter_names[node.name] = spec.target
+                continue
+            if spec.kind is not InputKind.USER_INPUT or not isinstance(
+                spec.arg, TensorArgument | ConstantArgument
+            ):
                 raise EngineError(
                     f"The input {node.name!r} of the captured network is of a kind that the engine does not know."
                 )
+            names.append(node.name)
+            if isinstance(spec.arg, ConstantArgument):
+                reader.stand_for(node, spec.arg.value)
+                fixed.append(spec.arg.value)
+            else:
+                reader.remember(node)
+                graph.inputs.append(node.name)
+                fixed.append(TENSOR)
         elif node.op == "output":
-            flat = node.args[0]
-            wanted = [n for n in flat if not isinstance(n, torch.fx.Node) or n.name in signature.user_outputs]
+            kinds = [spec.kind for spec in signature.output_specs]
+            wanted = [n for n, k in zip(node.args[0], kinds, strict=True) if k is OutputKind.USER_OUTPUT]
             graph.outputs = [reader.reference(n) for n in wanted]
         else:
             reader.read(node)
     name_items(graph)
-    spec = exported.call_spec.out_spec
-    if spec is not None:
-        graph.unflatten = lambda values: pytree.tree_unflatten(values, spec)
+    given, returned = exported.call_spec.in_spec, exported.call_spec.out_spec
+    arguments = Arguments(given.child(0), tuple(names), tuple(fixed))
+    if len(graph.inputs) != arguments.spec.num_children or any(
+        not s.is_leaf() for s in arguments.spec.children()
+    ):
+        graph.arguments = arguments
+    if returned is not None:
+        graph.unflatten = lambda values: pytree.tree_unflatten(values, returned)
     return graph
 
+
+_CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Operators that run a graph under another setting, and how many arguments stand before the graph."""
@@ -124,6 +288,10 @@ class _Reader:
         if isinstance(item, dict):
             return {k: self.reference(v) for k, v in item.items()}
         return item
+
+    def stand_for(self, node: torch.fx.Node, value: Any) -> None:
+        """Let `value`, which is no tensor, stand in the place of a node."""
+        self._meaning[node] = value
 
     def remember(self, node: torch.fx.Node, inside: str = "") -> None:
         """Give a node's value its name, shape and dtype."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+
+from explorer.errors import EngineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,70 @@ class Operation:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a network is called with: tensors, perhaps in lists and dicts, and other values that stay as they were when it was captured.
+
+    Attributes
+    ----------
+    spec : TreeSpec
+        The structure of the positional arguments, as torch's pytree has it.
+    names : tuple of str
+        The name of each leaf, for errors.
+    fixed : tuple
+        The value of each leaf that is no tensor; `TENSOR` in the place of one.
+    """
+
+    spec: Any
+    names: tuple[str, ...]
+    fixed: tuple[Any, ...]
+
+    def tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The tensors among `arguments`, in order.
+
+        Raises
+        ------
+        EngineError
+            When the structure is another one, or a value that is no tensor.
+        """
+        leaves, spec = pytree.tree_flatten(arguments)
+        if spec != self.spec:
+            raise EngineError(
+                f"The arguments have the structure {_drawn(arguments)}; this network was compiled for {_drawn(self.rebuilt(None))}. Pass them as "
+                "in the example input."
+            )
+        for name, value, wanted in zip(self.names, leaves, self.fixed, strict=True):
+            if wanted is not TENSOR and (type(value) is not type(wanted) or value != wanted):
+                raise EngineError(
+                    f"{name!r} is {_drawn(value)}; this network was compiled with {wanted!r}, which it cannot change. Compile it again with the "
+                    "value you need."
+                )
+        return tuple(leaf for leaf, wanted in zip(leaves, self.fixed, strict=True) if wanted is TENSOR)
+
+    def rebuilt(self, tensors: Iterable[Any] | None) -> tuple[Any, ...]:
+        """The arguments with these tensors in their places, or with `TENSOR` there."""
+        given = None if tensors is None else iter(tensors)
+        leaves = [value if value is not TENSOR or given is None else next(given) for value in self.fixed]
+        arguments: tuple[Any, ...] = pytree.tree_unflatten(leaves, self.spec)
+        return arguments
+
+
+class _Marker:
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+TENSOR = _Marker()
+"""In the place of a tensor."""
+
+
+def _drawn(arguments: Any) -> str:
+    """Arguments in words, without what is in the tensors."""
+    return repr(
+        pytree.tree_map(lambda leaf: TENSOR if isinstance(leaf, torch.Tensor | _Marker) else leaf, arguments)
+    )
+
+
 @dataclass(slots=True)
 class Graph:
     """A captured network.
@@ -88,7 +155,7 @@ class Graph:
     operations : list of Operation
         In an order in which they can run.
     inputs : list of str
-        Values that the caller passes.
+        Values that the caller passes: the tensors among `arguments`.
     outputs : nested structure of Ref and constants
         What the network returns, packed by `unflatten`.
     shapes : dict
@@ -101,6 +168,8 @@ class Graph:
         Constant name -> name in the module's state (for `update_weights`).
     unflatten : callable
         Packs the flat list of outputs as the module returned it.
+    arguments : Arguments or None
+        What the caller passes them in; None: each argument is a tensor.
     derived : list of Operation
         What computes constants from constants, in order; see `derive`.
     """
@@ -113,6 +182,7 @@ class Graph:
     constants: dict[str, torch.Tensor]
     parameter_names: dict[str, str]
     unflatten: Callable[[list[Any]], Any]
+    arguments: Arguments | None = None
     derived: list[Operation] = field(default_factory=list)
 
     def derive(self, operations: Iterable[Operation] | None = None) -> None:

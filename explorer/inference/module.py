@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
-from explorer.inference.capture import capture
+from explorer.inference.capture import CAPTURING, are_close, capture, run_aside, tensor_attribute
 from explorer.inference.choices import choice_cache
 from explorer.inference.deviation import Deviation, Source, answers, deviation
 from explorer.inference.graph import Graph, Ref, with_values
@@ -79,7 +79,8 @@ def compile(
     module : nn.Module
         In float32 on the CPU; captured in eval mode. Later changes to its weights are taken over by `SparseModule.update_weights`.
     example_input : Tensor or tuple
-        Forward arguments; a first dimension of N means batches of up to N.
+        Forward arguments; a first dimension of N means batches of up to N. Tensors may stand in lists and dicts, and values that are no tensors beside
+        them: the network is called with the same structure, and with the same such values.
     threads : int or "auto", optional
         Threads per inference; 1 when not given. "auto" times 1, 2, 4, ... as long as more are faster, and keeps the fastest: small networks gain nothing from
         a second thread.
@@ -98,7 +99,8 @@ def compile(
     Raises
     ------
     EngineError
-        When torch.export cannot capture the module, it is not float32 on the CPU, or a weight is too large for float16 that was asked for.
+        When torch.export cannot capture the module, it is not float32 on the CPU, a weight is too large for float16 that was asked for, or forward
+        changes a buffer that the next call reads: a compiled network keeps nothing from call to call.
 
     Warns
     -----
@@ -113,6 +115,9 @@ def compile(
     constants), ReLU, ReLU6, clamp, LeakyReLU, ELU, Hardswish, Hardsigmoid, SiLU, GELU, sigmoid, tanh, maximum, average and adaptive average pooling over
     images, nearest-neighbour upsampling by powers of two, concatenation and slices of channels, and flattening. Every other operator runs through torch, as does an activation between two of them: see
     `SparseModule.fallbacks`.
+
+    The sizes of the example are part of what is captured. Where forward reads the size of the batch, so that a smaller one would get another answer than the
+    module's, smaller batches are refused; the module is asked once for one and for two samples to know that.
 
     A sparse kernel never looks at what a zero weight would multiply. Where that is infinite or NaN, torch's dense arithmetic gives NaN (0 * inf is NaN) and
     the engine may give the sum of the other products instead. With finite operands, and in dense kernels, there is no such difference; an
@@ -135,13 +140,15 @@ def compile(
         raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
     if precision not in ("fp32", "fp16"):
         raise EngineError(f"precision={precision!r} was passed; it can be 'fp32' or 'fp16'.")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    with CAPTURING:
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise EngineError(
                 f"{name} is {tensor.dtype} on {tensor.device}; the engine runs float32 on the CPU. "
                 "Compile a copy: copy.deepcopy(module).float().cpu()."
             )
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     reason = why_torch()
     if reason is not None:
         warnings.warn(
@@ -162,14 +169,17 @@ def compile(
         isa = half or isa
     start = time.perf_counter()
     with code_ahead(isa, sparse=sparse != "dense"):
-        graph = capture(module, inputs)
+        graph = capture(module, arguments)
         captured = time.perf_counter()
+    inputs = arguments if graph.arguments is None else graph.arguments.tensors(arguments)
     compiled = (
         _fastest(graph, inputs, sparse, isa)
         if threads == "auto"
         else _divided(graph, inputs, threads or 1, sparse, isa)
     )
-    compiled.remember(module)
+    with CAPTURING:
+        compiled.ask_for_few(module)
+        compiled.remember(module)
     compiled.compile_times = CompileTimes(captured - start, time.perf_counter() - captured)
     return compiled
 
@@ -281,6 +291,9 @@ class SparseModule:
         self._steps: Steps | None = None
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
         self._separable: bool | None = None
+        # What the module answers for few images, until the first small batch comes; then the smallest batch that is answered as it would.
+        self._few: list[tuple[tuple[Any, ...], Any]] = []
+        self._least = 1
         self._straight: StraightPath | None = None
         self._choose()
         self._let_go()
@@ -373,13 +386,13 @@ class SparseModule:
 
     # ---- running
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """Run the network.
 
         Parameters
         ----------
-        inputs : Tensor
-            As the module's forward takes them; batches may be smaller than the compiled one.
+        inputs : Tensor, or whatever the example input had in their place
+            As the module's forward takes them; batches may be smaller than the compiled one. They are never written to, also where the module would.
 
         Raises
         ------
@@ -392,6 +405,7 @@ class SparseModule:
             if (
                 x.__class__ is Tensor
                 and (x.shape == straight.shape or straight.divides(x, self.batch_size))
+                and (not self._few or len(x) == self.batch_size)
                 and x.dtype is torch.float32
                 and x.is_cpu
                 and x.layout is torch.strided
@@ -400,9 +414,14 @@ class SparseModule:
             ):
                 with self._lock:
                     return self._run_straight(straight, x)
+        inputs = self._tensors(inputs)
         images = self._check(inputs)
         with self._lock, torch.no_grad():
             return self._run(inputs, images)
+
+    def _tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        known = self._captured.arguments
+        return arguments if known is None else known.tensors(arguments)
 
     def _check(self, inputs: tuple[Tensor, ...]) -> int:
         names = self._graph.inputs
@@ -410,7 +429,7 @@ class SparseModule:
             raise EngineError(f"{len(inputs)} inputs were passed; this network takes {len(names)}.")
         images = self.batch_size
         for position, (name, value) in enumerate(zip(names, inputs, strict=True)):
-            wanted = self._captured.shapes[name]  # `capture` refuses arguments that are no tensors
+            wanted = self._captured.shapes[name]
             if not isinstance(value, Tensor):
                 raise EngineError(
                     f"Input {position} is a {type(value).__name__}; this network takes a tensor of shape {wanted}. Convert it with torch.as_tensor."
@@ -418,7 +437,7 @@ class SparseModule:
             shape = tuple(value.shape)
             if (
                 position == 0
-                and len(shape) == len(wanted)
+                and 0 < len(shape) == len(wanted)
                 and shape[1:] == wanted[1:]
                 and 0 < shape[0] <= wanted[0]
             ):
@@ -445,7 +464,72 @@ class SparseModule:
                     f"Input {position} is a {value.layout} tensor on {value.device}; this network takes torch.strided tensors on cpu. "
                     "Convert it with .to_dense() or .cpu()."
                 )
+        if images < self.batch_size and self._few:
+            with self._lock:
+                self._compare_few()
+        if images < self._least:
+            raise EngineError(
+                f"A batch of {images} was passed to a network that was compiled for {self.batch_size}, and that does something else with a batch of "
+                "another size (its forward may use x.shape[0], or reshape by a fixed number). Compile it again with an example input of that size."
+            )
         return images
+
+    # ---- smaller batches
+
+    def ask_for_few(self, module: nn.Module) -> None:
+        """Have `module` answer for one image and for two, to be compared with when a small batch comes.
+
+        torch.export writes the sizes of the example into the graph: a forward that reads them would go on with those of a full batch.
+        """
+        self._few = []
+        for images in range(1, min(3, self.batch_size)):
+            some = tuple(value[:images] if self._has_batch(value) else value for value in self._varied())
+            arguments = self._captured.arguments
+            try:
+                answer = run_aside(module, some if arguments is None else arguments.rebuilt(some))
+            except Exception:  # noqa: BLE001 - whatever it cannot do with few images
+                answer = None
+            self._few.append((some, answer))
+
+    def _compare_few(self) -> None:
+        """Learn the smallest batch that is answered as the module answers it, unless that is known."""
+        if self._few:
+            self._least = self._smallest_alike(self._few)
+            self._few = []
+            if self._least > 1:
+                self._straight = None
+
+    def _smallest_alike(self, few: list[tuple[tuple[Any, ...], Any]]) -> int:
+        tolerance = 0.01 if self.precision == "fp32" else 0.1
+        for images, (some, answer) in enumerate(few, 1):
+            try:
+                with torch.no_grad():
+                    found = self._run(some, images)
+            except EngineError:
+                return 1  # one sample depends on the others, which is said when such a batch is passed
+            except RuntimeError:
+                continue
+            if answer is not None and are_close(found, answer, tolerance):
+                return images
+        return self.batch_size
+
+    def _has_batch(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch_size
+
+    def _varied(self) -> tuple[Any, ...]:
+        """The example; noise in the place of a tensor that is the same everywhere, which would hide what depends on what."""
+        noise = torch.Generator().manual_seed(0)
+
+        def varied(value: Any) -> Any:
+            if (
+                not self._has_batch(value)
+                or not value.is_floating_point()
+                or (value != value.flatten()[:1]).any()
+            ):
+                return value
+            return torch.randn(value.shape, generator=noise, dtype=value.dtype)
+
+        return tuple(varied(value) for value in self._example)
 
     def _run_straight(self, straight: StraightPath, x: Tensor) -> Tensor:
         at_once = straight.shape[0]
@@ -482,8 +566,10 @@ class SparseModule:
             times += np.sum(seconds, axis=0).tolist()
             self._cycles = np.sum(cycles, axis=0)
         joined = [
-            torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-            for values in zip(*parts, strict=True)
+            torch.cat(values)
+            if isinstance(values[0], Tensor) and not self._is_constant(output)
+            else values[0]
+            for output, values in zip(self._graph.outputs, zip(*parts, strict=True), strict=True)
         ]
         return self._graph.unflatten(joined)
 
@@ -575,27 +661,44 @@ class SparseModule:
 
     def _is_separable(self) -> bool:
         """Whether the first sample's outputs stay the same when all other samples change: then padding a batch is harmless."""
+        noise = torch.Generator().manual_seed(1)
 
-        def with_other_samples(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != self.batch_size:
+        def with_other_samples(value: Any, turn: int) -> Any:
+            if not self._has_batch(value):
                 return value
-            other = torch.randn(value.shape) if value.is_floating_point() else value.flip(0)
+            if value.is_floating_point():
+                other = torch.randn(value.shape, generator=noise)
+            elif (value != value.flatten()[:1]).any():
+                other = value.flip(0)
+            else:
+                other = value.logical_not() if value.dtype is torch.bool else value + turn
             return torch.cat([value[:1], other[1:].to(value.dtype)])
 
-        changed = tuple(with_other_samples(value) for value in self._example)
-        both = [pytree.tree_leaves(self._run(inputs, self.batch_size)) for inputs in (self._example, changed)]
-        for before, after in zip(*both, strict=True):
-            if not isinstance(before, Tensor):
+        before = self._run(self._example, self.batch_size)
+        for turn in (
+            1,
+            -1,
+        ):  # of numbers that are all the same the next may be too large, and the one before too small
+            try:
+                changed = tuple(with_other_samples(value, turn) for value in self._example)
+                after = self._run(changed, self.batch_size)
+                break
+            except (IndexError, RuntimeError):
                 continue
-            if before.dim() == 0 or before.shape[0] != self.batch_size:
+        else:
+            return False
+        for one, other in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
+            if not isinstance(one, Tensor):
+                continue
+            if not self._has_batch(one):
                 return False
-            if not torch.allclose(before[:1], after[:1], rtol=1e-5, atol=1e-6, equal_nan=True):
+            if not torch.allclose(one[:1], other[:1], rtol=1e-5, atol=1e-6, equal_nan=True):
                 return False
         return True
 
     def _padded(self, name: str, value: Tensor, images: int) -> Tensor:
         wanted = self._graph.shapes.get(name)
-        if wanted is None or value.shape[0] != images or wanted[0] != self.batch_size:
+        if not wanted or value.shape[:1] != (images,) or wanted[0] != self.batch_size:
             return value
         full = torch.zeros(wanted, dtype=value.dtype)
         full[:images] = value
@@ -617,6 +720,10 @@ class SparseModule:
         wanted = self._graph.shapes[name]
         return place.view if tuple(place.view.shape) == wanted else place.view.reshape(wanted)
 
+    def _is_constant(self, output: Any) -> bool:
+        """Whether an output is a parameter, or follows from parameters, so that no batch changes it."""
+        return isinstance(output, Ref) and output.name in self._graph.constants
+
     def _output(self, output: Any, values: Mapping[str, Any], images: int) -> Any:
         if not isinstance(output, Ref):
             return output
@@ -624,7 +731,7 @@ class SparseModule:
         if not isinstance(value, Tensor):
             return value
         room = self._plan.batch if output.name in self._in_head else self._plan.images
-        if images != room and value.dim() > 0 and value.shape[0] == room:
+        if images != room and not self._is_constant(output) and value.dim() > 0 and value.shape[0] == room:
             value = value[:images]
         return value.clone(memory_format=torch.contiguous_format)
 
@@ -641,6 +748,8 @@ class SparseModule:
 
     def _straight_path(self, runner: Runner) -> StraightPath | None:
         segments, outputs = self._plan.segments, self._graph.outputs
+        if self._least > 1 or self._captured.arguments is not None:
+            return None
         leaf = object()
         match segments:
             case [ImportSegment(value, place), NativeSegment(0, last)]:
@@ -817,26 +926,14 @@ class SparseModule:
         Raises
         ------
         EngineError
-            When a parameter is missing or has another shape.
+            When a parameter is missing, or has another shape or dtype.
         """
-        state = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
-        fresh = {}
-        for constant, name in self._captured.parameter_names.items():
-            shape, new = self._captured.shapes.get(constant), state.get(name)
-            if shape is None:
-                continue
-            if new is None or tuple(new.shape) != shape:
-                found = "is missing" if new is None else f"has shape {tuple(new.shape)}"
-                raise EngineError(
-                    f"{name} {found}; the compiled network has {shape}. Compile the new module instead."
-                )
-            fresh[constant] = new.detach()
-        # Before the weights are read: what changes them meanwhile is noticed.
-        source = Source(module)
+        with CAPTURING:
+            fresh = self._weights_of(module)
+            # Before the weights are read: what changes them meanwhile is noticed.
+            source = Source(module)
         with self._lock:
+            self._compare_few()
             before = dict(self._captured.constants), self._graph, self._choices, self._densities, self._steps
             try:
                 self._adopt(fresh, choose=choose)
@@ -847,6 +944,31 @@ class SparseModule:
                     self._install(steps)
                 raise
             self._source = source
+
+    def _weights_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of `module` that take the place of constants."""
+        state = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+        fresh = {}
+        for constant, name in self._captured.parameter_names.items():
+            shape, new = self._captured.shapes.get(constant), state.get(name)
+            if shape is None:
+                continue
+            new = tensor_attribute(module, name) if new is None else new
+            if new is None or tuple(new.shape) != shape:
+                found = "is missing" if new is None else f"has shape {tuple(new.shape)}"
+                raise EngineError(
+                    f"{name} {found}; the compiled network has {shape}. Compile the new module instead."
+                )
+            if new.dtype != self._captured.dtypes[constant] or not new.is_cpu:
+                raise EngineError(
+                    f"{name} is {new.dtype} on {new.device}; the compiled network has {self._captured.dtypes[constant]} on the CPU. "
+                    "Pass a copy: copy.deepcopy(module).float().cpu()."
+                )
+            fresh[constant] = new.detach()
+        return fresh
 
     def _adopt(self, constants: Mapping[str, Tensor], *, choose: bool) -> None:
         """Run with these weights from now on."""
@@ -906,7 +1028,9 @@ class SparseModule:
                     "No module is known to compare with. Pass one with the same weights: sparse.compare(x, module=net)."
                 )
             module = self._source.module()
-        return deviation(self(*inputs), answers(module, inputs), self.precision)
+        with CAPTURING:
+            wanted = answers(module, inputs)
+        return deviation(self(*inputs), wanted, self.precision)
 
     def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:
         """Latency of whole calls: the median of `repeats`, with spread.
@@ -949,6 +1073,7 @@ class SparseModule:
         tuple of LayerTiming
             Their milliseconds add up to the time of a call; `explorer.plots.roofline` draws them.
         """
+        inputs = self._tensors(inputs)
         images = self._check(inputs)
         ticks, segments, wholes = [], [], []
         with self._lock, torch_threads(self.threads), torch.inference_mode():
