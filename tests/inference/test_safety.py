@@ -115,10 +115,12 @@ def test_inputs_whose_batches_differ_are_refused() -> None:
         engine(x[:2], x)
 
 
-def test_a_number_among_the_arguments_is_refused_before_it_is_frozen_in() -> None:
-    x = torch.randn(4, 3)
-    with pytest.raises(EngineError, match="'by'"):
-        explorer.compile(Scaled(), (x, x, 2))
+def test_a_number_among_the_arguments_stays_what_it_was_and_another_one_is_refused() -> None:
+    x, module = torch.randn(4, 3), Scaled().eval()
+    engine = explorer.compile(module, (x, x, 2))
+    assert torch.allclose(engine(x, x, 2), module(x, x, 2), atol=1e-5)
+    with pytest.raises(EngineError, match="'by' is 3; this network was compiled with 2"):
+        engine(x, x, 3)
 
 
 def test_inputs_of_any_strides_and_with_gradients_give_the_same_answer() -> None:
