@@ -743,7 +743,9 @@ class SparseModule:
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self._isa, self.threads, len(self._plan.native), steps.scratch_bytes)
         self._runner.use(steps)
-        self._steps, self._batch = steps, (self._plan.images, self._plan.images)
+        # Steps that ran before may be set for a smaller batch.
+        self._steps, self._batch = steps, (0, 0)
+        self._set_batch(self._plan.images, self._plan.images)
         self._straight = self._straight_path(self._runner)
 
     def _straight_path(self, runner: Runner) -> StraightPath | None:

@@ -264,6 +264,7 @@ def test_an_interrupted_update_leaves_all_old_weights(monkeypatch: pytest.Monkey
     engine, other = explorer.compile(network(), X), network()
     for parameter in other.parameters():
         parameter.data *= 2
+    assert right(engine, X[:2])  # what is kept is set for a smaller batch
     original = engine._step_times
 
     def interrupted() -> object:
