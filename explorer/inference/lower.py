@@ -85,11 +85,9 @@ def _fold_pads(graph: Graph) -> None:
     # Of several in a row the last is folded first.
     for pad in reversed([o for o in graph.operations if o.kind == "pad"]):
         [source], mine = pad.inputs, readers.get(pad.output, [])
-        shapes = [graph.shapes[name] for name in (source, *(o.output for o in mine))]
         fits = (
             pad.output not in returned
             and all(o.kind == "conv" and o.inputs == [pad.output] for o in mine)
-            and not any(0 in shape for shape in shapes)
             and graph.dtypes[source] == torch.float32
         )
         if not fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import explorer
 from explorer.inference import native
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_operators import Function
 
 
 @given(
@@ -104,6 +106,35 @@ def test_padding_of_another_kind_runs_through_torch_and_is_right(kind: str, is_n
     with torch.no_grad():
         for got, wanted in zip(tree_leaves(engine(x)), tree_leaves(network(x)), strict=True):
             assert relative_error(got, wanted) < 1e-5
+
+
+READERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "chunk": lambda y: y.chunk(2, 1),
+    "split": lambda y: y.split([1, 3], 1),
+    "unbind": lambda y: y.unbind(1),
+    "topk": lambda y: tuple(y.topk(2)),
+    "maximum and where": lambda y: tuple(y.max(1)),
+    "pool and where": lambda y: nn.functional.max_pool2d(y, 2, return_indices=True),
+    "deviation and mean": torch.std_mean,
+    "minimum and maximum": lambda y: tuple(torch.aminmax(y)),
+}
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Conv2d(4, 4, 1)])
+@pytest.mark.parametrize("reader", READERS)
+def test_padding_may_be_read_by_what_returns_several_tensors(reader: str, first: nn.Module) -> None:
+    network = Function(lambda m, x: READERS[reader](nn.functional.pad(m.first(x), (1, 0, 0, 2))), first=first)
+    x = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    engine = explorer.compile(network.eval(), x)
+    with torch.no_grad():
+        for got, wanted in zip(tree_leaves(engine(x)), tree_leaves(network(x)), strict=True):
+            assert relative_error(got, wanted) < 1e-5
+
+
+def test_padding_may_be_read_by_a_recurrent_layer() -> None:
+    network = Function(lambda m, x: m.lstm(nn.functional.pad(x, (0, 2)))[0], lstm=nn.LSTM(10, 4)).eval()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_error(explorer.compile(network, x)(x), network(x)) < 1e-5
 
 
 @pytest.mark.parametrize("isa", ISAS)
