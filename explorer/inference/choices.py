@@ -63,7 +63,7 @@ def _read(path: Path | None) -> dict[str, str]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: brackets that nobody closes
         return {}
     if not isinstance(content, dict):
         return {}

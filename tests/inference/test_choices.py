@@ -23,7 +23,7 @@ def test_answers_survive_the_process_and_those_of_another_are_kept(tmp_path: Pat
     assert (third.get("a"), third.get("b"), third.get("c")) == ("sparse", "dense", None)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": 3}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": 3}', "\x00\xff", "[" * 100_000])
 def test_a_file_that_is_no_list_of_answers_is_ignored_and_replaced(tmp_path: Path, content: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(content, encoding="utf-8")
