@@ -18,7 +18,9 @@ from explorer.inference.graph import Operation
 from explorer.inference.kernels import (
     attention,
     conv,
+    copy_planes,
     depthwise,
+    flatten,
     linear,
     pointwise,
     pool,
@@ -391,6 +393,46 @@ def test_the_average_of_a_plane_equals_its_numpy_twin(size: tuple[int, int], cha
     assert engine.fallbacks == ()
     wanted = torch.from_numpy(pool.reference_plane(x.numpy()))
     assert relative_error(engine(x)[:, :, 0, 0], wanted) < TOLERANCE
+
+
+class Rearranged(torch.nn.Module):
+    """Ranges of the planes of a maximum one after the other, or all of them as one vector."""
+
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.ranges = ranges
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.max_pool2d(x, 1)
+        return torch.cat([y[:, i:j] for i, j in self.ranges], 1) if self.ranges else y.flatten(1)
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 37)),
+    ranges=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 3)), max_size=5),
+    isa=st.sampled_from(ISAS),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_planes_are_copied_and_flattened_as_their_numpy_twins_do(
+    size: tuple[int, int],
+    ranges: list[tuple[int, int]],
+    isa: str,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import explorer
+
+    assume(runnable(isa))
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    x = torch.randn(2, 9, *size, generator=torch.Generator().manual_seed(0))
+    engine = explorer.compile(Rearranged([(i, i + n) for i, n in ranges]), x, threads=threads)
+    planes = np.array([i + k for i, n in ranges for k in range(n)])
+    wanted = copy_planes.reference(x.numpy(), planes) if ranges else flatten.reference(x.numpy())
+    assert engine.fallbacks == ()
+    for _ in range(2):
+        np.testing.assert_array_equal(engine(x).numpy(), wanted)
+    np.testing.assert_array_equal(engine(x[:1]).numpy(), wanted[:1])
 
 
 class Sum(torch.nn.Module):

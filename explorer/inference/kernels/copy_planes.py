@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.channels import channels_of
@@ -49,3 +51,8 @@ class CopyPlanesKernel:
         f.loop(last, one_plane, start=first)
         b.ret_void()
         return module, "copy_planes"
+
+
+def reference(x: NDArray[np.float32], planes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The numpy twin: x (N, C, H, W) float32, and which of its planes each one of the result is -> (N, planes, H, W) float32."""
+    return x[:, planes]

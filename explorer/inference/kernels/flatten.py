@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
@@ -40,3 +42,8 @@ class FlattenKernel:
         f.loop(f.minimum(b.add(first, size), field("vectors")), one_vector, start=first)
         b.ret_void()
         return module, "flatten"
+
+
+def reference(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numpy twin: x (N, C, H, W) or (N, C, W) float32 -> (N, C * H * W) float32."""
+    return x.reshape(len(x), -1)
