@@ -298,7 +298,9 @@ class _Reader:
         name, value = inside + node.name, node.meta.get("val")
         self._meaning[node] = Ref(name)
         if isinstance(value, Tensor):
-            self.graph.shapes[name] = tuple(int(s) for s in value.shape)
+            sizes = [s if isinstance(s, int) else s.node.maybe_as_int() for s in value.shape]
+            if None not in sizes:  # a size that follows from values, as of what `nonzero` finds, is left open
+                self.graph.shapes[name] = tuple(sizes)
             self.graph.dtypes[name] = value.dtype
 
     def read(self, node: torch.fx.Node, inside: str = "") -> None:

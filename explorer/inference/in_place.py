@@ -64,7 +64,9 @@ def writes_through_views(graph: torch.fx.Graph) -> bool:
         if node.op != "call_function" or not is_in_place(node.target):
             continue
         written = node.args[0]
-        for name in _sharing_memory(written, node, when, homes) if isinstance(written, torch.fx.Node) else ():
+        if not isinstance(written, torch.fx.Node):
+            return True  # a list of tensors, of which the result is none
+        for name in _sharing_memory(written, node, when, homes):
             if name.op != "call_function":
                 return True  # an input or a parameter, which the caller keeps
             # Later readers of what is written itself get the operator's result, see `_read`.

@@ -661,6 +661,8 @@ class SparseModule:
 
     def _is_separable(self) -> bool:
         """Whether the first sample's outputs stay the same when all other samples change: then padding a batch is harmless."""
+        if any(isinstance(o, Ref) and o.name not in self._graph.shapes for o in self._graph.outputs):
+            return False  # a number, or a tensor whose size follows from values: those of all samples
         noise = torch.Generator().manual_seed(1)
 
         def with_other_samples(value: Any, turn: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,20 @@ def read_operator(node: torch.fx.Node, output: str, args: Any, kwargs: Any, grap
         target = getattr(packet, target._overloadname, None) or OnCopy(target)  # noqa: SLF001 - the only way to name overloads
     operation = Operation("torch", output, [], _module_name(node), target, tuple(args), dict(kwargs))
     reader = _READERS.get(base_name(node.target).rstrip("_"))
-    names = operation.references()
-    floats = all(graph.dtypes.get(n, torch.float32) == torch.float32 for n in (output, *names))
-    if reader is not None and floats and output in graph.shapes:
+    if reader is not None and _is_native((output, *operation.references()), graph):
         reader(operation, bound_arguments(target, args, kwargs), graph)
     return operation
+
+
+def _is_native(names: Sequence[str], graph: Graph) -> bool:
+    """Whether kernels know values like these: tensors of float32 whose size is known, and not zero.
+
+    No tensor is a tuple, or a number that is computed. Unknown is the size of what `nonzero` finds.
+    """
+    return all(
+        name in graph.shapes and 0 not in graph.shapes[name] and graph.dtypes[name] == torch.float32
+        for name in names
+    )
 
 
 def _pair(value: Any, default: int = 0) -> tuple[int, int]:
@@ -109,8 +118,10 @@ def _pad(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
 
 def _linear(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     weight, bias = _constant(a["weight"], graph), _constant(a["bias"], graph)
-    if weight is None or (a["bias"] is not None and bias is None) or len(graph.shapes[a["input"].name]) < 2:
+    if weight is None or (a["bias"] is not None and bias is None):
         return
+    if len(graph.shapes[a["input"].name]) < 2 or len(graph.shapes[weight]) != 2:
+        return  # a weight of one dimension has one output, which is no dimension of the result
     operation.kind, operation.inputs = "linear", [a["input"].name]
     operation.weight, operation.bias = weight, bias
     operation.name = _layer_name(weight, graph, operation.name)
@@ -261,7 +272,8 @@ def name_items(graph: Graph) -> None:
             _slice_of(item, bound_arguments(whole.target, whole.args, whole.kwargs), graph)
         elif base == _DECOMPOSED_NORM and item.args[1] == 0:
             a = bound_arguments(whole.target, whole.args, whole.kwargs)
-            _batch_norm(item, a, graph)
+            if _is_native((*whole.references(), item.output), graph):
+                _batch_norm(item, a, graph)
             if item.kind == "batch_norm":
                 item.name, item.target = whole.name, torch.ops.aten.batch_norm.default
                 statistics = (a[name] for name in ("weight", "bias", "running_mean", "running_var"))
@@ -271,14 +283,19 @@ def name_items(graph: Graph) -> None:
 def _slice_of(item: Operation, a: dict[str, Any], graph: Graph) -> None:
     """`item` is a part of a chunk or split over channels, of these arguments: a slice of what was split."""
     source, position = a["self"].name, item.args[1]
-    shape = graph.shapes.get(source, ())
-    if len(shape) != 4 or a["dim"] % 4 != 1 or graph.dtypes[source] != torch.float32:
+    if not _is_native((source, item.output), graph):
+        return
+    shape = graph.shapes[source]
+    if len(shape) != 4 or a["dim"] % 4 != 1:
         return
     if "chunks" in a:
         first = position * -(-shape[1] // a["chunks"])
     else:
         sizes = a["split_size"] if "split_size" in a else a["split_sizes"]
-        first = position * sizes if isinstance(sizes, int) else sum(sizes[:position])
+        before = [sizes] * position if isinstance(sizes, int) else sizes[:position]
+        if not all(isinstance(size, int) for size in before):
+            return  # computed from values
+        first = sum(before)
     last = first + graph.shapes[item.output][1]
     item.kind, item.inputs, item.attributes = "slice", [source], {"first": first}
     item.target, item.args, item.kwargs = torch.ops.aten.slice.Tensor, (Ref(source), 1, first, last), {}
@@ -347,8 +364,8 @@ def _upsample(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
 
 
 def _mean(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
-    shape = graph.shapes.get(a["self"].name, ())
-    dims = {d % len(shape) for d in a["dim"]} if shape and a["dim"] else set()
+    shape = graph.shapes[a["self"].name]
+    dims = {d % len(shape) for d in a.get("dim") or ()}  # of all elements there is an overload without
     if len(shape) == 4 and dims == {2, 3} and a.get("dtype") is None:
         operation.kind, operation.inputs = "plane_average", [a["self"].name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 import explorer
+from explorer.errors import EngineError
 from explorer.inference import SparseModule, native
 from tests.inference.graphs import relative_error
 from tests.inference.test_activations import TORCH
@@ -489,3 +492,78 @@ def test_depthwise_convolutions_of_all_sizes_equal_torch(
     multiplied = nn.Conv2d(12, 24, size, stride, padding, dilation, 12)
     module = Function(lambda m, x: (F.relu6(m.a(x)), m.b(x)), a=depthwise, b=multiplied)
     check(module, torch.randn(2, 12, 13, 15))
+
+
+# ---- what has no native form: sizes that are unknown, sizes that are zero, lists, and overloads of other arguments
+
+
+FOUND: dict[str, Callable[[Any, Tensor], Any]] = {
+    "nonzero": lambda m, x: F.relu(m.a(x)).nonzero(),
+    "a mask": lambda m, x: m.b(torch.sigmoid(m.a(x)[x[:, 0] > 0])),
+    "unique": lambda m, x: torch.unique(m.a(x).round()),
+    "repetitions": lambda m, x: m.a(x).repeat_interleave((x[0] > 0).long() + 1, 1),
+    "a part of such a size": lambda m, x: m.a(x)[:, : (x[0, 0] > 0).long().item() + 1],
+    "a number": lambda m, x: m.b(m.a(x) * x.sum().item()),
+    "a number that is returned": lambda m, x: (m.a(x), x.sum().item()),
+}
+
+
+@pytest.mark.parametrize("found", FOUND)
+def test_sizes_and_numbers_that_follow_from_values_are_those_of_each_call(found: str) -> None:
+    module, xs = Function(FOUND[found], a=nn.Linear(8, 8), b=nn.Linear(8, 3)).eval(), torch.randn(5, 4, 8)
+    engine = explorer.compile(module, xs[0])
+    with torch.no_grad():
+        for x in xs:
+            for got, wanted in zip(tree_leaves(engine(x)), tree_leaves(module(x)), strict=True):
+                assert relative_error(torch.as_tensor(got), torch.as_tensor(wanted)) < TOLERANCE
+    # How many rows were found says nothing about how many belong to the images of a smaller batch.
+    with pytest.raises(EngineError, match="depends on the others"):
+        engine(xs[0, :1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_empty_runs_through_torch_with_all_that_follows_it(threads: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has nothing to initialise
+        none, of, lines = nn.Linear(8, 0), nn.Linear(0, 8), nn.Linear(0, 6)
+        norm = nn.BatchNorm1d(8)
+    norm.running_mean.normal_()
+    module = Function(
+        lambda m, x: (F.relu(m.none(x)), F.relu(m.norm(m.of(m.none(x)))) + 1, m.b(torch.relu(m.of(m.none(x))))),
+        none=none, of=of, b=nn.Linear(8, 3), norm=norm,
+    )  # fmt: skip
+    check_leaves(module, torch.randn(4, 8), threads=threads)
+    check_leaves(Function(lambda m, x: F.relu(m.a(x)), a=lines), torch.randn(2, 5, 0), threads=threads)
+    parts = Function(
+        lambda m, x: (m.a(x).split([0, 6], 1), F.relu(m.a(x)[:, :0]), m.a(x)[:, 3:3] * 2), a=conv(3, 6)
+    )
+    check_leaves(parts, torch.randn(2, 3, 5, 5), threads=threads)
+
+
+def check_leaves(module: nn.Module, x: Tensor, **options: Any) -> None:
+    """As `check`, of results in any structure, for this batch alone."""
+    engine = explorer.compile(module.eval(), x, **options)
+    with torch.no_grad():
+        for _ in range(2):
+            for got, wanted in zip(tree_leaves(engine(x)), tree_leaves(module(x)), strict=True):
+                assert relative_error(got, wanted) < TOLERANCE
+
+
+def test_a_mean_of_all_elements_and_a_weight_of_one_dimension_run_through_torch() -> None:
+    for forward in (
+        lambda m, x: m.a(x).mean(),
+        lambda m, x: m.a(x).mean(dtype=torch.float64).float(),
+        lambda m, x: m.a(x).mean((), keepdim=True),
+    ):
+        check_leaves(Function(forward, a=conv(3, 6)), torch.randn(2, 3, 5, 5))
+    module = Function(lambda m, x: F.relu(F.linear(m.a(x), m.b.bias)), a=nn.Linear(8, 6), b=nn.Linear(3, 6))
+    check_leaves(module, torch.randn(4, 8))
+
+
+def test_operators_that_write_to_a_list_of_tensors_are_made_functional() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y, z = m.a(x), m.b(x)
+        torch._foreach_mul_([y, z], [2.0, 3.0])
+        return m.b(torch.relu(y)), z
+
+    check_leaves(Function(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), torch.randn(4, 8))
