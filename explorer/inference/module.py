@@ -39,6 +39,7 @@ from explorer.inference.timing import (
     Benchmark,
     CompileTimes,
     LayerTiming,
+    check_repeats,
     compare_latency,
     summarise,
     torch_threads,
@@ -132,7 +133,11 @@ def compile(
     >>> torch.allclose(fast(x), net(x), atol=1e-5)
     True
     """
-    if threads not in (None, "auto") and (not isinstance(threads, int) or threads < 1):
+    if not isinstance(module, nn.Module):
+        raise EngineError(f"A {type(module).__name__} was passed as the module; give an nn.Module.")
+    if isinstance(threads, bool) or (
+        threads not in (None, "auto") and (not isinstance(threads, int) or threads < 1)
+    ):
         raise EngineError(
             f"threads={threads!r} was passed; give a whole number of at least 1, 'auto', or None for one thread."
         )
@@ -930,8 +935,13 @@ class SparseModule:
         Raises
         ------
         EngineError
-            When a parameter is missing, or has another shape or dtype.
+            When a parameter is missing, or has another shape or dtype, or `module` is none.
         """
+        if not isinstance(module, nn.Module):
+            raise EngineError(
+                f"A {type(module).__name__} was passed; the weights are taken from an nn.Module. Load a state_dict into one first: "
+                "module.load_state_dict(...)."
+            )
         with CAPTURING:
             fresh = self._weights_of(module)
             # Before the weights are read: what changes them meanwhile is noticed.
@@ -1043,8 +1053,14 @@ class SparseModule:
         -----
         EngineWarning
             When the spread is more than a tenth of the median: something else was running. `warn` switches it off, for callers that measure many times.
+
+        Raises
+        ------
+        EngineError
+            When the inputs do not fit, or `repeats` is less than one.
         """
-        times = []
+        check_repeats(repeats)
+        images, times = self._check(self._tensors(inputs)), []
         with torch_threads(self.threads), torch.inference_mode():
             for i in range(repeats + 5):
                 start = time.perf_counter()
@@ -1054,7 +1070,7 @@ class SparseModule:
         result = summarise(
             times,
             threads=self.threads,
-            batch_size=int(inputs[0].shape[0]),
+            batch_size=images,
             isa=self.isa,
             precision=self.precision,
         )
@@ -1076,7 +1092,13 @@ class SparseModule:
         -------
         tuple of LayerTiming
             Their milliseconds add up to the time of a call; `explorer.plots.roofline` draws them.
+
+        Raises
+        ------
+        EngineError
+            When the inputs do not fit, or `repeats` is less than one.
         """
+        check_repeats(repeats)
         inputs = self._tensors(inputs)
         images = self._check(inputs)
         ticks, segments, wholes = [], [], []

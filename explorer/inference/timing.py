@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from explorer.errors import EngineError
+
 _SLICE_S = 0.004
 """A contestant runs this long before the next one does: long enough to warm its caches, short enough that all meet the same noise."""
 _IDLE_S = 0.012
@@ -123,6 +125,12 @@ class Benchmark:
 
 
 NOISY = 0.1
+
+
+def check_repeats(repeats: int) -> None:
+    """Refuse to take the median of no runs."""
+    if repeats < 1:
+        raise EngineError(f"repeats={repeats} was passed; a median needs at least one run.")
 
 
 def summarise(

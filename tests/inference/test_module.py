@@ -22,6 +22,7 @@ from explorer.inference.module import Mode, SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import runnable
 from tests.inference.test_networks import pruned
+from tests.inference.test_operators import Function
 
 
 def small_network() -> nn.Module:
@@ -88,6 +89,37 @@ def test_wrong_options_are_refused() -> None:
 class Undecided(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_what_is_no_module_and_no_number_of_threads_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"A str was passed as the module; give an nn\.Module"):
+        explorer.compile("network", X)
+    with pytest.raises(EngineError, match="threads=True was passed; give a whole number"):
+        explorer.compile(small_network(), X, threads=True)
+    engine = explorer.compile(small_network(), X)
+    with pytest.raises(EngineError, match=r"A OrderedDict was passed.*load_state_dict"):
+        engine.update_weights(small_network().state_dict())
+
+
+def test_no_runs_have_no_median() -> None:
+    engine = explorer.compile(small_network(), X)
+    for measure in (engine.benchmark, engine.profile):
+        with pytest.raises(EngineError, match="repeats=0 was passed; a median needs at least one run"):
+            measure(X, repeats=0)
+        with pytest.raises(EngineError, match="0 inputs were passed"):
+            measure()
+
+
+def test_networks_of_no_input_or_of_a_single_number_can_be_measured_too() -> None:
+    alone = Function(lambda m: m.a.weight.sum(), a=nn.Linear(3, 2)).eval()
+    engine = explorer.compile(alone, ())
+    assert relative_error(engine(), alone()) < 1e-5
+    assert engine.benchmark(repeats=2, warn=False).batch_size == 1
+    assert engine.profile(repeats=2)
+    number = Function(lambda m, x: m.a.weight * x, a=nn.Linear(3, 2)).eval()
+    engine, two = explorer.compile(number, torch.tensor(2.0)), torch.tensor(2.0)
+    assert relative_error(engine(two), number(two)) < 1e-5
+    assert engine.benchmark(two, repeats=2, warn=False).batch_size == 1
 
 
 def test_control_flow_on_values_is_named_as_the_reason() -> None:
