@@ -472,7 +472,7 @@ class SparseModule:
         if images < self.batch_size and self._few:
             with self._lock:
                 self._compare_few()
-        if images < self._least:
+        if images < min(self._least, self.batch_size):
             raise EngineError(
                 f"A batch of {images} was passed to a network that was compiled for {self.batch_size}, and that does something else with a batch of "
                 "another size (its forward may use x.shape[0], or reshape by a fixed number). Compile it again with an example input of that size."
@@ -526,11 +526,7 @@ class SparseModule:
         noise = torch.Generator().manual_seed(0)
 
         def varied(value: Any) -> Any:
-            if (
-                not self._has_batch(value)
-                or not value.is_floating_point()
-                or (value != value.flatten()[:1]).any()
-            ):
+            if not self._has_batch(value) or not value.is_floating_point() or not _is_uniform(value):
                 return value
             return torch.randn(value.shape, generator=noise, dtype=value.dtype)
 
@@ -675,7 +671,7 @@ class SparseModule:
                 return value
             if value.is_floating_point():
                 other = torch.randn(value.shape, generator=noise)
-            elif (value != value.flatten()[:1]).any():
+            elif not _is_uniform(value):
                 other = value.flip(0)
             else:
                 other = value.logical_not() if value.dtype is torch.bool else value + turn
@@ -1165,6 +1161,11 @@ class SparseModule:
             float(peak_gflops),
             self.precision,
         )
+
+
+def _is_uniform(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are the same one."""
+    return value.numel() > 0 and bool((value == value.flatten()[:1]).all())
 
 
 def _operator(target: Any) -> str:

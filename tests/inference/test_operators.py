@@ -540,6 +540,14 @@ def test_what_is_empty_runs_through_torch_with_all_that_follows_it(threads: int)
     check_leaves(parts, torch.randn(2, 3, 5, 5), threads=threads)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 6, 6)])
+def test_an_empty_input_has_an_empty_answer(shape: tuple[int, ...]) -> None:
+    layer = conv(3, 6) if len(shape) == 4 else nn.Linear(8, 6)
+    check_leaves(Function(lambda m, x: F.relu(m.a(x)) + 1, a=layer), torch.randn(shape))
+    ids = torch.zeros(shape, dtype=torch.long)
+    check_leaves(Function(lambda m, i: F.relu(m.e(i)), e=nn.Embedding(3, 4)), ids)
+
+
 def check_leaves(module: nn.Module, x: Tensor, **options: Any) -> None:
     """As `check`, of results in any structure, for this batch alone."""
     engine = explorer.compile(module.eval(), x, **options)
