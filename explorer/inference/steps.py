@@ -784,8 +784,7 @@ class _StepBuilder:
 
     def _attention(self, operation: Operation, places: list[Place], out: Place) -> _Row:
         a, isa, lanes = operation.attributes, self.plan.isa, self.plan.isa.lanes
-        samples, queries = self.graph.shapes[operation.inputs[0]][:2]
-        keys = self.graph.shapes[operation.inputs[1]][1]
+        queries, keys = a["tokens"]
         heads = (*a["operands"], Heads(0, a["value_features"]))
         values: dict[str, int] = {}
         tokens = (queries, keys, keys, queries)
@@ -816,7 +815,7 @@ class _StepBuilder:
             scale=_bits(a["scale"]),
             **values,
         )
-        return _Row(self.code(kernel), arguments, samples * a["heads"] * tiles, "attention")
+        return _Row(self.code(kernel), arguments, a["samples"] * a["heads"] * tiles, "attention")
 
     # ---- pooling and pointwise
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -212,4 +212,60 @@ class Unusual(nn.Module):
 def test_attention_of_another_kind_runs_through_torch_and_is_right(kind: str) -> None:
     torch.manual_seed(0)
     engine = check(Unusual(kind), torch.randn(2, 9, 8))
+    assert any("attention" in name for name in engine.fallbacks)
+
+
+class AnyOrder(nn.Module):
+    """Attention over axes in any order: the sizes fit whatever they are, and mean something else."""
+
+    def __init__(self, sizes: tuple[int, int, int, int], orders: Sequence[Sequence[int]], split: str) -> None:
+        super().__init__()
+        heads, features = sizes[2:]
+        self.sizes, self.orders, self.split = sizes, orders, split
+        self.qkv = nn.Linear(6, 3 * heads * features)
+        self.out = nn.Linear(heads * features, heads * features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, h, f = self.sizes
+        apart, parts, back = self.orders
+        # How features are divided: three, heads and features of a head, in an order of their own.
+        y = self.qkv(x).view(n, t, *([3, h, f][i] for i in apart))
+        y = y.permute(0, 1, *(2 + apart.index(i) for i in range(3)))
+        y = y.permute(*parts)
+        which = parts.index(2)
+        if self.split == "unbind":
+            q, k, v = y.unbind(which)
+        elif self.split == "chunk":
+            q, k, v = (part.squeeze(which) for part in y.chunk(3, which))
+        else:
+            q, k, v = (y.contiguous().select(which, i) for i in range(3))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        if list(back) != [0, 1, 2, 3]:
+            mixed = mixed.permute(*back)
+        return self.out(mixed.reshape(n, t, h * f))
+
+
+@given(
+    sizes=st.tuples(*[st.sampled_from([1, 2, 4, 4])] * 4),
+    apart=st.one_of(st.just([0, 1, 2]), st.permutations(range(3))),
+    parts=st.one_of(st.just([2, 0, 3, 1, 4]), st.just([2, 0, 1, 3, 4]), st.permutations(range(5))),
+    back=st.one_of(st.just([0, 2, 1, 3]), st.just([0, 1, 2, 3]), st.permutations(range(4))),
+    split=st.sampled_from(["unbind", "chunk", "contiguous"]),
+)
+@example((1, 4, 4, 4), [0, 1, 2], [2, 0, 3, 1, 4], [0, 2, 1, 3], "unbind")
+@settings(max_examples=60, deadline=None)
+def test_axes_of_equal_sizes_are_not_taken_for_each_other(
+    sizes: tuple[int, int, int, int], apart: list[int], parts: list[int], back: list[int], split: str
+) -> None:
+    torch.manual_seed(0)
+    network = AnyOrder(sizes, (apart, parts, back), split)
+    engine = check(network, 3 * torch.randn(*sizes[:2], 6))
+    if (apart, parts, back) == ([0, 1, 2], [2, 0, 3, 1, 4], [0, 2, 1, 3]):
+        assert engine.fallbacks == ()
+
+
+def test_heads_that_are_not_moved_back_are_not_joined_as_if_they_were() -> None:
+    torch.manual_seed(0)
+    network = AnyOrder((4, 4, 4, 4), ([0, 1, 2], [2, 0, 3, 1, 4], [0, 1, 2, 3]), "unbind")
+    engine = check(network, torch.randn(4, 4, 6))
     assert any("attention" in name for name in engine.fallbacks)
