@@ -3,6 +3,9 @@
 torch writes attention as views of (samples, tokens, features): split the features into heads, move the heads before the tokens, attend, move
 back, join. In the token layout (see layout.py) all of that is a matter of byte steps. Which axis is which is decided by following the operators (see
 moves.py), not from sizes, which may be equal. A pattern that is anything else is left to torch.
+
+Some of it, as nn.MultiheadAttention, also puts the tokens before the samples and joins the two, for the sake of linear layers, which take each row for itself
+and do not mind: those layers read the rows, and leave them, as they lie before, and nothing has to be moved for them either.
 """
 
 from __future__ import annotations
@@ -46,12 +49,18 @@ class _Attention:
         Samples, heads, queries, keys, features of a query, and of a value.
     scale : float
         Of the products of queries and keys.
+    across : bool
+        Whether the keys are (samples, heads, features, tokens).
+    inside : frozenset of str
+        What other operations yield on the way.
     """
 
     operation: Operation
     operands: tuple[str, str, str]
     shape: tuple[int, int, int, int, int, int]
     scale: float
+    across: bool = False
+    inside: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +80,33 @@ class _Origin:
 def find_attention(graph: Graph) -> None:
     """Turn what fits into "attention" operations: inputs are the values that hold queries, keys and values.
 
-    The result of one is (samples, tokens, heads * features), and torch's must not be needed in any other form.
+    The result of one is (samples, tokens, heads * features), and torch's must not be needed in any other form. The same holds for linear layers whose rows
+    are moved before them.
     """
-    found = _attentions(graph)
-    while found:
-        followed = _Followed(graph, found)
+    attentions = _attentions(graph)
+    layers = {operation.output for operation in graph.operations if operation.kind == "linear"}
+    while True:
+        followed = _Followed(graph, attentions, layers)
         if not followed.failed:
             followed.rewrite()
             return
-        found = {output: one for output, one in found.items() if output not in followed.failed}
+        attentions = {output: one for output, one in attentions.items() if output not in followed.failed}
+        layers -= followed.failed
 
 
 def _attentions(graph: Graph) -> dict[str, _Attention]:
     """Attention without anything unusual, by its result."""
+    users, producer = graph.users(), {o.output: o for o in graph.operations}
+    inner = {name: operation for name, operation in producer.items() if users.get(name) == 1}
     found = {}
     for operation in graph.operations:
-        if operation.kind == "torch" and base_name(operation.target) == "scaled_dot_product_attention":
+        name, one = base_name(operation.target), None
+        if operation.kind == "torch" and name == "scaled_dot_product_attention":
             one = _plain(operation, graph)
-            if one is not None:
-                found[operation.output] = one
+        elif operation.kind == "torch" and name == "matmul":
+            one = _spelled_out(operation, inner, graph)
+        if one is not None:
+            found[operation.output] = one
     return found
 
 
@@ -108,6 +125,51 @@ def _plain(operation: Operation, graph: Graph) -> _Attention | None:
     return _Attention(operation, (q, k, v), shape, shape[4] ** -0.5 if scale is None else float(scale))
 
 
+def _spelled_out(operation: Operation, inner: dict[str, Operation], graph: Graph) -> _Attention | None:
+    """Attention as a softmax of one product that is multiplied with the values; `inner`: what makes values that are read once."""
+    weights, values = _factors(operation)
+    softmax = inner.get(weights)
+    if softmax is None or softmax.kind != "torch" or base_name(softmax.target) != "softmax":
+        return None
+    a = bound_arguments(softmax.target, softmax.args, softmax.kwargs)
+    scores, scale, inside = _unscaled(a["self"].name, inner)
+    product = inner.get(scores)
+    if product is None or product.kind != "torch" or base_name(product.target) != "matmul":
+        return None
+    q, k, v = *_factors(product), values
+    q_scale = k_scale = 1.0
+    inside = [*inside, weights, scores]
+    # Some scale the queries, or both.
+    (q, q_scale, of_q), (k, k_scale, of_k) = _unscaled(q, inner), _unscaled(k, inner)
+    shapes = [graph.shapes.get(name, ()) for name in (q, k, v)]
+    across = tuple(shapes[1][i] for i in (0, 1, 3, 2)) if len(shapes[1]) == 4 else ()
+    shape = _shape(shapes[0], across, shapes[2])
+    floats = all(graph.dtypes.get(name) == torch.float32 for name in (q, k, v))
+    if shape is None or not floats or a["dtype"] is not None or a["dim"] not in (-1, 3):
+        return None
+    every = frozenset([*inside, *of_q, *of_k])
+    return _Attention(operation, (q, k, v), shape, scale * q_scale * k_scale, across=True, inside=every)
+
+
+def _factors(product: Operation) -> tuple[str, str]:
+    """The operands of a matrix product."""
+    a = bound_arguments(product.target, product.args, product.kwargs)
+    return a["self"].name, a["other"].name
+
+
+def _unscaled(name: str, inner: dict[str, Operation]) -> tuple[str, float, list[str]]:
+    """What a value is a multiple of, by how much, and the values on the way: those that are made of others by numbers alone."""
+    scale, inside = 1.0, []
+    while name in inner and inner[name].kind == "affine":
+        operation, a = inner[name], inner[name].attributes
+        if a["arithmetic"] not in ("mul", "div") or isinstance(a["other"], str) or not a["other"]:
+            break
+        scale = scale * a["other"] if a["arithmetic"] == "mul" else scale / a["other"]
+        inside.append(name)
+        [name] = operation.inputs
+    return name, float(scale), inside
+
+
 def _shape(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
 ) -> tuple[int, int, int, int, int, int] | None:
@@ -119,7 +181,7 @@ def _shape(
 
 
 class _Followed:
-    """Where every value comes from, if `attentions` become native operations.
+    """Where every value comes from, if `attentions` become native operations, and linear `layers` read rows where these lie before they are moved.
 
     Attributes
     ----------
@@ -127,10 +189,14 @@ class _Followed:
         Those whose operands do not lie as they must, or whose result somebody reads in a form that does not exist then.
     """
 
-    def __init__(self, graph: Graph, attentions: dict[str, _Attention]) -> None:
-        self._graph, self._attentions = graph, attentions
+    def __init__(self, graph: Graph, attentions: dict[str, _Attention], layers: set[str]) -> None:
+        self._graph, self._attentions, self._layers = graph, attentions, layers
         self._origins: dict[str, _Origin] = {}
         self._operands: dict[str, list[tuple[str, Heads]]] = {}
+        # What the layers read in place of their operands.
+        self._rows: dict[str, str] = {}
+        # What native attention does without.
+        self._inside: set[str] = set()
         # What makes each value that there is not yet.
         self._makers: dict[str, str] = {}
         self.failed: set[str] = set()
@@ -142,6 +208,8 @@ class _Followed:
         out = operation.output
         if out in self._attentions:
             self._attend(self._attentions[out])
+        elif out in self._layers:
+            self._read_rows(operation)
         elif is_move(operation):
             read = [name for name in operation.references() if name not in self._graph.constants]
             origin = self._origin(read[0]) if len(read) == 1 else None
@@ -165,8 +233,8 @@ class _Followed:
         counts = (queries, keys, keys)
         sizes = (features, features, value_features)
         found = [
-            self._heads(name, (samples, heads, tokens, size))
-            for name, tokens, size in zip(one.operands, counts, sizes, strict=True)
+            self._heads(name, (samples, heads, tokens, size), across=one.across and position == 1)
+            for position, (name, tokens, size) in enumerate(zip(one.operands, counts, sizes, strict=True))
         ]
         out = one.operation.output
         if None in found:
@@ -176,21 +244,49 @@ class _Followed:
         joined = (samples, queries, heads * value_features)
         split = Moved.unmoved(joined).reshaped((samples, queries, heads, value_features))
         assert split is not None
+        self._inside |= one.inside
         self._make(f"{out}.joined", joined, split.permuted((0, 2, 1, 3)), out)
+
+    def _read_rows(self, operation: Operation) -> None:
+        """A linear layer: if its operand is all rows of another value in whatever order, so is its result."""
+        origin, out = self._origin(operation.inputs[0]), operation.output
+        if origin is None or origin.is_whole or not isinstance(origin.moved, Moved):
+            return
+        rows, width = origin.moved.axes[:-1], origin.shape[-1]
+        fits = (
+            len(origin.shape) >= _TOKENS
+            and prod(origin.moved.shape) == prod(origin.shape)
+            and origin.moved.axes[-1] == _axis(width, 1)
+            and all(step % width == 0 for axis in rows for _, step in axis)
+        )
+        features = self._graph.shapes[out][-1]
+        if not fits or features == 0:
+            return
+        wider = tuple(tuple((n, step // width * features) for n, step in axis) for axis in rows)
+        self._rows[out] = origin.source
+        moved = Moved((*wider, _axis(features, 1)))
+        self._make(f"{out}.rows", (*origin.shape[:-1], features), moved, out)
 
     def _make(self, name: str, shape: tuple[int, ...], moved: Moved, instead: str) -> None:
         """There is to be a value `name`, of whose elements that of the operation `instead` consists."""
         self._makers[name] = instead
         self._origins[instead] = _Origin(name, shape, moved)
 
-    def _heads(self, name: str, shape: tuple[int, int, int, int]) -> tuple[str, Heads] | None:
-        """The value of shape (..., features) that holds an operand of this shape, and where in it the heads lie."""
+    def _heads(
+        self, name: str, shape: tuple[int, int, int, int], *, across: bool
+    ) -> tuple[str, Heads] | None:
+        """The value of shape (..., features) that holds an operand of this shape, and where in it the heads lie.
+
+        `across`: the operand's last two axes are the other way round.
+        """
         origin = self._origin(name)
         if origin is None or not isinstance(origin.moved, Moved) or len(origin.shape) < _TOKENS:
             return None
-        samples, heads, tokens, size = shape
+        samples, _, tokens, size = shape
         width = origin.shape[-1]
         of_samples, of_heads, of_tokens, of_features = origin.moved.axes
+        if across:
+            of_tokens, of_features = of_features, of_tokens
         # All rows, in their order: `first` and the heads are then within a row.
         lies = (
             prod(origin.shape) == samples * tokens * width
@@ -210,7 +306,7 @@ class _Followed:
         for operation in self._graph.operations:
             out = operation.output
             followed = out in self._origins and is_move(operation)
-            if not followed and out not in self._operands:
+            if not followed and not any(out in some for some in (self._operands, self._rows, self._inside)):
                 self._need([*operation.inputs, *operation.references()])
 
     def _need(self, names: list[str]) -> None:
@@ -222,14 +318,10 @@ class _Followed:
     def rewrite(self) -> None:
         """Make it so."""
         graph = self._graph
-        renamed = {
-            name: origin.source
-            for name, origin in self._origins.items()
-            if origin.source in self._makers and origin.is_whole
-        }
+        renamed = {name: origin.source for name, origin in self._origins.items() if origin.is_whole}
         for name, instead in self._makers.items():
             graph.shapes[name], graph.dtypes[name] = self._origins[instead].shape, torch.float32
-        graph.operations = [self._rewritten(operation) for operation in graph.operations]
+        graph.operations = [self._rewritten(o) for o in graph.operations if o.output not in self._inside]
 
         def new(ref: Ref) -> Ref:
             return Ref(renamed.get(ref.name, ref.name))
@@ -243,14 +335,18 @@ class _Followed:
         _drop_unread_moves(graph)
 
     def _rewritten(self, operation: Operation) -> Operation:
-        one = self._attentions.get(operation.output)
-        if one is None:
+        out = operation.output
+        if out in self._rows:
+            source, a = self._rows[out], bound_arguments(operation.target, operation.args, operation.kwargs)
+            operation.output, operation.inputs = self._origins[out].source, [source]
+            operation.args, operation.kwargs = (Ref(source), a["weight"], a["bias"]), {}
+        if out not in self._operands:
             return operation
-        where = self._operands[operation.output]
+        one, where = self._attentions[out], self._operands[out]
         samples, n_heads, queries, keys, features, value_features = one.shape
         attention = Operation(
             "attention",
-            self._origins[operation.output].source,
+            self._origins[out].source,
             [source for source, _ in where],
             operation.name,
             operation.target,

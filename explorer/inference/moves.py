@@ -19,7 +19,7 @@ _RESHAPES = {
 }  # fmt: skip
 """What leaves the elements in their order: the shape of the result tells all."""
 
-_PERMUTATIONS = {"transpose", "permute", "swapaxes", "movedim"}
+_PERMUTATIONS = {"transpose", "permute", "swapaxes", "movedim", "t", "mT"}
 
 _CUTS = {
     "select", "slice", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind",

@@ -65,6 +65,7 @@ def operators(draw: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[Any, ...], 
         (aten.contiguous.default, (), None),
         (aten.transpose.int, (axis, other), None),
         (aten.movedim.int, (axis, other), None),
+        (aten.mT.default if len(shape) > 1 else aten.t.default, (), None),
     )
     chosen: tuple[Any, tuple[Any, ...], int | None] = draw(st.sampled_from((*others, *others[:2] * 4, *cuts)))
     return chosen

@@ -17,6 +17,7 @@ from explorer.inference import native
 from explorer.inference.kernels import attention, layer_norm
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_networks import pruned
 
 TOLERANCE = 2e-5
 
@@ -269,3 +270,141 @@ def test_heads_that_are_not_moved_back_are_not_joined_as_if_they_were() -> None:
     network = AnyOrder((4, 4, 4, 4), ([0, 1, 2], [2, 0, 3, 1, 4], [0, 1, 2, 3]), "unbind")
     engine = check(network, torch.randn(4, 4, 6))
     assert any("attention" in name for name in engine.fallbacks)
+
+
+def encoder(*, width: int, heads: int, norm_first: bool, activation: str) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        width, heads, 2 * width, activation=activation, batch_first=True, norm_first=norm_first
+    )
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(("samples", "tokens", "heads"), [(3, 21, 2), (4, 4, 4), (1, 9, 3)])
+def test_torchs_own_encoder_is_native(
+    samples: int, tokens: int, heads: int, norm_first: bool, activation: str, sparsity: float
+) -> None:
+    torch.manual_seed(0)
+    network = pruned(
+        encoder(width=8 * heads, heads=heads, norm_first=norm_first, activation=activation), sparsity
+    )
+    x = torch.randn(samples, tokens, 8 * heads)
+    engine = check(network, x)
+    assert engine.fallbacks == ()
+    with torch.no_grad():
+        for n in range(1, samples):
+            assert relative_error(engine(x[:n]), network(x[:n])) < TOLERANCE
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torchs_own_encoder_takes_new_weights(threads: int) -> None:
+    networks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        networks.append(encoder(width=12, heads=3, norm_first=True, activation="gelu").eval())
+    x = torch.randn(3, 7, 12)
+    engine = check(networks[0], x, threads)
+    for network, choose in ((networks[1], True), (networks[0], False)):
+        engine.update_weights(network, choose=choose)
+        with torch.no_grad():
+            for n in (3, 2):
+                assert relative_error(engine(x[:n]), network(x[:n])) < TOLERANCE
+
+
+class Own(nn.Module):
+    """torch's own attention, and what may become of it."""
+
+    def __init__(self, sizes: tuple[int, int], kind: str, *, batch_first: bool) -> None:
+        super().__init__()
+        self.heads, width = sizes[0], sizes[0] * sizes[1]
+        self.kind = kind
+        self.attention = nn.MultiheadAttention(width, self.heads, batch_first=batch_first)
+        self.norm, self.layer = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.transpose(0, 1) if self.kind == "turned" else x
+        if self.kind == "mask":
+            tokens = x.shape[1 if self.attention.batch_first else 0]
+            mask = torch.ones(tokens, tokens).tril().log()
+            y, _ = self.attention(x, x, x, need_weights=False, attn_mask=mask)
+        elif self.kind == "weights":
+            y, weights = self.attention(x, x, x)
+            y = y + weights.sum()
+        else:
+            y, _ = self.attention(turned, turned, turned, need_weights=False)
+        if self.kind == "turned":
+            y = self.layer(y.transpose(0, 1))
+        if self.kind == "flat":
+            y = self.layer(y.reshape(-1, y.shape[-1])).view(y.shape)
+        if self.kind == "transposed":
+            return self.layer(y.transpose(0, 1))
+        return self.norm(x + y)
+
+
+@given(
+    sizes=st.tuples(*[st.sampled_from([1, 2, 4, 4])] * 4),
+    kind=st.sampled_from(["residual", "turned", "flat", "transposed", "mask", "weights"]),
+    batch_first=st.booleans(),
+)
+@example((4, 4, 4, 4), "residual", True)
+@example((4, 4, 4, 4), "residual", False)
+@example((4, 4, 4, 4), "turned", False)
+@example((4, 4, 4, 4), "flat", True)
+@settings(max_examples=30, deadline=None)
+def test_torchs_own_attention_equals_torch_whatever_its_axes_and_sizes(
+    sizes: tuple[int, int, int, int], kind: str, batch_first: bool
+) -> None:
+    torch.manual_seed(0)
+    network = Own(sizes[2:], kind, batch_first=batch_first)
+    engine = check(network, torch.randn(*sizes[:2], sizes[2] * sizes[3]))
+    if (kind, batch_first) in {("residual", True), ("flat", True)}:
+        assert engine.fallbacks == ()
+    if (kind, batch_first) == ("turned", False) and 1 not in sizes:
+        # Turned before and after: only the layers in between see it.
+        assert engine.fallbacks == ()
+    if kind == "mask":
+        assert any("attention" in name for name in engine.fallbacks)
+
+
+class SpelledOut(nn.Module):
+    """Attention by two products and a softmax."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv, self.out, self.dropout = nn.Linear(24, 72), nn.Linear(24, 24), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, 4, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.kind != "keys as they are":
+            k = k.mT
+        if self.kind == "queries scaled":
+            q = q * 0.4
+        if self.kind == "both scaled":
+            q, k = q * 0.6, k / 1.5
+        scores = q @ k
+        if self.kind == "scores scaled":
+            scores = scores / 2.5 * 0.9
+        if self.kind == "mask":
+            scores = scores + torch.ones(t, t).tril().log()
+        weights = scores.softmax(2 if self.kind == "over queries" else -1)
+        mixed = self.dropout(weights) @ v
+        y = self.out(mixed.transpose(1, 2).reshape(n, t, 24))
+        return y * weights.sum() if self.kind == "weights read" else y
+
+
+@pytest.mark.parametrize("kind", ["", "queries scaled", "both scaled", "scores scaled"])
+def test_attention_by_products_and_a_softmax_is_native(kind: str) -> None:
+    torch.manual_seed(0)
+    assert check(SpelledOut(kind), 2 * torch.randn(3, 6, 24)).fallbacks == ()
+
+
+@pytest.mark.parametrize("kind", ["keys as they are", "mask", "over queries", "weights read"])
+def test_products_and_a_softmax_that_are_something_else_run_through_torch(kind: str) -> None:
+    torch.manual_seed(0)
+    # As many tokens as features of a head: the sizes fit as well.
+    engine = check(SpelledOut(kind), 2 * torch.randn(4, 6, 24))
+    assert sum("matmul" in name for name in engine.fallbacks) == 2
