@@ -52,13 +52,13 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
             exported = torch.export.export(module, args, strict=False)
             if has_in_place(exported.graph):
                 without_idle_dropout(exported.graph)
-            is_functional = writes_through_views(exported.graph)
-            if is_functional:
+            is_rewritten = writes_through_views(exported.graph)
+            if is_rewritten:
                 exported = exported.run_decompositions({})
     except Exception as error:  # torch.export raises many kinds; all of them mean the same to the user
         raise EngineError(_explained(module, args, error)) from error
-    if is_functional:
-        _check_state(module, exported)
+    _check_state(module, exported)
+    if is_rewritten:
         _check_answers(module, exported, args)
     return _read(exported, module)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
-from explorer.inference.capture import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +103,3 @@ def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
         name: (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001 - torch has no public name for it
         for name, t in tensors
     }
-
-
-def answers(module: nn.Module, inputs: Sequence[Tensor]) -> Any:
-    """What the module answers in eval mode."""
-    with evaluating(module), torch.no_grad():
-        return module(*inputs)

@@ -7,6 +7,7 @@ the cache).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -27,7 +28,7 @@ from explorer.inference import fork
 from explorer.inference.ahead import code_ahead
 from explorer.inference.capture import CAPTURING, are_close, capture, run_aside, tensor_attribute
 from explorer.inference.choices import choice_cache
-from explorer.inference.deviation import Deviation, Source, answers, deviation
+from explorer.inference.deviation import Deviation, Source, deviation
 from explorer.inference.graph import Graph, Ref, with_values
 from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
 from explorer.inference.lower import lower, through_torch
@@ -678,17 +679,14 @@ class SparseModule:
             return torch.cat([value[:1], other[1:].to(value.dtype)])
 
         before = self._run(self._example, self.batch_size)
-        for turn in (
-            1,
-            -1,
-        ):  # of numbers that are all the same the next may be too large, and the one before too small
-            try:
+        after = None
+        # Of numbers that are all the same the next may be too large, and then the one before too small.
+        for turn in (1, -1):
+            with contextlib.suppress(IndexError, RuntimeError):
                 changed = tuple(with_other_samples(value, turn) for value in self._example)
                 after = self._run(changed, self.batch_size)
                 break
-            except (IndexError, RuntimeError):
-                continue
-        else:
+        if after is None:
             return False
         for one, other in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
             if not isinstance(one, Tensor):
@@ -1038,9 +1036,10 @@ class SparseModule:
                     "No module is known to compare with. Pass one with the same weights: sparse.compare(x, module=net)."
                 )
             module = self._source.module()
+        found = self(*inputs)
         with CAPTURING:
-            wanted = answers(module, inputs)
-        return deviation(self(*inputs), wanted, self.precision)
+            wanted = run_aside(module, inputs)
+        return deviation(found, wanted, self.precision)
 
     def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:
         """Latency of whole calls: the median of `repeats`, with spread.

@@ -206,6 +206,7 @@ def test_inputs_that_forward_writes_to_and_returns_come_out_and_are_left_alone()
     for module in (Calls(forward, c=nn.Conv2d(8, 4, 1)), nn.Sequential(nn.ReLU(inplace=True)).eval()):
         fast, x = explorer.compile(module, images()), images()
         assert_same(fast, module, x)
+        assert fast.compare(x).relative_l2 < 1e-5
         assert torch.equal(x, images())
         assert_same(fast, module, x[:1])
 
@@ -222,8 +223,15 @@ def test_a_buffer_that_the_next_call_reads_is_refused_and_one_that_nobody_reads_
             y: Tensor = self.a(x)
             return y * self.n if self.reads else y
 
-    with pytest.raises(EngineError, match="changes its buffer 'n'"):
-        explorer.compile(Counts(reads=True), rows())
+    class Assigns(Counts):
+        def forward(self, x: Tensor) -> Tensor:
+            self.n = self.n + 1
+            y: Tensor = self.a(x) * self.n
+            return y
+
+    for reading in (Counts(reads=True), Assigns(reads=True)):
+        with pytest.raises(EngineError, match="changes its buffer 'n'"):
+            explorer.compile(reading, rows())
     module = Counts(reads=False).eval()
     assert_same(explorer.compile(module, rows()), module, rows())
     assert module.n == 1, "only the module's own call has counted"
