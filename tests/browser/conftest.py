@@ -38,6 +38,11 @@ BROWSER_FLAGS = [
     "--disable-sync",
 ]
 FAKE_PAGE = """
+import os
+
+if os.environ.get("QUERY_STRING") == "torch":
+    import torch
+
 from tests.widgets.fake_study import FakeStudy
 from explorer.widgets import ExplorerState, SensitivityExplorer
 from explorer.widgets.publisher import kernel_scheduler
@@ -153,8 +158,18 @@ def page(context: BrowserContext) -> Iterator[Page]:
 
 @pytest.fixture
 def fake_page(page: Page, fake_app: VoilaServer) -> Page:
-    """The page over the fake study, with its model loaded."""
-    fake_app.check_alive()
-    page.goto(fake_app.url)
+    """The page over the fake study, with its model loaded; torch is not, as long as nobody asks for weights or results, which spares seconds."""
+    return _opened(page, fake_app, "")
+
+
+@pytest.fixture
+def page_with_torch(page: Page, fake_app: VoilaServer) -> Page:
+    """The same with torch, as with any network, for tests of how long it takes to get weights or results."""
+    return _opened(page, fake_app, "?torch")
+
+
+def _opened(page: Page, server: VoilaServer, query: str) -> Page:
+    server.check_alive()
+    page.goto(server.url + query)
     page.get_by_role("slider", name="block3.conv2").wait_for(timeout=60_000)
     return page

@@ -22,8 +22,8 @@ def run(page: Page, number: int) -> None:
     expect(page.locator(".se-now")).to_contain_text(f"Run {number} finished", timeout=30_000)
 
 
-def test_two_runs_stand_side_by_side_and_any_two_are_compared_by_keyboard(fake_page: Page) -> None:
-    page = fake_page
+def test_two_runs_stand_side_by_side_and_any_two_are_compared_by_keyboard(page_with_torch: Page) -> None:
+    page = page_with_torch
     card = page.get_by_role("region", name="Compare")
     expect(card).to_contain_text("waits for the measurement")
     page.get_by_role("button", name="Measure", exact=True).click()

@@ -10,8 +10,8 @@ from playwright.sync_api import Page, expect
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 
-def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(fake_page: Page) -> None:
-    page = fake_page
+def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(page_with_torch: Page) -> None:
+    page = page_with_torch
     monitor, mask = page.get_by_role("region", name="Prune"), page.get_by_role("region", name="Mask")
     page.get_by_role("button", name="Settings").click()
     stabilise, ramp = page.get_by_label("Stabilise (share)"), page.get_by_label("Prune (share)")

@@ -42,8 +42,8 @@ def test_a_page_weighs_little(fake_page: Page) -> None:
     assert 2_000_000 < sum(watch.files.values()) < 7_000_000
 
 
-def test_the_whole_job_can_be_done_by_keyboard(fake_page: Page) -> None:
-    page = fake_page
+def test_the_whole_job_can_be_done_by_keyboard(page_with_torch: Page) -> None:
+    page = page_with_torch
     page.get_by_role("button", name="Measure", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.locator(".se-now")).to_contain_text("Next: drag the bars", timeout=30_000)
@@ -179,8 +179,8 @@ def test_data_that_are_missing_are_explained_and_the_page_goes_on(fake_page: Pag
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_a_run_is_paused_resumed_and_stopped_with_a_result(fake_page: Page) -> None:
-    page = fake_page
+def test_a_run_is_paused_resumed_and_stopped_with_a_result(page_with_torch: Page) -> None:
+    page = page_with_torch
     page.get_by_role("textbox", name="Epochs").fill("500")
     page.get_by_role("button", name="Start pruning").click()
     monitor = page.get_by_role("region", name="Prune")
@@ -195,8 +195,10 @@ def test_a_run_is_paused_resumed_and_stopped_with_a_result(fake_page: Page) -> N
     expect(page.get_by_role("button", name="Download", exact=True)).to_be_enabled()
 
 
-def test_a_reload_in_the_middle_of_a_run_gives_a_working_page(fake_page: Page, fake_app: VoilaServer) -> None:
-    page = fake_page
+def test_a_reload_in_the_middle_of_a_run_gives_a_working_page(
+    page_with_torch: Page, fake_app: VoilaServer
+) -> None:
+    page = page_with_torch
     page.get_by_role("textbox", name="Epochs").fill("500")
     page.get_by_role("button", name="Start pruning").click()
     expect(page.locator(".se-now")).to_contain_text("Pruning, run 1")
@@ -230,8 +232,8 @@ def test_at_380_pixels_nothing_is_cut_off_and_bars_can_be_pulled(fake_page: Page
 @pytest.mark.parametrize(
     "context", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True, ids=["light", "dark"]
 )
-def test_axe_finds_nothing_serious_before_and_after_a_run(fake_page: Page) -> None:
-    page = fake_page
+def test_axe_finds_nothing_serious_before_and_after_a_run(page_with_torch: Page) -> None:
+    page = page_with_torch
 
     def serious() -> list[str]:
         found = Axe().run(page).response["violations"]
@@ -280,8 +282,8 @@ def test_the_balance_is_set_by_keyboard_and_by_mouse(fake_page: Page) -> None:
     expect(page.locator(".se-pareto svg")).to_contain_text("you are here")
 
 
-def test_for_one_shot_pruning_a_better_distribution_is_found_and_taken(fake_page: Page) -> None:
-    page = measured(fake_page)
+def test_for_one_shot_pruning_a_better_distribution_is_found_and_taken(page_with_torch: Page) -> None:
+    page = measured(page_with_torch)
     box = page.get_by_label("Will not be trained: search for less harm")
     expect(box).not_to_be_checked()
     better = page.get_by_role("button", name="Take the better one")

@@ -69,9 +69,9 @@ def assert_complete(page: Page) -> None:
 
 
 def test_each_step_is_complete_in_the_accessibility_tree_and_a_run_is_told_in_few_words(
-    fake_page: Page,
+    page_with_torch: Page,
 ) -> None:
-    page = fake_page
+    page = page_with_torch
     expect(page.get_by_role("main", name="Sparsity Explorer")).to_be_visible()
     result = page.get_by_role("region", name="Result", exact=True)
     expect(result).not_to_be_in_viewport()

@@ -15,8 +15,8 @@ from explorer.widgets.sharing import MAX_FILE
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 
-def test_bars_survive_a_reload_and_travel_as_files(fake_page: Page, tmp_path: Path) -> None:
-    page = fake_page
+def test_bars_survive_a_reload_and_travel_as_files(page_with_torch: Page, tmp_path: Path) -> None:
+    page = page_with_torch
     bar = page.get_by_role("slider", name="block1.conv2", exact=True)
     expect(page).to_have_url(re.compile(r"^[^#]*$"))
     page.locator("[role=slider][tabindex='0']").focus()

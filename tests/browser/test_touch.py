@@ -53,9 +53,9 @@ class Finger:
     "context", [{"viewport": {"width": 380, "height": 800}, "has_touch": True}], indirect=True
 )
 def test_fingers_scroll_past_the_bars_pull_the_one_that_was_tapped_and_shape_the_schedule(
-    fake_page: Page,
+    page_with_torch: Page,
 ) -> None:
-    page, finger = fake_page, Finger(fake_page)
+    page, finger = page_with_torch, Finger(page_with_torch)
     page.get_by_role("button", name="Measure", exact=True).click()
     expect(page.locator(".se-now")).to_contain_text("Next: drag the bars", timeout=30_000)
     # Each bar shows its number once, also beside the handle for fingers.

@@ -12,8 +12,10 @@ from playwright.sync_api import Page, expect
 from tests.widgets.fake_study import FakeStudy
 
 
-def test_a_file_is_looked_into_before_it_is_sent_and_opened_by_keys(fake_page: Page, tmp_path: Path) -> None:
-    page = fake_page
+def test_a_file_is_looked_into_before_it_is_sent_and_opened_by_keys(
+    page_with_torch: Page, tmp_path: Path
+) -> None:
+    page = page_with_torch
     tensors = {name: torch.ones(shape) for name, shape in FakeStudy().weight_shapes.items()}
     safetensors.torch.save_file(tensors, tmp_path / "good.safetensors")
     whole = (tmp_path / "good.safetensors").read_bytes()
