@@ -40,7 +40,8 @@ BROWSER_FLAGS = [
 FAKE_PAGE = """
 import os
 
-if os.environ.get("QUERY_STRING") == "torch":
+asked = os.environ.get("QUERY_STRING", "").split("&")
+if "torch" in asked:
     import torch
 
 from tests.widgets.fake_study import FakeStudy
@@ -52,7 +53,7 @@ from explorer.errors import DataError
 def open_study(choice):
     if choice.data == "missing":
         raise DataError("Fashion-MNIST was not found. Install dataset-fashion-mnist, or name its folder.")
-    return FakeStudy(pause_s={pause_s}, steps_per_epoch=20)
+    return FakeStudy(pause_s=0.06 if "slow" in asked else {pause_s}, steps_per_epoch=20)
 
 choices = (Choice("Fake network", "fake", "fake"), Choice("Missing data", "fake", "missing"))
 state = ExplorerState(choices=choices, scheduler=kernel_scheduler(), open_study=open_study)
@@ -166,6 +167,12 @@ def fake_page(page: Page, fake_app: VoilaServer) -> Page:
 def page_with_torch(page: Page, fake_app: VoilaServer) -> Page:
     """The same with torch, as with any network, for tests of how long it takes to get weights or results."""
     return _opened(page, fake_app, "?torch")
+
+
+@pytest.fixture
+def slow_page(page: Page, fake_app: VoilaServer) -> Page:
+    """The same, whose steps take fifteen times as long: a busy machine may take seconds from one click to the next, and a run must not end meanwhile."""
+    return _opened(page, fake_app, "?torch&slow")
 
 
 def _opened(page: Page, server: VoilaServer, query: str) -> Page:

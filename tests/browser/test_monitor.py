@@ -10,8 +10,8 @@ from playwright.sync_api import Page, expect
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 
-def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(page_with_torch: Page) -> None:
-    page = page_with_torch
+def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(slow_page: Page) -> None:
+    page = slow_page
     monitor, mask = page.get_by_role("region", name="Prune"), page.get_by_role("region", name="Mask")
     page.get_by_role("button", name="Settings").click()
     stabilise, ramp = page.get_by_label("Stabilise (share)"), page.get_by_label("Prune (share)")
@@ -90,8 +90,8 @@ def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(page
     expect(monitor.locator(".se-below .se-hint")).to_contain_text(
         re.compile(r"learning rate 0\.0\d+ · \d+ s gone · about \d+ s left · memory [\d,]+ MB")
     )
-    # Between the 100 % of the beginning and the 1 % of the end, wherever a busy machine lets the pause come.
-    some_pruned = re.compile(r"^block3\.conv2: [1-9]\d\.\d %")
+    # Between the half that is pruned after seconds and the 1 % of the end, wherever a busy machine lets the pause come.
+    some_pruned = re.compile(r"^block3\.conv2: [1-4]\d\.\d %")
     expect(picture).to_have_attribute("aria-label", some_pruned, timeout=30_000)
     monitor.get_by_role("button", name="Pause").click()
     for face in ("Training loss", "Each layer", "Stored size"):
@@ -124,7 +124,7 @@ def test_a_schedule_is_dragged_a_run_is_watched_and_its_masks_are_looked_at(page
     assert full == 96 * 192
     page.keyboard.press("End")
     expect(picture).to_have_attribute("aria-label", some_pruned)
-    assert picture.evaluate(inked) < full / 4
+    assert picture.evaluate(inked) < full / 2
     monitor.get_by_role("button", name="Stop").click()
     expect(page.locator(".se-now")).to_contain_text("Run 1 stopped early")
     expect(begin).not_to_have_attribute("aria-disabled", "true")
