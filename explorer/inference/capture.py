@@ -83,12 +83,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def run_aside(module: nn.Module, args: Sequence[Any]) -> Any:
     """What a module answers in eval mode; arguments, buffers and torch's random numbers stay as they are."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, tuple(args))
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return module(*copies)
-    finally:
-        with torch.no_grad():
+    with CAPTURING, torch.no_grad():
+        kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        try:
+            with evaluating(module), torch.random.fork_rng(devices=[]):
+                return module(*copies)
+        finally:
             for buffer, before in kept:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
@@ -132,6 +132,8 @@ def _check_state(module: nn.Module, exported: Any) -> None:
     """Refuse a network whose answers depend on what an earlier call has left in a buffer."""
     signature = exported.graph_signature
     changed = {spec.target for spec in signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
+    if not changed:
+        return
     homes = {spec.arg.name: spec.target for spec in signature.input_specs if spec.target in changed}
     *_, output = exported.graph.nodes
     kinds = [spec.kind for spec in signature.output_specs]
@@ -161,7 +163,7 @@ def _check_answers(module: nn.Module, exported: Any, args: Sequence[Any]) -> Non
         next(given) if spec.kind is InputKind.USER_INPUT else tensors[spec.target]
         for spec in signature.input_specs
     ]
-    with CAPTURING, torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         wanted = run_aside(module, args)
         torch.manual_seed(0)

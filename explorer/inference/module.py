@@ -183,8 +183,8 @@ def compile(
         if threads == "auto"
         else _divided(graph, inputs, threads or 1, sparse, isa)
     )
+    compiled.ask_for_few(module)
     with CAPTURING:
-        compiled.ask_for_few(module)
         compiled.remember(module)
     compiled.compile_times = CompileTimes(captured - start, time.perf_counter() - captured)
     return compiled
@@ -1036,10 +1036,7 @@ class SparseModule:
                     "No module is known to compare with. Pass one with the same weights: sparse.compare(x, module=net)."
                 )
             module = self._source.module()
-        found = self(*inputs)
-        with CAPTURING:
-            wanted = run_aside(module, inputs)
-        return deviation(found, wanted, self.precision)
+        return deviation(self(*inputs), run_aside(module, inputs), self.precision)
 
     def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:
         """Latency of whole calls: the median of `repeats`, with spread.
