@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from explorer.inference import module as engine_module
 from explorer.inference import native, steps
+from explorer.inference.activations import LARGEST_ERROR, Activation
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import (
     attention,
@@ -21,12 +22,14 @@ from explorer.inference.kernels import (
     copy_planes,
     depthwise,
     flatten,
+    layer_norm,
     linear,
     pointwise,
     pool,
     registers,
     split,
     window_pool,
+    winograd,
 )
 from explorer.inference.module import SparseModule
 from explorer.inference.native import host_isa
@@ -602,6 +605,51 @@ def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> N
             assert counts == {rows * size for rows in several for size in sizes_of_parts(kernel, isa)}, kernel
         # A call would mean that LLVM made a library call of an FMA or of a gather.
         assert "fmaf" not in text
+
+
+def other_kernels(isa: native.Isa) -> list[native.Kernel]:
+    """The other kernels that compute much: at the widest windows, which hold most, and with every activation."""
+    parameters = {"leaky_relu": (0.1,), "elu": (1.0, 1.0, 1.0)}
+    activations = [Activation(kind, parameters.get(kind, ())) for kind in LARGEST_ERROR]
+    windows = {size: tuple(np.ndindex(size, size)) for size in (3, 5, 7)}
+    rows = {tile: registers.dense_rows(tile, isa, whole=True) for tile in (1, 2, 3, 4)}
+    return [
+        *(
+            depthwise.DepthwiseKernel(taps, stride, masked, pairs=pairs)
+            for taps in windows.values()
+            for masked in (False, True)
+            for stride, pairs in ((1, False), (1, True), (2, False))
+            if not pairs or depthwise.loads_taps(isa)
+        ),
+        *(depthwise.DepthwiseKernel(windows[3], 1, True, a) for a in activations if a.is_short),
+        *(pointwise.PointwiseKernel("add", affine=True, activation=a) for a in activations),
+        *(winograd.WinogradKernel(taps, tile, 1, r) for taps in (3, 4) for tile, r in rows.items()),
+        *(attention.AttentionKernel(tile, min(8, r), True) for tile, r in rows.items()),
+        *(layer_norm.LayerNormKernel(tile, True) for tile in rows),
+    ]
+
+
+MOST_STORED = {
+    ("avx2", winograd.WinogradKernel, 4): 2,  # transforming seven rows, with their seven factors
+    ("neon", depthwise.DepthwiseKernel, 49): 1,  # 7 x 7 at stride 2: six vectors of each of seven column sums
+}
+"""Of about a hundred instructions: vectors that a loop does put aside."""
+
+
+@pytest.mark.parametrize("cpu", ["avx2", "avx512", "neon"])
+def test_loops_that_multiply_put_no_vector_aside(cpu: str) -> None:
+    """Constants may wait on the stack, as they would in the constants' own memory; no loop writes a vector there."""
+    isa, triple, instruction, _ = CPUS[cpu]
+    store = r"vmov\w+\s+%[xyz]mm\d+, .*%rsp|st[rp]\s+[qdv].*\bsp\b"
+    for kernel in other_kernels(isa):
+        text = native.assembly(isa, kernel.build(isa)[0], triple)
+        hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]
+        assert hot, kernel
+        n_taps = getattr(kernel, "taps", 0)
+        n_taps = n_taps if isinstance(n_taps, int) else len(n_taps)
+        for loop in hot:
+            stored = [line for line in loop if re.match(store, line)]
+            assert len(stored) <= MOST_STORED.get((cpu, type(kernel), n_taps), 0), (kernel, stored)
 
 
 def test_one_load_brings_the_weights_of_two_nonzeros() -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from explorer.inference.kernels.activation import exponential
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
-from explorer.inference.kernels.registers import MANY_REGISTERS
+from explorer.inference.kernels.registers import exponential_parts
 from explorer.inference.native import Isa
 
 _OPERANDS = ("q", "k", "v", "out")
@@ -71,8 +71,7 @@ class _Generator:
         # Scores are float32 whatever planes hold.
         self.score_bytes = 4 * isa.lanes
         self.score_row_bytes = kernel.scratch_bytes(1, isa.lanes)
-        # With 16 registers, several at once would keep their constants and themselves on the stack.
-        self.exponentials = kernel.tile if isa.registers >= MANY_REGISTERS else 1
+        self.exponentials = exponential_parts(kernel.tile, isa)
         self.ir = ir.Module("attention")
         self.f = Function(self.ir, "attention", VOID, [PTR, I64, PTR], isa, wide=True)
 
@@ -173,9 +172,9 @@ class _Generator:
             return [f.at(row, self.score_row_bytes), *new]
 
         sums: list[Value] = []
-        for first in range(0, self.k.tile, self.exponentials):
-            which = range(first, min(first + self.exponentials, self.k.tile))
-            zeros = [f.constant(0.0)] * len(which)
+        for size in self.exponentials:
+            which = range(len(sums), len(sums) + size)
+            zeros = [f.constant(0.0)] * size
             sums += f.loop(self.field("keys"), partial(one_key, which), [scores, *zeros])[1:]
         return sums
 

@@ -54,6 +54,13 @@ def dense_rows(tile: int, isa: Isa, *, whole: bool = False) -> int:
     return best if not whole and cost(best) < _WORTH_PARTS * cost(in_one) else in_one
 
 
+def exponential_parts(tile: int, isa: Isa) -> tuple[int, ...]:
+    """The vectors of each part of a tile whose exponentials attention takes at once, beside their constants, which x86 can also read where they are used."""
+    if isa.registers < MANY_REGISTERS:
+        return (1,) * tile
+    return _even_parts(tile, tile if isa.width > 16 else 3)
+
+
 def unroll(sums: int) -> int:
     """Nonzeros that the sparse kernel takes at once, each with sums of its own: `sums` vectors.
 
