@@ -2,15 +2,16 @@
 
 Imports no other room of the house (only the error types), so that it could leave as a package of its own. The way through it: `capture` (torch.export
 in, our graph out), `lower` (fold and fuse), `plan` (layouts, buffers, tables), `kernels/` (LLVM IR), `sparse_code` (weights as programs), `native` (machine code, cache), `threads` (the
-driver's helpers), `module` (what the user holds), `timing`.
+driver's helpers), `execution` (inputs through the plan), `choosing` (kernels, by measuring), `module` (what the user holds), `compilation` (all of it in order), `timing`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from explorer.inference.compilation import compile
 from explorer.inference.deviation import Deviation
-from explorer.inference.module import SparseModule, compile
+from explorer.inference.module import SparseModule
 from explorer.inference.timing import Benchmark, EngineCall, LayerTiming, compare_latency, dense_contestants
 
 if TYPE_CHECKING:

@@ -263,7 +263,7 @@ def dense_contestants(
         "torch eager", "torch channels_last" (4-D inputs), "torch jit" (traced, frozen and optimised for inference), and "engine dense"
         (this engine with dense kernels only). What torch cannot do with this module is left out.
     """
-    from explorer.inference.module import compile as compile_module
+    from explorer.inference.compilation import compile as compile_module
 
     plain = copy.deepcopy(module).eval()
     contestants: dict[str, Callable[[], Any]] = {"torch eager": lambda: plain(example_input)}

@@ -13,8 +13,7 @@ from torch import nn
 
 from explorer.bench import engines, networks
 from explorer.errors import EngineError
-from explorer.inference import module as engine_module
-from explorer.inference import native
+from explorer.inference import compilation, native
 from explorer.masks import n_zeros
 from explorer.models import LoadedModel, architectures, load_model
 
@@ -108,7 +107,7 @@ def test_float16_takes_part_where_the_cpu_computes_with_it(
     if native.current_isa().name == "torch":
         pytest.skip("no machine code on this machine")
     half = partial(native.half_isa, emulated=True) if can else lambda _: None
-    monkeypatch.setattr(engine_module, "half_isa", half)
+    monkeypatch.setattr(compilation, "half_isa", half)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compared = engines.time_engines(

@@ -25,7 +25,7 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError
-from explorer.inference import layout, module, native, plan
+from explorer.inference import choosing, compilation, layout, native, plan
 from explorer.inference.larger_kernels import has_programs
 from explorer.inference.memory import Memory
 from explorer.inference.plan import Choice, Plan
@@ -205,11 +205,14 @@ def check(
         if "pairs" in name and mode != "dense" and not is_vector:
             assert "pairs" in str(engine.choices), (name, engine.choices)
         elif mode == "sparse" and name.startswith("conv") and "grouped" not in name and not is_vector:
-            assert has_programs(engine._isa) == ("code" in str(engine.choices)), (name, engine.choices)
+            assert has_programs(engine._network.isa) == ("code" in str(engine.choices)), (
+                name,
+                engine.choices,
+            )
         assert (
             "rows" not in name or mode != "dense" or precision == "fp16" or "winograd" in str(engine.choices)
         )
-        borrows = any(place.cell is not None for place in engine._plan.places.values())
+        borrows = any(place.cell is not None for place in engine._network.plan.places.values())
         assert borrows or "borrowed" not in name or precision == "fp16"
         for images in {1, shape[0]}:
             got = engine(x[:images])
@@ -244,15 +247,15 @@ _offered = Plan.candidates
 
 def main(side: str, pattern: str, precision: str = "fp32") -> None:
     """Run all networks whose name holds `pattern` ("all": every one)."""
-    module.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
+    compilation.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = candidates  # type: ignore[method-assign]
-    module.larger_kernels = without_limit
+    choosing.larger_kernels = without_limit
     # In mode "auto" rows have no gaps between them.
     layout.worth_masks = lambda *_: True  # type: ignore[assignment]
     Plan._may_mask = lambda self, _, o: self._mode == "auto" and o.attributes["groups"] == 1  # type: ignore[method-assign]
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
     # torch takes most of the time: once for each network will do.
-    module.capture = lru_cache(maxsize=1)(module.capture)  # type: ignore[assignment,attr-defined]
+    compilation.capture = lru_cache(maxsize=1)(compilation.capture)  # type: ignore[assignment,attr-defined]
     guards = Guards(side)
     guards.install()
     torch.set_num_threads(1)

@@ -85,7 +85,7 @@ def test_of_smaller_batches_only_those_are_refused_that_differ() -> None:
 
 
 def test_a_smaller_batch_is_refused_in_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     module = Calls(lambda m, x: functional.relu(m.a(x)) / x.shape[0], a=nn.Conv2d(8, 4, 3))
     fast = explorer.compile(module, images(6))
     assert_same(fast, module, images(6))
@@ -139,7 +139,7 @@ def test_a_parameter_that_is_returned_keeps_its_rows(
     cached_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if cached_bytes is not None:
-        monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", cached_bytes)
+        monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", cached_bytes)
     module = Calls(lambda m, x: (m.c(x), m.t), c=nn.Conv2d(8, 4, 1), t=torch.randn(6, 3))
     fast = explorer.compile(module, images(6))
     for n in (6, 4, 1):

@@ -616,4 +616,4 @@ def test_an_architecture_takes_new_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["mobilenet_v3", "densenet", "inception", "vgg"])
 def test_convolutional_networks_run_smaller_batches_with_fewer_jobs(name: str) -> None:
     engine = explorer.compile(build(name, 0.9), example(ARCHITECTURES[name][1], 3))
-    assert engine._plan.is_dynamic
+    assert engine._network.plan.is_dynamic

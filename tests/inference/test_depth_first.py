@@ -101,9 +101,9 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_chains(engine: SparseModule) -> int:
     """Steps that run in chains."""
-    assert engine._steps is not None
-    assert engine._steps.use_bands
-    return sum(chain.last - chain.first for chain in engine._steps.chains)
+    assert engine._network.steps is not None
+    assert engine._network.steps.use_bands
+    return sum(chain.last - chain.first for chain in engine._network.steps.chains)
 
 
 @given(
@@ -233,13 +233,13 @@ def test_planes_that_share_memory_but_begin_elsewhere_are_not_taken_for_alike(
     engine = explorer.compile(network, x)
     assert in_chains(engine) >= 6
     found: dict[tuple[Any, ...], set[int]] = {}
-    assert engine._steps is not None
-    for operation in engine._graph.operations:
-        home = engine._plan.places[operation.output]
+    assert engine._network.steps is not None
+    for operation in engine._network.graph.operations:
+        home = engine._network.plan.places[operation.output]
         none = np.zeros((1, 2), np.int64)
-        one = Bands((), (none,) * len(engine._plan.operands(operation)), none)
-        step = engine._plan.native.index(engine._graph.operations.index(operation))
-        access = engine._plan.accesses(engine._graph, step, one).writes
+        one = Bands((), (none,) * len(engine._network.plan.operands(operation)), none)
+        step = engine._network.plan.native.index(engine._network.graph.operations.index(operation))
+        access = engine._network.plan.accesses(engine._network.graph, step, one).writes
         found.setdefault((access.memory, access.alike), set()).add(home.address)
     assert all(len(addresses) == 1 for addresses in found.values())
     assert relative_error(engine(x), network(x)) < 1e-5
@@ -283,7 +283,7 @@ def test_the_faster_order_is_taken_and_remembered(
     first = engine = explorer.compile(network, x)
     for again in (False, True):  # the second time without timing
         engine = explorer.compile(network, x) if again else first
-        steps = engine._steps
+        steps = engine._network.steps
         assert steps is not None
         assert asked == [faster]
         assert steps.use_bands == (faster == "band by band")
@@ -295,8 +295,8 @@ def test_the_faster_order_is_taken_and_remembered(
         for n in (2, 1, 2):
             assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
     engine.update_weights(other, choose=False)
-    assert engine._steps is not None
-    assert engine._steps.use_bands == (faster == "band by band")
+    assert engine._network.steps is not None
+    assert engine._network.steps.use_bands == (faster == "band by band")
     assert relative_error(engine(x), other(x)) < 1e-5
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
-from explorer.inference import module as engine_module
-from explorer.inference import native, straight
+from explorer.inference import compilation, native, straight
 from explorer.inference.activations import LARGEST_ERROR
 from explorer.inference.module import SparseModule
 from explorer.inference.pack import weight_words
@@ -38,7 +37,7 @@ def _emulated() -> Iterator[None]:
     if native.current_isa().name == "torch":
         pytest.skip("no machine code on this machine")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+        patch.setattr(compilation, "half_isa", partial(native.half_isa, emulated=True))
         yield
 
 
@@ -219,7 +218,7 @@ def test_too_large_activations_become_infinite_as_documented() -> None:
 def test_a_cpu_without_float16_arithmetic_computes_in_float32_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_module, "half_isa", lambda _: None)
+    monkeypatch.setattr(compilation, "half_isa", lambda _: None)
     network, x = nn.Conv2d(2, 3, 3).eval(), torch.randn(1, 2, 6, 6)
     with pytest.warns(EngineWarning, match="does not compute in float16"):
         compiled = explorer.compile(network, x, precision="fp16")

@@ -12,8 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from explorer.inference import module as engine_module
-from explorer.inference import native, steps
+from explorer.inference import compilation, native, steps
 from explorer.inference.activations import LARGEST_ERROR, Activation
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import (
@@ -31,7 +30,7 @@ from explorer.inference.kernels import (
     window_pool,
     winograd,
 )
-from explorer.inference.module import SparseModule
+from explorer.inference.module import Mode, SparseModule
 from explorer.inference.native import host_isa
 from explorer.inference.pack import operands
 from tests.inference.graphs import conv_graph, relative_error, run, usual_size
@@ -62,7 +61,7 @@ def compute_in(isa: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> Non
     if why := why_not(isa, precision):
         pytest.skip(why)
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    monkeypatch.setattr(compilation, "half_isa", partial(native.half_isa, emulated=True))
 
 
 @st.composite
@@ -100,7 +99,7 @@ def test_any_convolution_equals_torch(case: dict) -> None:
     compare_with_torch(case, case["outputs"], case["mode"])
 
 
-def compare_with_torch(case: dict[str, Any], outputs: int, mode: engine_module.Mode) -> None:
+def compare_with_torch(case: dict[str, Any], outputs: int, mode: Mode) -> None:
     """Run one of the `convolutions` with so many output channels, and compare with torch in float64."""
     generator = torch.Generator().manual_seed(case["seed"])
     shape = (case["images"], case["channels"], *case["size"])
@@ -718,7 +717,7 @@ def test_channels_go_in_parts_whose_sums_stay_in_the_cache(
         graph = conv_graph(x.shape, weight, None, **attributes)
         engine = SparseModule(graph, (x,), 1, "dense" if dense else "sparse")
         assert relative_error(engine(x), wanted) < TOLERANCE
-        jobs.append(int(engine._steps.pieces[0]))
+        jobs.append(int(engine._network.steps.pieces[0]))
     assert jobs[1] > jobs[0]
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
-from explorer.inference import compare_latency, dense_contestants, native
+from explorer.inference import compare_latency, dense_contestants, native, timing
 from explorer.inference.choices import choice_cache
 from explorer.inference.module import Mode, SparseModule
 from tests.inference.graphs import relative_error
@@ -174,7 +174,7 @@ def test_a_forgotten_engine_ends_its_helper_threads() -> None:
     engine = explorer.compile(small_network(), X, threads=3)
     helpers = [t for t in threading.enumerate() if t.name.startswith("explorer-helper")]
     assert len(helpers) >= 2
-    mine = engine._runner._helpers
+    mine = engine._network._runner._helpers
     del engine
     for helper in mine:
         helper.join(timeout=5)
@@ -232,21 +232,36 @@ def test_a_contestant_warms_up_before_each_of_its_turns() -> None:
     assert len(calls) >= 5 + 5 * 3
 
 
-def test_a_turn_begins_when_the_helpers_of_the_last_one_have_stopped_spinning() -> None:
-    spun_until = [0.0]
-    early: list[float] = []
+class Clock:
+    """What `time` gives to a process in which nothing runs but, for a while, a helper that spins."""
 
-    def spin() -> None:
-        while time.perf_counter() < spun_until[0]:
-            pass
+    def __init__(self) -> None:
+        self.now = self.used = self.spins_until = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def process_time(self) -> float:
+        return self.used
+
+    def sleep(self, seconds: float) -> None:
+        self.used += max(0.0, min(self.spins_until - self.now, seconds))
+        self.now += seconds
+
+
+def test_a_turn_begins_when_the_helpers_of_the_last_one_have_stopped_spinning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, early = Clock(), []
+    monkeypatch.setattr(timing, "time", clock)
 
     def spins_on() -> None:
-        if time.perf_counter() >= spun_until[0]:
-            spun_until[0] = time.perf_counter() + 0.06
-            threading.Thread(target=spin).start()
+        if clock.now >= clock.spins_until:
+            clock.spins_until = clock.now + 0.06
 
     def next_one() -> None:
-        early.append(max(0.0, spun_until[0] - time.perf_counter()))
+        early.append(max(0.0, clock.spins_until - clock.now))
 
     def run(warm_s: float) -> int:
         early.clear()
@@ -393,7 +408,7 @@ class TwoOutputs(nn.Module):
 def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
     threads: int, division: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
     torch.manual_seed(0)
     network = TwoOutputs().eval()
@@ -409,7 +424,7 @@ def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
         assert choice_cache().get(engine.division) in ("images apart", "image by image")
         choice_cache().put({engine.division: division})
         engine = explorer.compile(network, (x, y), threads=threads)
-    assert engine._plan.images == (2 if division == "images apart" else 1)
+    assert engine._network.plan.images == (2 if division == "images apart" else 1)
     for n in (7, 1, 2, 3, 6, 7):
         got = engine(x[:n], y[:n])
         with torch.no_grad():
@@ -417,7 +432,7 @@ def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
         assert got.keys() == wanted.keys()
         assert all(relative_error(got[k], wanted[k]) < 1e-5 for k in wanted)
     # Buffers for as many images as there are threads at most, not for seven.
-    assert engine._plan.memory.n_bytes < 3 * whole._plan.memory.n_bytes
+    assert engine._network.plan.memory.n_bytes < 3 * whole._network.plan.memory.n_bytes
     one = {row.name: row for row in whole.profile(x[:1], y[:1], repeats=3)}
     for row in engine.profile(x, y, repeats=3):
         assert row.macs == 7 * one[row.name].macs
@@ -436,14 +451,14 @@ def test_a_large_batch_goes_through_the_network_a_few_images_at_a_time(
 def test_a_large_batch_of_one_input_takes_the_short_way_and_gives_the_same(
     stride: int, pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)] if pooled else []
     network = nn.Sequential(nn.Conv2d(3, 8, 3, stride, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), *head).eval()
     x = torch.randn(6, 3, 17, 40)
     engine = explorer.compile(network, x, threads=2)
-    assert engine._plan.images < 6
-    assert engine._straight is not None
+    assert engine._network.plan.images < 6
+    assert engine._network.straight is not None
     before = x.clone()
     for batch in (x, x[:4], x[:3], x[:1], x.to(memory_format=torch.channels_last), x.flip(0), x[::2]):
         with torch.no_grad():
@@ -488,12 +503,12 @@ def test_the_head_takes_the_images_of_all_turns_at_once(
     if not runnable(isa):
         pytest.skip(f"this CPU does not run {isa}")
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
     network, other = (pruned(Classifier(flat=flat, excited=excited), 0.6) for _ in range(2))
     x = torch.randn(11, 3, 17, 40)
     engine = explorer.compile(network, x, threads=threads, sparse=mode)
-    plan = engine._plan
+    plan = engine._network.plan
     assert plan.images < 11
     assert len(plan.native) - plan.head == 2
     for module in (network, other):
@@ -515,7 +530,7 @@ def test_the_head_takes_the_images_of_all_turns_at_once(
 def test_answers_are_float32_on_the_cpu_whatever_the_program_has_for_defaults(
     pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)] if pooled else []
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3, 2), *head).eval(), torch.randn(4, 3, 17, 17)
@@ -536,7 +551,7 @@ def test_answers_are_float32_on_the_cpu_whatever_the_program_has_for_defaults(
 
 
 def test_a_vector_that_the_body_reads_too_is_not_left_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
 
     class Shared(nn.Module):
@@ -562,11 +577,11 @@ def test_a_vector_that_the_body_reads_too_is_not_left_for_later(monkeypatch: pyt
 def test_an_interrupt_between_two_turns_leaves_nothing_moved(
     direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
     network, x = Classifier().eval(), torch.randn(5, 3, 17, 40)
     engine = explorer.compile(network, x)
-    runner, calls = engine._runner, []
+    runner, calls = engine._network._runner, []
     assert runner is not None
     run = type(runner).run
 
@@ -590,7 +605,7 @@ def test_an_interrupt_between_two_turns_leaves_nothing_moved(
 def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
 
     class Centred(nn.Module):
         """Subtracts the mean of the batch."""
@@ -612,24 +627,25 @@ def test_a_batch_whose_images_depend_on_each_other_is_not_taken_apart(
 def test_the_faster_division_of_a_batch_is_taken_and_remembered(
     faster: str, images: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("explorer.inference.module._CACHED_BYTES", 1)
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
     timed = {
         name: SimpleNamespace(latency_ms=0.0 if name == faster else 1.0)
         for name in ("image by image", "images apart")
     }
     monkeypatch.setattr(
-        "explorer.inference.module.compare_latency", lambda pair, **_: {name: timed[name] for name in pair}
+        "explorer.inference.compilation.compare_latency",
+        lambda pair, **_: {name: timed[name] for name in pair},
     )
     network, x = small_network(), torch.randn(5, 2, 12, 12)
     for _ in range(2):  # the second time without timing
         engine = explorer.compile(network, x, threads=2)
-        assert engine._plan.images == images
+        assert engine._network.plan.images == images
         assert engine.division is not None
         assert choice_cache().get(engine.division) == faster
         with torch.no_grad():
             assert relative_error(engine(x), network(x)) < 1e-5
-        monkeypatch.setattr("explorer.inference.module.compare_latency", None)
+        monkeypatch.setattr("explorer.inference.compilation.compare_latency", None)
 
 
 def test_compiling_tells_what_it_took() -> None:
@@ -651,7 +667,7 @@ def straight_engine() -> tuple[SparseModule, Tensor, Tensor]:
     ).eval()
     x = torch.randn(1, 3, 21, 64)
     engine = explorer.compile(module, x, threads=1)
-    assert engine._straight is not None
+    assert engine._network.straight is not None
     with torch.no_grad():
         return engine, x, module(x)
 

@@ -113,7 +113,7 @@ def test_short_activations_ride_on_convolutions_with_and_without_a_residual(
         line=nn.Linear(8, 3),
     )
     engine = check(module, torch.randn(2, 3, *size), fallbacks=("flatten", "transpose"), sparse=mode)
-    assert "activation" not in [engine._graph.operations[i].kind for i in engine._plan.native]
+    assert "activation" not in [engine._network.graph.operations[i].kind for i in engine._network.plan.native]
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])
@@ -199,10 +199,12 @@ def test_a_scale_per_channel_is_native_also_where_its_operand_comes_from_torch()
 
 def copies(engine: SparseModule) -> list[str]:
     """What each concatenation and slice of the network does."""
-    assert engine._steps is not None
-    kinds = [engine._graph.operations[i].kind for i in engine._plan.native]
+    assert engine._network.steps is not None
+    kinds = [engine._network.graph.operations[i].kind for i in engine._network.plan.native]
     return [
-        label for kind, label in zip(kinds, engine._steps.labels, strict=True) if kind in ("concat", "slice")
+        label
+        for kind, label in zip(kinds, engine._network.steps.labels, strict=True)
+        if kind in ("concat", "slice")
     ]
 
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explorer
-from explorer.inference import module as engine_module
-from explorer.inference import native
+from explorer.inference import compilation, native
 from explorer.inference.module import SparseModule
 from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Plan
@@ -115,7 +114,7 @@ def test_every_instruction_set_runs_pairs_with_a_residual_in_place(
 def test_float16_runs_pairs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.current_isa().name == "torch":
         pytest.skip("no machine code on this machine")
-    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    monkeypatch.setattr(compilation, "half_isa", partial(native.half_isa, emulated=True))
     torch.manual_seed(0)
     layer, x = nn.Conv2d(16, 32, 3, padding=1).eval(), torch.randn(1, 16, 14, 14)
     layer.weight.data = in_pattern(layer.weight.data, 0.9)

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import explorer
-from explorer.inference import module as engine_module
-from explorer.inference import native, sparse_rows
+from explorer.inference import compilation, native, sparse_rows
 from explorer.inference.kernels import conv, match_rows, place_rows, registers
 from explorer.inference.pack import weight_words
 from explorer.inference.sparse_rows import Entries, SparseWeights, sparse_entries
@@ -223,7 +222,7 @@ def test_every_instruction_set_takes_two_channels_at_once(
 
 @needs_code
 def test_float16_takes_two_channels_at_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "half_isa", partial(native.half_isa, emulated=True))
+    monkeypatch.setattr(compilation, "half_isa", partial(native.half_isa, emulated=True))
     torch.manual_seed(0)
     layer, x = nn.Conv2d(16, 64, 3, padding=1).eval(), torch.randn(1, 16, 28, 28)
     layer.weight.data *= magnitude_mask(layer.weight.data, 0.8)

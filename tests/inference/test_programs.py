@@ -42,7 +42,7 @@ def as_code(choice: Choice) -> bool:
 def only_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers become programs wherever they can."""
     monkeypatch.setattr(plan.Plan, "candidates", preferring(as_code))
-    monkeypatch.setattr("explorer.inference.module.larger_kernels", without_limit)
+    monkeypatch.setattr("explorer.inference.choosing.larger_kernels", without_limit)
 
 
 # ---- instructions
@@ -349,7 +349,7 @@ def test_a_network_with_programs_keeps_to_the_limit_of_its_memory(
     assert any("code" in label for label in labels)
     assert not all("code" in label for label in labels)
     nonzeros = sum(int(torch.count_nonzero(p)) for p in network.parameters() if p.dim() > 1)
-    assert engine.n_bytes <= LIMIT * (8 * nonzeros + engine._plan.memory.n_bytes)
+    assert engine.n_bytes <= LIMIT * (8 * nonzeros + engine._network.plan.memory.n_bytes)
 
 
 @needs_code

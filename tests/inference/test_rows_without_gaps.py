@@ -111,7 +111,7 @@ class Blocks(torch.nn.Module):
 
 def without_gaps(engine: SparseModule) -> set[int]:
     """The columns of the planes whose rows have no gaps, though a convolution pads them."""
-    layouts = [home.layout for home in engine._plan.places.values()]
+    layouts = [home.layout for home in engine._network.plan.places.values()]
     return {
         y.columns for y in layouts if isinstance(y, Planes) and y.pitch == y.columns and y.guard > y.columns
     }

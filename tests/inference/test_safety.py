@@ -26,7 +26,7 @@ import explorer
 import explorer.errors
 from explorer.errors import EngineError
 from explorer.folders import held_below
-from explorer.inference import native
+from explorer.inference import choosing, native
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory
 from explorer.inference.module import SparseModule
@@ -265,14 +265,14 @@ def test_an_interrupted_update_leaves_all_old_weights(monkeypatch: pytest.Monkey
     for parameter in other.parameters():
         parameter.data *= 2
     assert right(engine, X[:2])  # what is kept is set for a smaller batch
-    original = engine._step_times
+    original = choosing._step_times
 
-    def interrupted() -> object:
-        monkeypatch.setattr(engine, "_step_times", original)
+    def interrupted(*_: object) -> object:
+        monkeypatch.setattr(choosing, "_step_times", original)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_step_times", interrupted)
-    monkeypatch.setattr(engine, "_mode", "sparse")  # two candidates for each convolution
+    monkeypatch.setattr(choosing, "_step_times", interrupted)
+    monkeypatch.setattr(engine._network, "mode", "sparse")  # two candidates for each convolution
     with pytest.raises(KeyboardInterrupt):
         engine.update_weights(other)
     assert right(engine, X)
@@ -601,7 +601,7 @@ def test_an_image_is_read_where_the_caller_has_it_and_only_for_the_call(threads:
     network = Stem().eval()
     images = torch.randn(3, 2, 3, 14, 32)
     engine = explorer.compile(network, images[0], threads=threads)
-    own = next(place for place in engine._plan.places.values() if place.cell is not None)
+    own = next(place for place in engine._network.plan.places.values() if place.cell is not None)
     assert own.view is not None
     own.view.fill_(float("nan"))  # would be seen if the copy were read
     for x in images:
@@ -643,5 +643,5 @@ def test_rows_that_end_within_a_vector_are_not_read_in_place(columns: int) -> No
     torch.manual_seed(0)
     network, x = Stem().eval(), torch.randn(1, 3, 14, columns)
     engine = explorer.compile(network, x)
-    assert all(place.cell is None for place in engine._plan.places.values())
+    assert all(place.cell is None for place in engine._network.plan.places.values())
     assert torch.allclose(engine(x), network(x), atol=1e-5)

@@ -35,8 +35,8 @@ def memory_of(layout: Planes, start: int) -> Any:
 
 def fill_with_nan(engine: SparseModule) -> int:
     """Overwrite all memory in which tensors of any shape lie; how many they are."""
-    plan = engine._plan
-    shared = plan._may_share(engine._graph)
+    plan = engine._network.plan
+    shared = plan._may_share(engine._network.graph)
     kept = {home.start for place, home in plan.places.items() if place not in shared}
     shared = {place for place in shared if plan.places[place].start not in kept}
     for home in (plan.places[place] for place in shared):
@@ -181,7 +181,7 @@ def test_tensors_in_one_memory_are_right_image_for_image(
 @needs_code
 def test_tensors_of_different_shapes_lie_in_the_same_memory() -> None:
     network, x = Narrowing().eval(), torch.randn(1, 3, 56, 56)
-    plan = explorer.compile(network, x)._plan
+    plan = explorer.compile(network, x)._network.plan
     homes = [home for home in plan.places.values() if isinstance(home.layout, Planes)]
     shapes: dict[int, set[Any]] = {}
     for home in homes:
@@ -195,23 +195,23 @@ def test_tensors_of_different_shapes_lie_in_the_same_memory() -> None:
 def test_gaps_are_zeroed_where_the_tensor_before_may_have_left_something() -> None:
     network, x = Narrowing().eval(), torch.randn(1, 3, 56, 56)
     engine = explorer.compile(network, x)
-    plan, graph = engine._plan, engine._graph
+    plan, graph = engine._network.plan, engine._network.graph
     harmless = plan._gaps_do_not_matter(graph)
     unclean = plan.unclean
     assert unclean
     assert not unclean & harmless
     # Two images in a row whose zeros lie alike: what the one leaves serves the other, if it has as many channels.
     twice = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))).eval()
-    assert not explorer.compile(twice, torch.randn(1, 8, 20, 20))._plan.unclean
+    assert not explorer.compile(twice, torch.randn(1, 8, 20, 20))._network.plan.unclean
     wider = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(3, 1, 1), *twice).eval()
-    assert explorer.compile(wider, torch.randn(1, 3, 20, 20))._plan.unclean
+    assert explorer.compile(wider, torch.randn(1, 3, 20, 20))._network.plan.unclean
 
 
 @needs_code
 @pytest.mark.parametrize("size", [(30, 33), (56, 28)])
 def test_different_images_of_tensors_in_one_memory_never_meet(size: tuple[int, int]) -> None:
     """Each image may go its way at its own pace: what is written, or zeroed, for one must not be another's."""
-    plan = explorer.compile(Narrowing().eval(), torch.randn(3, 3, *size))._plan
+    plan = explorer.compile(Narrowing().eval(), torch.randn(3, 3, *size))._network.plan
     tenants: dict[int, list[Planes]] = {}
     for home in plan.places.values():
         if isinstance(home.layout, Planes):

@@ -34,9 +34,9 @@ def sleeping(network: nn.Module) -> SparseModule:
 
 
 def asleep(engine: SparseModule) -> None:
-    assert engine._runner is not None
+    assert engine._network._runner is not None
     deadline = time.monotonic() + 30
-    while not engine._runner._state.asleep[1]:
+    while not engine._network._runner._state.asleep[1]:
         assert time.monotonic() < deadline, "the helper never went to sleep"
         time.sleep(0.001)
 
@@ -48,8 +48,8 @@ def test_a_helper_wakes_on_a_cpu_that_the_caller_does_not_use(
     allowed = os.sched_getaffinity(0)
     if len(allowed) == 1:
         pytest.skip("this process may use one CPU only")
-    assert sleeping._runner is not None
-    helper = sleeping._runner._helpers[0].native_id
+    assert sleeping._network._runner is not None
+    helper = sleeping._network._runner._helpers[0].native_id
     assert helper is not None
     for cpu in sorted(allowed)[:2]:
         monkeypatch.setattr(threads, "_current_cpu", lambda cpu=cpu: lambda: cpu)

@@ -55,8 +55,8 @@ class Bottlenecks(nn.Module):
 
 def fill_gaps_with_nan(engine: SparseModule) -> int:
     """Overwrite the whole memory of tensors whose gaps nobody may count; how many there are."""
-    places = engine._plan._gaps_do_not_matter(engine._graph)
-    for home in (engine._plan.places[place] for place in places):
+    places = engine._network.plan._gaps_do_not_matter(engine._network.graph)
+    for home in (engine._network.plan.places[place] for place in places):
         memory = (ctypes.c_float * home.layout.elements).from_address(home.start)
         np.frombuffer(memory, np.float32)[:] = np.nan
     return len(places)
@@ -64,10 +64,10 @@ def fill_gaps_with_nan(engine: SparseModule) -> int:
 
 def in_tiles(engine: SparseModule) -> set[str]:
     """The modules whose result lies in tiles."""
-    places = engine._plan.places
+    places = engine._network.plan.places
     return {
         operation.name
-        for operation in engine._graph.operations
+        for operation in engine._network.graph.operations
         if isinstance(layout := getattr(places.get(operation.output), "layout", None), Planes) and layout.tile
     }
 
@@ -135,9 +135,9 @@ def test_what_filters_of_each_channel_write_for_pointwise_convolutions_lies_in_t
     torch.manual_seed(0)
     network, x = pruned(Separable(16, 3, 1), 0.8), torch.randn(2, 3, *size)
     engine = explorer.compile(network, x, threads=1, precision=precision)
-    found = {operation.name: operation for operation in engine._graph.operations}
+    found = {operation.name: operation for operation in engine._network.graph.operations}
     for name in ("filter", "down"):
-        layout = engine._plan.places[found[name].output].layout
+        layout = engine._network.plan.places[found[name].output].layout
         assert isinstance(layout, Planes)
         wanted = layout.in_tiles(1)
         fits = wanted is not None and not layout.is_compactable and (name == "filter" or wanted.takes_rows)
@@ -158,8 +158,8 @@ def test_the_phase_that_a_pointwise_convolution_reads_lies_in_tiles(
     for size in (16 * stride, 31 * stride, 14 * stride, 20 * stride + 1):
         x = torch.randn(2, 3, size, size)
         engine = explorer.compile(network, x, threads=2)
-        split = next(operation for operation in engine._graph.operations if operation.kind == "split")
-        layout = engine._plan.places[split.output].layout
+        split = next(operation for operation in engine._network.graph.operations if operation.kind == "split")
+        layout = engine._network.plan.places[split.output].layout
         assert isinstance(layout, Planes)
         in_any.append(bool(layout.tile))
         for n in (2, 1):

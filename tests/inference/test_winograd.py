@@ -37,7 +37,7 @@ CHOICE = Choice(True, "winograd")
 def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers take this kernel wherever they can."""
     monkeypatch.setattr(Plan, "candidates", preferring(CHOICE.__eq__))
-    monkeypatch.setattr("explorer.inference.module.larger_kernels", without_limit)
+    monkeypatch.setattr("explorer.inference.choosing.larger_kernels", without_limit)
 
 
 def check(size: tuple[int, int], outputs: int, **more: Any) -> bool:
@@ -119,7 +119,7 @@ def test_any_shape_equals_the_numpy_twin(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "candidates", preferring(CHOICE.__eq__))
-        patch.setattr("explorer.inference.module.larger_kernels", without_limit)
+        patch.setattr("explorer.inference.choosing.larger_kernels", without_limit)
         ran = check(
             (height, width),
             outputs,
@@ -165,9 +165,9 @@ def test_results_go_to_tiles_and_residuals_are_added_where_they_lie() -> None:
         module, x = Blocks().eval(), torch.randn(2, 8, *size)
         engine = explorer.compile(module, x, sparse="dense")
         assert relative_error(engine(x), module(x)) < TOLERANCE
-        fits = engine._isa.lanes <= size[1]
+        fits = engine._network.isa.lanes <= size[1]
         assert {engine.choices[name] == "dense, winograd" for name in "ac"} == {fits}
-        assert size[0] < 56 or any(place.layout.is_cut for place in engine._plan.places.values())
+        assert size[0] < 56 or any(place.layout.is_cut for place in engine._network.plan.places.values())
 
 
 @pytest.mark.usefixtures("preferred")

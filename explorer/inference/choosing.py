@@ -1,0 +1,187 @@
+"""Which kernel computes each layer, and in which order large layers run: decided by measuring them inside the whole network.
+
+Every candidate runs in the whole network, all layers at once, and each layer keeps the one that was fastest *there* (times of a layer alone mislead: its data
+would be in the cache). Answers are remembered, see choices.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from explorer.inference.choices import choice_cache
+from explorer.inference.execution import Execution
+from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
+from explorer.inference.pairs import in_pairs
+from explorer.inference.plan import Choice
+from explorer.inference.timing import torch_threads
+
+if TYPE_CHECKING:
+    # What generates or runs machine code needs llvmlite: imported where it is used, so that a machine without it runs through torch.
+    from explorer.inference.steps import Steps
+
+_PASSES, _REPEATS = 3, 5
+"""How often the candidates take turns, and the runs of one turn."""
+_PASSES_S = 0.12
+"""Seconds after which two passes are enough."""
+_ORDER_TURNS = 2
+_TURN_S = 0.015
+"""Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
+
+_BANDS, _LAYERS = "band by band", "layer by layer"
+
+
+def choose(network: Execution, example: tuple[Any, ...]) -> None:
+    """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
+    if not network.plan.native:
+        return
+    from explorer.inference.steps import build_steps
+
+    layers = network.plan.layers(network.graph)
+    network.densities = densities = {i: network.density(i) for i in layers}
+    larger = _larger_kernels(network)
+    about = {
+        i: {
+            "paired": in_pairs(network.weight(i)),
+            "code": i in larger.code,
+            "winograd": i in larger.winograd,
+        }
+        for i in layers
+    }
+    candidates = {
+        i: network.plan.candidates(network.graph, i, network.mode, densities[i], **about[i]) for i in layers
+    }
+    cache = choice_cache()
+    questions = {
+        i: network.plan.question(network.graph, i, densities[i], **about[i])
+        for i, several in candidates.items()
+        if len(several) > 1 and network.mode == "auto"
+    }
+    for i, question in questions.items():
+        answer = cache.get(question)
+        candidates[i] = [c for c in candidates[i] if c.label == answer] or candidates[i]
+    packed: dict[tuple[str, Choice], Any] = {}
+    network.choices = {i: c[0] for i, c in candidates.items()}
+    if any(len(several) > 1 for several in candidates.values()):
+        _time_candidates(network, example, candidates, packed)
+        cache.put({question: network.choices[i].label for i, question in questions.items()})
+    # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
+    question = f"order {network.mode} {network.plan.network(network.graph, network.densities)}"
+    by_bands = cache.get(question) != _LAYERS
+    steps = build_steps(network.plan, network.graph, network.choices, packed, by_bands=by_bands)
+    steps.use_bands = by_bands
+    network.install(steps)
+    _order_bands(network, example, question)
+
+
+def keep(network: Execution) -> None:
+    """Pack the weights that the network has by now for the kernels that its layers have."""
+    if not network.plan.native:
+        return
+    from explorer.inference.steps import build_steps
+
+    network.densities = {i: network.density(i) for i in network.choices}
+    by_bands = network.steps is None or network.steps.use_bands
+    steps = build_steps(network.plan, network.graph, network.choices, by_bands=by_bands)
+    network.install(steps)
+    network.use_bands(steps, by_bands)
+
+
+def _larger_kernels(network: Execution) -> Larger:
+    """The layers whose kernels may need more memory than others."""
+    layers = {}
+    for i, share in network.densities.items():
+        # Dense kernels do not ask which weights are zero.
+        density = 1.0 if network.mode == "dense" else share
+        size, can = network.weight(i).size, network.plan.may_be_code(network.graph, i)
+        vectors = network.plan.vectors_of(network.graph.operations[i])
+        winograd = network.plan.may_be_winograd(network.graph, i, density)
+        layers[i] = Weighed(size, round(density * size), vectors, can, winograd)
+    return larger_kernels(layers, network.plan.memory.n_bytes)
+
+
+def _time_candidates(
+    network: Execution,
+    example: tuple[Any, ...],
+    candidates: Mapping[int, list[Choice]],
+    packed: dict[tuple[str, Choice], Any],
+) -> None:
+    from explorer.inference.steps import build_steps
+
+    rounds = max(len(several) for several in candidates.values())
+    # A layer with fewer candidates keeps its first while the others try on.
+    tried = [{i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()} for turn in range(rounds)]
+    steps = [build_steps(network.plan, network.graph, choices, packed, by_bands=False) for choices in tried]
+    best: dict[int, float] = {}
+    # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
+    start = time.perf_counter()
+    for done in range(_PASSES):
+        if done > 1 and time.perf_counter() - start > _PASSES_S:
+            break  # a large network: its times vary less
+        for choices, these in zip(tried, steps, strict=True):
+            network.install(these)
+            ms = _step_times(network, example)
+            for step, index in enumerate(network.plan.native):
+                if index in choices and ms[step] < best.get(index, float("inf")):
+                    best[index], network.choices[index] = float(ms[step]), choices[index]
+
+
+def _step_times(network: Execution, example: tuple[Any, ...]) -> NDArray[np.float64]:
+    """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""
+    runs = []
+    inputs, images = _of_a_turn(network, example)
+    with torch_threads(network.threads), torch.no_grad():
+        start = time.perf_counter()
+        for turn in range(_REPEATS + 1):
+            network.run_together(inputs, images, [])
+            if turn > 0:
+                runs.append(network.cycles)
+            if turn > 0 and time.perf_counter() - start > _TURN_S:
+                break
+    from explorer.inference.threads import cycles_per_ms
+
+    fastest: NDArray[np.int64] = np.min(runs, axis=0)
+    return fastest / cycles_per_ms(network.isa)
+
+
+def _order_bands(network: Execution, example: tuple[Any, ...], question: str) -> None:
+    """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.
+
+    The answer is remembered under `question`.
+    """
+    steps = network.steps
+    if steps is None or not steps.chains:
+        return
+    answer = choice_cache().get(question)
+    if answer not in (_BANDS, _LAYERS):
+        answer = _faster_order(network, example, steps)
+        choice_cache().put({question: answer})
+    network.use_bands(steps, answer == _BANDS)
+
+
+def _faster_order(network: Execution, example: tuple[Any, ...], steps: Steps) -> str:
+    best = {_BANDS: float("inf"), _LAYERS: float("inf")}
+    inputs, images = _of_a_turn(network, example)
+    start, turn = time.perf_counter(), 0
+    with torch_threads(network.threads), torch.no_grad():
+        while turn < _ORDER_TURNS or (turn < 10 and time.perf_counter() - start < _TURN_S):
+            for name, before in best.items():
+                network.use_bands(steps, name == _BANDS)
+                begin = time.perf_counter()
+                network.run_together(inputs, images)
+                best[name] = min(before, time.perf_counter() - begin)
+            turn += 1
+    return min(best, key=best.__getitem__)
+
+
+def _of_a_turn(network: Execution, example: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+    """As much of the example input as goes through together, and how many images that is."""
+    images = network.plan.images
+    if network.at_once is None:
+        return example, images
+    return tuple(value[:images] for value in example), images
