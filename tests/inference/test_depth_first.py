@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import explorer
+from explorer.inference import choosing
 from explorer.inference import plan as plan_module
 from explorer.inference.depth_first import Access, Bands, Step, order
 from explorer.inference.module import SparseModule
@@ -96,7 +97,7 @@ def test_who_reads_only_zeros_waits_for_the_first_band_with_which_they_are_made(
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that can runs band by band, whichever order is faster here."""
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
-    monkeypatch.setattr(SparseModule, "_order_bands", lambda *_: None)
+    monkeypatch.setattr(choosing, "_order_bands", lambda *_: None)
 
 
 def in_chains(engine: SparseModule) -> int:
@@ -269,14 +270,14 @@ def test_the_faster_order_is_taken_and_remembered(
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
     asked = []
-    measured = SparseModule._faster_order
+    measured = choosing._faster_order
 
-    def answer(self: SparseModule, steps: Any) -> str:
-        assert measured(self, steps) in ("band by band", "layer by layer")
+    def answer(*given: Any) -> str:
+        assert measured(*given) in ("band by band", "layer by layer")
         asked.append(faster)
         return faster
 
-    monkeypatch.setattr(SparseModule, "_faster_order", answer)
+    monkeypatch.setattr(choosing, "_faster_order", answer)
     torch.manual_seed(0)
     network, other = pruned(Bottlenecks(32, 16), 0.9), pruned(Bottlenecks(32, 16), 0.8)
     x = torch.randn(2, 3, 48, 48)
