@@ -25,7 +25,7 @@ from explorer.inference.pack import weight_words
 from explorer.inference.peak import peak_of
 from explorer.inference.sparse_code import Finish, programs
 from explorer.inference.sparse_rows import SparseWeights, read_beyond, sparse_entries
-from explorer.inference.steps import block_bytes
+from explorer.inference.step_builder import block_bytes
 
 __all__ = ["KernelSpeed", "Loop", "measure_loops", "table"]
 

@@ -1,7 +1,7 @@
 """The sparse CPU engine: compiles a network so that zeros in its weights cost nothing.
 
 Imports no other room of the house (only the error types), so that it could leave as a package of its own. The way through it: `capture` (torch.export
-in, our graph out), `lower` (fold and fuse), `plan` (layouts, buffers, tables), `kernels/` (LLVM IR), `sparse_code` (weights as programs), `native` (machine code, cache), `threads` (the
+in, our graph out), `lower` (fold and fuse), `plan` (layouts, buffers, tables), `kernels/` (LLVM IR), `sparse_code` (weights as programs), `native` (machine code, cache), `steps` (the tables of what is run), `threads` (the
 driver's helpers), `execution` (inputs through the plan), `choosing` (kernels, by measuring), `module` (what the user holds), `compilation` (all of it in order), `timing`.
 """
 

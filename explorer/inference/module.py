@@ -139,7 +139,7 @@ class SparseModule:
             if (
                 x.__class__ is Tensor
                 and (x.shape == straight.shape or straight.divides(x, self.batch_size))
-                and len(x) >= self._few.least
+                and (self._few.least == 1 or x.shape[0] >= self._few.least)
                 and x.dtype is torch.float32
                 and x.is_cpu
                 and x.layout is torch.strided

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from explorer.inference import native, steps
+from explorer.inference import conv_steps, native
 from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_columns, channel_tile
 from explorer.inference.plan import Choice, Plan
@@ -106,8 +106,8 @@ def test_any_shape_equals_the_numpy_twin(
 @pytest.mark.usefixtures("across")
 def test_many_blocks_jobs_and_groups_add_up(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """K in blocks of a few operands, the tiles of an image in several jobs, and a last group with few channels."""
-    monkeypatch.setattr(steps, "l1_bytes", lambda: 2048)
-    monkeypatch.setattr(steps, "_SUMS_BYTES", 1)
+    monkeypatch.setattr(conv_steps, "l1_bytes", lambda: 2048)
+    monkeypatch.setattr(conv_steps, "_SUMS_BYTES", 1)
     check((14, 28), 70, channels=37, images=3, residual=True, threads=threads)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from explorer.inference import compilation, native, steps
+from explorer.inference import compilation, conv_steps, native, step_builder
 from explorer.inference.activations import LARGEST_ERROR, Activation
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import (
@@ -702,8 +702,9 @@ def test_channels_go_in_parts_whose_sums_stay_in_the_cache(
     """A layer of several K blocks, whose sums would fill a small level 2 cache several times over."""
     if native.current_isa().name == "torch":
         pytest.skip("no machine code on this machine")
-    monkeypatch.setattr(steps, "l1_bytes", lambda: 4096)
-    monkeypatch.setattr(steps, "_LEAST_BLOCK_BYTES", 4096)
+    for part in (conv_steps, step_builder):
+        monkeypatch.setattr(part, "l1_bytes", lambda: 4096)
+    monkeypatch.setattr(step_builder, "_LEAST_BLOCK_BYTES", 4096)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(150, 96, 1, 1, generator=generator)
     if not dense:
@@ -713,7 +714,7 @@ def test_channels_go_in_parts_whose_sums_stay_in_the_cache(
     wanted = torch.nn.functional.conv2d(x.double(), weight.double())
     jobs = []
     for cache in (1 << 30, 1 << 15):
-        monkeypatch.setattr(steps, "l2_bytes", lambda cache=cache: cache)
+        monkeypatch.setattr(conv_steps, "l2_bytes", lambda cache=cache: cache)
         graph = conv_graph(x.shape, weight, None, **attributes)
         engine = SparseModule(graph, (x,), 1, "dense" if dense else "sparse")
         assert relative_error(engine(x), wanted) < TOLERANCE

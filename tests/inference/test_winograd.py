@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from explorer.inference import native, steps
+from explorer.inference import conv_steps, native
 from explorer.inference.kernels import conv, winograd
 from explorer.inference.kernels.registers import dense_parts, dense_rows
 from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
@@ -139,7 +139,7 @@ def test_any_shape_equals_the_numpy_twin(
 @pytest.mark.usefixtures("preferred")
 def test_many_blocks_pieces_and_parts_add_up(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """K in blocks of a few channels, output channels in pieces of a group, which two threads share where an image has one tile."""
-    monkeypatch.setattr(steps, "l1_bytes", lambda: 2048)
+    monkeypatch.setattr(conv_steps, "l1_bytes", lambda: 2048)
     assert check((14, 32), 70, channels=37, images=3, threads=threads)
     assert check((4, 16), 70, channels=7, residual=True, threads=threads)
 
@@ -198,7 +198,7 @@ def test_what_is_no_finite_number_spreads_as_far_as_in_torch(
     poison: float, kernel: int, stride: int, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the definition, which such jobs go back to; channels in several blocks, the last of which may be the one that meets it."""
-    monkeypatch.setattr(steps, "l1_bytes", lambda: 2048)
+    monkeypatch.setattr(conv_steps, "l1_bytes", lambda: 2048)
     columns = 32
     weight = torch.randn(9, 5, kernel, kernel)
     attributes = {"stride": (stride,) * 2, "padding": (kernel // 2,) * 2, "dilation": (1, 1), "groups": 1}
