@@ -313,8 +313,8 @@ class Execution:
         """Run all segments, of native ones only the steps before `last`; the values that torch knows."""
         plan, runner = self.plan, self._runner
         values: dict[str, Any] = dict(zip(self.graph.inputs, inputs, strict=True))
-        if times is not None and runner is not None:
-            runner.forget_cycles()
+        if times is not None:
+            self.forget_cycles()
         for segment in plan.segments:
             start = time.perf_counter() if times is not None else 0.0
             if isinstance(segment, NativeSegment):
@@ -335,8 +335,8 @@ class Execution:
                 values[o.output] = o.target(*args, **kwargs)
             if times is not None:
                 times.append(time.perf_counter() - start)
-        if times is not None and runner is not None:
-            self.cycles = runner.cycles()
+        if times is not None:
+            self.keep_cycles()
         return values
 
     def _padded(self, name: str, value: Tensor, images: int) -> Tensor:
@@ -347,9 +347,19 @@ class Execution:
         full[:images] = value
         return full
 
+    def forget_cycles(self) -> None:
+        """Have the counters of all steps begin at zero."""
+        if self._runner is not None:
+            self._runner.forget_cycles()
+
+    def keep_cycles(self) -> None:
+        """Take over what the steps took since `forget_cycles`."""
+        if self._runner is not None:
+            self.cycles = self._runner.cycles()
+
     def room(self, name: str) -> int:
-        """Images for which there is room in a value: in the head those of all turns."""
-        return self.plan.batch if name in self._in_head else self.plan.images
+        """Images for which there is room in a value, or a place: in the head those of all turns."""
+        return self.plan.batch if self.plan.root(name) in self.plan.head_places else self.plan.images
 
     # ---- values
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from math import prod
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from explorer.inference.execution import Execution
 from explorer.inference.few_samples import FewSamples
 from explorer.inference.graph import Graph
 from explorer.inference.native import Isa, current_isa
-from explorer.inference.plan import ImportSegment, TorchSegment
+from explorer.inference.plan import TorchSegment
+from explorer.inference.profiling import layer_timings, operator_name
 from explorer.inference.timing import (
     Benchmark,
     CompileTimes,
@@ -95,7 +95,7 @@ class SparseModule:
     def fallbacks(self) -> tuple[str, ...]:
         """Operators without a native kernel, as "module: operator"."""
         return tuple(
-            f"{s.operation.name or 'model'}: {_operator(s.operation.target)}"
+            f"{s.operation.name or 'model'}: {operator_name(s.operation.target)}"
             for s in self._network.plan.segments
             if isinstance(s, TorchSegment)
         )
@@ -357,12 +357,13 @@ class SparseModule:
         """What each step costs inside the network: medians over `repeats` runs, in execution order.
 
         Steps of native segments are timed by the CPU's own counter, without leaving native code; torch operators and copies by the
-        system's clock. The last row, "call", is what remains of the whole.
+        system's clock. What was fused into a layer (batch norm, an addition, an activation) is part of its row. The last row, "call", is what remains of
+        a call: Python, waking helpers, copying the answer, and copying the input where that is not a row of its own.
 
         Returns
         -------
         tuple of LayerTiming
-            Their milliseconds add up to the time of a call; `explorer.plots.roofline` draws them.
+            Their milliseconds add up to the time of a call, as `benchmark` measures it; `explorer.plots.roofline` draws them. A layer that is called twice has two rows.
 
         Raises
         ------
@@ -370,75 +371,7 @@ class SparseModule:
             When the inputs do not fit, or `repeats` is less than one.
         """
         check_repeats(repeats)
-        inputs = self._tensors(inputs)
-        images = self._check(inputs)
-        network = self._network
-        ticks, segments, wholes = [], [], []
+        tensors = self._tensors(inputs)
+        images = self._check(tensors)
         with self._lock, torch_threads(self.threads), torch.inference_mode():
-            for i in range(repeats + 3):
-                times: list[float] = []
-                start = time.perf_counter()
-                network.run(inputs, images, times)
-                whole = time.perf_counter() - start
-                if i >= 3:
-                    ticks.append(network.cycles)
-                    segments.append(times)
-                    wholes.append(whole)
-        step_ms, peak_gflops = np.zeros(0), 0.0
-        if network.plan.native:
-            from explorer.inference.peak import peak_of
-            from explorer.inference.threads import cycles_per_ms
-
-            peak_gflops = peak_of(network.isa).gflops * self.threads
-            step_ms = np.median(ticks, axis=0) / cycles_per_ms(network.isa)
-        segment_ms = np.median(segments, axis=0) * 1e3
-        rows = []
-        for segment, ms in zip(network.plan.segments, segment_ms, strict=True):
-            if isinstance(segment, TorchSegment):
-                o = segment.operation
-                rows.append(
-                    LayerTiming(o.name or "model", _operator(o.target), float(ms), "torch", 0.0, 0, False)
-                )
-            elif isinstance(segment, ImportSegment):
-                rows.append(LayerTiming(segment.value, "copy", float(ms), "copy", 0.0, 0, False))
-            else:
-                rows += [
-                    self._row(step, float(step_ms[step]), images, peak_gflops)
-                    for step in range(segment.first, segment.last)
-                ]
-        # Python between the segments, waking helpers, and copying the output: so that the parts make up the whole.
-        rest = float(np.median(wholes)) * 1e3 - sum(row.ms for row in rows)
-        rows.append(LayerTiming("call", "call", max(rest, 0.0), "python", 0.0, 0, False))
-        return tuple(rows)
-
-    def _row(self, step: int, ms: float, images: int, peak_gflops: float) -> LayerTiming:
-        network = self._network
-        assert network.steps is not None
-        index = network.plan.native[step]
-        o, shapes = network.graph.operations[index], network.graph.shapes
-        sparsity, macs = 0.0, 0
-        prunable = o.kind in ("conv", "linear")
-        if prunable:
-            sparsity = 1 - network.densities[index]
-            room = network.room(o.output)
-            macs = prod(shapes[o.output]) * images // room * prod(shapes[o.weight or ""][1:])
-        places = {*network.plan.operands(o), o.output}
-        touched = (
-            sum(network.plan.places[place].layout.n_bytes for place in places) * images // network.plan.images
-        )
-        return LayerTiming(
-            o.name or "model",
-            o.kind,
-            ms,
-            network.steps.labels[step],
-            sparsity,
-            macs,
-            prunable,
-            network.steps.table_bytes[step] + touched,
-            float(peak_gflops),
-            self.precision,
-        )
-
-
-def _operator(target: Any) -> str:
-    return str(target).removeprefix("aten.")
+            return layer_timings(self._network, partial(self, *inputs), tensors, images, repeats)

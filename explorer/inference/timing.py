@@ -37,15 +37,20 @@ class LayerTiming:
     ms : float
         Median, in milliseconds, for the whole batch.
     kernel : str
-        "sparse", "sparse pairs", "code", "dense", with the way operands are reached; "pool"; "torch"; "copy".
+        Of a layer "dense" (its zeros are multiplied too), "sparse", "sparse pairs" (two output channels with one pattern) or "code" (each nonzero is an instruction). After a comma,
+        how it reaches its operands: "shift" (copied once for each offset within a vector), "compact" (copied without the gaps between rows), "channels" (output channels side by side in a
+        vector, in place of pixels), "winograd", "depthwise"; nothing: where they lie. Of other steps "pool", "copy", "add", ...; "torch" for torch's own operator, "python" for the rest of a call.
     sparsity : float
-        Zeros / elements of its weight.
+        Zeros / elements of its weight; 0 when it has none.
     macs : int
-        Multiply-adds that a dense kernel would need, for the whole batch.
+        Multiply-adds of the layer's definition, zeros among its weights included, for the whole batch: elements of the output (of a transposed convolution: of
+        the input) x weights of each. As is usual, those with the zeros around an image count too. 0 for all but convolutions and linear layers, and where
+        torch runs something else, such as an LSTM.
     prunable : bool
-        Whether the step has a weight that can be pruned.
+        Whether it is a convolution or linear layer, whose weight can be pruned.
     n_bytes : int
-        Bytes that the step touches once: its packed weights and tables, what it reads and what it writes. 0 when unknown (torch).
+        Bytes that the step touches, each counted once: its packed weights and tables, the values that it reads and those that it writes, for the whole batch, without the gaps
+        between them. They may well be in a cache. 0 when unknown (torch).
     peak_gflops : float
         What this machine's cores can do at best, as many as the network was compiled for, see `explorer.inference.machine_peak`. 0 when unknown.
     precision : str
@@ -65,7 +70,10 @@ class LayerTiming:
 
     @property
     def gflops(self) -> float:
-        """Useful operations in 1e9 per second: two for each nonzero weight and output, none for zeros and padding."""
+        """Useful operations in 1e9 per second: two for each of `macs` whose weight is not zero; nothing for lanes of a vector that hold no pixel.
+
+        Winograd's filtering needs fewer operations than that, so that its figure may be above what the machine can do.
+        """
         return 2 * self.macs * (1 - self.sparsity) / self.ms / 1e6 if self.ms > 0 else 0.0
 
     @property

@@ -18,6 +18,7 @@ import explorer
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native, timing
 from explorer.inference.choices import choice_cache
+from explorer.inference.execution import Execution
 from explorer.inference.module import Mode, SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import runnable
@@ -341,6 +342,62 @@ def test_the_rows_of_a_profile_add_up_to_the_call() -> None:
     assert min(apart) < 0.05
 
 
+def test_a_profile_is_one_of_calls_and_not_of_the_way_on_which_steps_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(1, 8)
+    engine = explorer.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), x)
+    assert engine._network.straight is not None
+    original, slow_ms = Execution.run, 50.0
+
+    def slow(self: Execution, *args: Any) -> Any:
+        time.sleep(slow_ms / 1e3)
+        return original(self, *args)
+
+    # A call of this network does without it.
+    monkeypatch.setattr(Execution, "run", slow)
+    rows = engine.profile(x, repeats=5)
+    assert sum(row.ms for row in rows) < slow_ms
+    assert [row.name for row in rows] == ["0", "2", "call"]
+
+
+class ThroughTorch(nn.Module):
+    """Layers with weights that torch runs, beside one that the engine does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Conv2d(2, 6, 3), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+        self.deep, self.recurrent = nn.Conv3d(1, 5, 3, padding=1), nn.LSTM(5, 7)
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.deep(self.norm(self.up(self.first(x))).unsqueeze(1)).mean((2, 3))
+        return self.recurrent(y.transpose(1, 2))[0]
+
+
+def test_a_profile_knows_the_weights_of_layers_that_run_through_torch() -> None:
+    torch.manual_seed(0)
+    network, x = ThroughTorch().eval(), torch.randn(2, 2, 7, 7)
+    parts = [network.first.weight, network.up.weight, network.deep.weight, *network.recurrent.parameters()]
+    with torch.no_grad():
+        for part in parts:
+            part[torch.rand_like(part) < 0.7] = 0
+    engine = explorer.compile(network, x)
+    rows = {row.name: row for row in engine.profile(x, repeats=2) if row.sparsity > 0}
+    assert list(rows) == ["first", "up", "deep", "recurrent"]
+    for name in ("first", "up", "deep"):
+        weight = getattr(network, name).weight
+        assert rows[name].sparsity == pytest.approx(float((weight == 0).double().mean()))
+        assert rows[name].prunable
+    # Each pixel of the 5 x 5 meets 2 channels of 2 x 2 weights; 10 x 10 x 4 places see 27 weights.
+    assert rows["up"].macs == 2 * 6 * 5 * 5 * 2 * 2 * 2
+    assert rows["deep"].macs == 2 * 5 * 4 * 10 * 10 * 27
+    lstm = torch.cat([w.flatten() for n, w in network.recurrent.named_parameters() if "weight" in n])
+    assert rows["recurrent"].sparsity == pytest.approx(float((lstm == 0).double().mean()))
+    assert rows["recurrent"].macs == 0
+    assert all(row.share_of_peak > 0 for row in rows.values() if row.macs)
+
+
 def test_a_benchmark_on_a_noisy_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = explorer.compile(small_network(), X)
     ticks = iter(range(10_000))
@@ -521,6 +578,9 @@ def test_the_head_takes_the_images_of_all_turns_at_once(
             assert relative_error(engine(x[:n].clone().requires_grad_()), wanted) < 1e-5
             assert relative_error(engine(x[:n].to(memory_format=torch.channels_last)), wanted) < 1e-5
     rows = {row.name: row for row in engine.profile(x, repeats=3)}
+    one = {row.name: row for row in engine.profile(x[:1], repeats=3)}
+    # Of the head too: ten more images are so many more of the values that it reads and writes.
+    assert rows["d"].n_bytes - one["d"].n_bytes == 10 * 4 * (150 + 7)
     assert rows["d"].macs == 11 * 150 * 7
     assert rows["b"].macs == 11 * 24 * 24 * 9 * 20
     assert all(row.ms >= 0 for row in rows.values())
