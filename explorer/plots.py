@@ -248,14 +248,15 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
     Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model", doi:10.1145/1498765.1498785. To the right: useful
     operations for each byte that a layer touches (weights, input and output, once each). Upwards: useful operations in a second; zeros do
     not count. A layer near the sloping roof waits for memory, one near the level roof computes as fast as this machine can, and one well below both loses its time
-    elsewhere. The area of a mark is the layer's share of the time.
+    elsewhere. The sloping roof is that of main memory: a layer whose bytes come from a cache may lie above it. The area of a mark is the layer's share of the time of
+    those that are drawn (the smallest are drawn larger, so that they can be seen).
 
     Parameters
     ----------
     profile : sequence of LayerTiming
         From `SparseModule.profile`. What has no multiply-adds, or ran through torch, is not drawn.
     peak : MachinePeak, optional
-        One core's best; measured now when not given. The level roof is that of as many cores as the profile's network used.
+        One core's best; measured now when not given. The roofs are those of as many cores as the profile's network used.
 
     Returns
     -------
@@ -282,8 +283,8 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
     intensity = np.array([row.gflops * row.ms * 1e6 / row.n_bytes for row in rows])
     speed = np.array([row.gflops for row in rows])
     ms = np.array([row.ms for row in rows])
-    low, high = min(intensity.min(), level / slope) / 2, max(intensity.max(), level / slope) * 2
-    x = np.geomspace(low, high, 64)
+    ridge = level / slope
+    x = np.array([min(intensity.min(), ridge) / 2, ridge, max(intensity.max(), ridge) * 2])
     figure = go.Figure()
     roof = f"{level:.0f} GFLOP/s, {slope:.0f} GB/s ({threads} thread{'s' if threads > 1 else ''}, {peak.isa})"
     figure.add_trace(
@@ -306,12 +307,13 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
                 name=kernel,
                 marker={
                     "color": _COLOURS[number % len(_COLOURS)],
-                    "size": np.clip(120 * np.sqrt(ms[mine] / ms.sum()), 5, 60),
+                    "size": np.maximum(90 * np.sqrt(ms[mine] / ms.sum()), 5),
                     "opacity": 0.75,
                 },
                 customdata=[(r.name, r.ms, r.sparsity, r.share_of_peak) for r in rows if r.kernel == kernel],
-                hovertemplate="%{customdata[0]}<br>%{customdata[1]:.3f} ms, sparsity %{customdata[2]:.0%}<br>"
-                "%{y:.0f} GFLOP/s, %{customdata[3]:.0%} of peak<br>%{x:.1f} FLOP/byte<extra></extra>",
+                # Three digits, however small or large: layers take from microseconds to seconds.
+                hovertemplate="%{customdata[0]}<br>%{customdata[1]:.3r} ms, sparsity %{customdata[2]:.1%}<br>"
+                "%{y:.3r} GFLOP/s, %{customdata[3]:.1%} of peak<br>%{x:.3r} FLOP/byte<extra></extra>",
             )
         )
     figure.update_xaxes(title_text="Useful operations per byte (FLOP/byte)", type="log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -68,11 +69,23 @@ def test_the_roofline_places_each_layer_by_useful_operations_per_byte_and_second
     roof, *kernels = figure.data
     assert "100 GFLOP/s, 20 GB/s (2 threads, avx2)" in roof.name
     np.testing.assert_allclose(roof.y, np.minimum(100.0, 20 * np.asarray(roof.x)))
+    assert 5.0 in roof.x  # where the roofs meet, exactly
     drawn = {t.customdata[0][0]: (t.name, t.x[0], t.y[0]) for t in kernels}
     assert drawn.keys() == {"conv", "fc"}
     # 2 * 4e8 * 0.1 operations in 2 ms on 2e6 bytes; 2 * 1e6 in 0.5 ms on 4e6 bytes.
     assert drawn["conv"] == ("sparse", pytest.approx(40.0), pytest.approx(40.0))
     assert drawn["fc"] == ("dense", pytest.approx(0.5), pytest.approx(4.0))
+
+
+def test_the_areas_of_marks_are_shares_of_the_time_whatever_they_are() -> None:
+    rows = [dataclasses.replace(ROWS[0], name=str(ms), ms=ms) for ms in (900.0, 90.0, 9.0, 0.001)]
+    _, marks = plots.roofline(rows, MachinePeak(50.0, 10.0, "avx2")).data
+    largest, large, small, least = marks.marker.size
+    np.testing.assert_allclose([largest / large, large / small], np.sqrt(10))
+    assert 4 <= least < small
+    # Nothing is rounded to zero, or to all.
+    assert marks.hovertemplate.count(".3r}") == 3
+    assert ":.1%" in marks.hovertemplate
 
 
 def test_a_profile_without_kernels_has_no_roofline() -> None:
