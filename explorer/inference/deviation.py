@@ -17,12 +17,15 @@ from explorer.errors import EngineError
 class Deviation:
     """The difference of a compiled network's outputs from the float32 outputs of its module, see `SparseModule.compare`.
 
+    There is none where both are the same infinity, or NaN. Where only one is, the errors are infinite or NaN.
+
     Attributes
     ----------
     relative_l2 : float
-        Euclidean norm of the difference / that of the module's outputs, over all floating-point outputs. float32 against float32 gives about 1e-6.
+        Euclidean norm of the difference / that of the module's (finite) outputs, over all floating-point outputs. float32 against float32 gives about 1e-6.
+        Where all that the module answers is zero: 0 when the network answers the same, else 1.
     largest : float
-        The largest difference of any one number.
+        The largest absolute difference of any one number, in the units of the outputs.
     agreement : float or None
         Share of the samples for which both name the same class, of outputs of shape (samples, classes); None when there is no such output.
     precision : str
@@ -50,8 +53,8 @@ def deviation(outputs: Any, wanted: Any, precision: str) -> Deviation:
     ]
     if not pairs:
         raise EngineError("The network returns no floating-point tensor; there is nothing to compare.")
-    differences = [(mine - theirs).abs() for mine, theirs in pairs]
-    norm = sum(float(theirs.square().sum()) for _, theirs in pairs) ** 0.5
+    differences = [_difference(mine, theirs) for mine, theirs in pairs]
+    norm = sum(float(theirs[theirs.isfinite()].square().sum()) for _, theirs in pairs) ** 0.5
     error = sum(float(d.square().sum()) for d in differences) ** 0.5
     classes = [
         (mine.argmax(1) == theirs.argmax(1)).double()
@@ -60,10 +63,15 @@ def deviation(outputs: Any, wanted: Any, precision: str) -> Deviation:
     ]
     return Deviation(
         relative_l2=error / norm if norm else float(error > 0),
-        largest=max(float(d.max()) for d in differences),
+        largest=float(torch.stack([d.max() for d in differences]).max()),  # Python's max would lose a NaN
         agreement=float(torch.cat(classes).mean()) if classes else None,
         precision=precision,
     )
+
+
+def _difference(mine: Tensor, theirs: Tensor) -> Tensor:
+    alike = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    return (mine - theirs).abs().masked_fill(alike, 0.0)
 
 
 class Source:
