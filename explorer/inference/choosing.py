@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from explorer.inference.choices import choice_cache
 from explorer.inference.execution import Execution
@@ -44,7 +45,7 @@ def choose(network: Execution, example: tuple[Any, ...]) -> None:
 
     layers = network.plan.layers(network.graph)
     network.densities = densities = {i: network.density(i) for i in layers}
-    larger = _larger_kernels(network)
+    larger = _larger_kernels(network, example)
     about = {
         i: {
             "paired": in_pairs(network.weight(i)),
@@ -92,7 +93,7 @@ def keep(network: Execution) -> None:
     network.use_bands(steps, by_bands)
 
 
-def _larger_kernels(network: Execution) -> Larger:
+def _larger_kernels(network: Execution, example: tuple[Any, ...]) -> Larger:
     """The layers whose kernels may need more memory than others."""
     layers = {}
     for i, share in network.densities.items():
@@ -102,7 +103,8 @@ def _larger_kernels(network: Execution) -> Larger:
         vectors = network.plan.vectors_of(network.graph.operations[i])
         winograd = network.plan.may_be_winograd(network.graph, i, density)
         layers[i] = Weighed(size, round(density * size), vectors, can, winograd)
-    return larger_kernels(layers, network.plan.memory.n_bytes)
+    example_bytes = sum(value.nbytes for value in example if isinstance(value, Tensor))
+    return larger_kernels(layers, network.plan.memory.n_bytes, example_bytes)
 
 
 def _time_candidates(

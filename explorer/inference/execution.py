@@ -138,14 +138,17 @@ class Execution:
                 read.update(segment.operation.references())
             elif isinstance(segment, ImportSegment):
                 read.add(segment.value)
+        copies: dict[str, Tensor] = {}
         for graph in (self.captured, self.graph):
             constants = graph.constants
             follow = {*self.captured.parameter_names, *(o.output for o in self.captured.derived)}
             for name in [n for n in constants if n in follow]:
-                if name in read:
-                    constants[name] = constants[name].clone()
-                else:
+                if name not in read:
                     del constants[name]
+                    continue
+                if name not in copies:
+                    copies[name] = constants[name].clone()
+                constants[name] = copies[name]
 
     # ---- weights
 

@@ -26,7 +26,9 @@ class FewSamples:
     Parameters
     ----------
     example : tuple
-        The inputs of a full batch.
+        The inputs of a batch.
+    images : int
+        Samples of that batch; all where a network does not take its samples in turns.
     network : Execution
 
     Attributes
@@ -35,8 +37,8 @@ class FewSamples:
         The smallest batch that is known to be answered rightly.
     """
 
-    def __init__(self, example: tuple[Any, ...], network: Execution) -> None:
-        self._example, self._network = example, network
+    def __init__(self, example: tuple[Any, ...], images: int, network: Execution) -> None:
+        self._example, self._images, self._network = example, images, network
         self._full = self.least = network.batch_size
         self._answers: list[tuple[tuple[Any, ...], Any]] = []
         self._is_known, self._mixes_samples = False, False
@@ -93,7 +95,8 @@ class FewSamples:
         return self._full
 
     def _has_batch(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._full
+        """Whether the first axis of a value of the example, or of the answer to it, counts its samples."""
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self._images
 
     def _varied(self) -> tuple[Any, ...]:
         """The example; noise in the place of a tensor that is the same everywhere, which would hide what depends on what."""

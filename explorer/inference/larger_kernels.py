@@ -14,7 +14,7 @@ from explorer.inference.memory import can_run_code
 from explorer.inference.native import Isa, l2_bytes
 
 LIMIT = 1.3
-"""What a network may occupie / (8 bytes for each nonzero + its activations)."""
+"""What a network may occupy / (8 bytes for each nonzero + its activations)."""
 
 _LEAST_DENSITY, _MOST_DENSITY = 0.03, 0.75
 """Nonzeros / weights between which programs may be faster: below, no operand is shared by enough output channels (ResNet-50 on Zen 4: at 0.05 they still take
@@ -75,7 +75,7 @@ class Larger:
     winograd: frozenset[int]
 
 
-def larger_kernels(layers: Mapping[int, Weighed], activation_bytes: int) -> Larger:
+def larger_kernels(layers: Mapping[int, Weighed], activation_bytes: int, other_bytes: int = 0) -> Larger:
     """Share out what the limit leaves beside the smaller kernels. Winograd's filtering, which saves half of the products, comes before programs.
 
     Parameters
@@ -83,11 +83,14 @@ def larger_kernels(layers: Mapping[int, Weighed], activation_bytes: int) -> Larg
     layers : mapping
         All layers of a network.
     activation_bytes : int
+    other_bytes : int
+        What the network occupies besides, which the limit does not allow for.
     """
     nonzeros = sum(layer.nonzeros for layer in layers.values())
     left = (
         LIMIT * (8 * nonzeros + activation_bytes)
         - activation_bytes
+        - other_bytes
         - sum(layer.n_bytes for layer in layers.values())
     )
     in_order = sorted(layers.items(), key=lambda item: (-item[1].vectors, item[1].nonzeros))

@@ -22,12 +22,11 @@ _HUGE = 2 << 20
 
 
 class Memory:
-    """A bump allocator: takes from large chunks, gives nothing back, and frees all when it is dropped."""
+    """Takes from the first large chunk that has room left, gives nothing back, and frees all when it is dropped."""
 
     def __init__(self) -> None:
-        self._chunk: NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._position = 0
         self._chunks: list[NDArray[np.uint8]] = []
+        self._taken: list[int] = []  # bytes of each chunk
         self.n_bytes = 0
         self._code: _CodeMemory | None = None
 
@@ -35,14 +34,17 @@ class Memory:
         """A zeroed array of `size` elements, starting on a multiple of `align` bytes."""
         dtype = np.dtype(dtype)
         wanted = max(size * dtype.itemsize, 1)
-        start = -(-self._position // align) * align
-        if start + wanted > len(self._chunk):
-            self._chunk = _map(max(_CHUNK, wanted))
-            self._chunks.append(self._chunk)
-            start = 0
-        self._position = start + wanted
+        for i, chunk in enumerate(self._chunks):
+            start = -(-self._taken[i] // align) * align
+            if start + wanted <= len(chunk):
+                break
+        else:
+            i, start, chunk = len(self._chunks), 0, _map(max(_CHUNK, wanted))
+            self._chunks.append(chunk)
+            self._taken.append(0)
+        self._taken[i] = start + wanted
         self.n_bytes += wanted
-        return self._chunk[start : start + size * dtype.itemsize].view(dtype)
+        return chunk[start : start + size * dtype.itemsize].view(dtype)
 
     def put(self, array: NDArray[Any], align: int = 64) -> int:
         """Copy `array` here; its address."""
@@ -73,7 +75,7 @@ class _CodeMemory(Memory):
     def make_runnable(self) -> None:
         for chunk in self._chunks:
             _make_runnable(chunk)
-        self._chunk = np.empty(0, np.uint8)  # what follows goes to other pages
+        self._taken = [len(chunk) for chunk in self._chunks]  # what follows goes to other pages
 
 
 def _make_runnable(chunk: NDArray[np.uint8]) -> None:

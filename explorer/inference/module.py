@@ -78,8 +78,12 @@ class SparseModule:
         self.compile_times = CompileTimes(0.0, 0.0)
         self._lock = fork.EngineLock()
         self._source: Source | None = None
+        # Of a batch that goes through in turns, as each of its tensors then does, no more than is looked at again: for few samples, and when kernels are chosen.
+        kept = network.batch_size if network.at_once is None else max(network.at_once, 2)
+        if kept < network.batch_size:
+            example = tuple(value[:kept] for value in example)
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)
-        self._few = FewSamples(self._example, network)
+        self._few = FewSamples(self._example, kept, network)
         choosing.choose(network, self._example)
         network.let_go()
 
@@ -102,15 +106,25 @@ class SparseModule:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The kernel of each convolution and linear layer."""
+        """The kernel of each convolution and linear layer: name -> kernel, as a profile has them (see `explorer.inference.LayerTiming`).
+
+        Measured inside the network, and remembered on disk; where hardly any weight is zero, or most are, only dense or only sparse kernels are tried. Of a
+        module that is called several times, the kernel of its last call.
+        """
         network = self._network
-        return {network.graph.operations[i].name: c.label for i, c in network.choices.items()}
+        return {network.graph.operations[i].name or "model": c.label for i, c in network.choices.items()}
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of packed weights and activation buffers: what a compiled network occupies besides its machine code and each thread's scratch."""
+        """Bytes of packed weights and activation buffers, of weights that torch's part reads, and of the example.
+
+        What a compiled network occupies besides: its machine code, each thread's scratch, and what is lost where memory is taken in large pages.
+        """
         network = self._network
-        return network.plan.memory.n_bytes + (network.steps.memory.n_bytes if network.steps else 0)
+        tensors = [*network.captured.constants.values(), *network.graph.constants.values(), *self._example]
+        kept = {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, Tensor)}
+        native = network.plan.memory.n_bytes + (network.steps.memory.n_bytes if network.steps else 0)
+        return native + sum(kept.values())
 
     def __repr__(self) -> str:
         return (

@@ -86,7 +86,7 @@ def _torch_row(network: Execution, o: Operation, ms: float, images: int, peak_gf
         macs,
         macs > 0,
         0,
-        peak_gflops,
+        peak_gflops if network.isa.precision == "fp32" else 0.0,  # that of float16 says nothing about torch
     )
 
 

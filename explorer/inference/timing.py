@@ -137,8 +137,10 @@ NOISY = 0.1
 
 def check_repeats(repeats: int) -> None:
     """Refuse to take the median of no runs."""
-    if repeats < 1:
-        raise EngineError(f"repeats={repeats} was passed; a median needs at least one run.")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise EngineError(
+            f"repeats={repeats!r} was passed; a median needs at least one run: give a whole number of at least 1."
+        )
 
 
 def summarise(

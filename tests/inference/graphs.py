@@ -95,7 +95,7 @@ def preferring(wanted: Callable[[Choice], bool]) -> Callable[..., list[Choice]]:
     return candidates
 
 
-def without_limit(layers: Mapping[int, Weighed], _: int) -> Larger:
+def without_limit(layers: Mapping[int, Weighed], *_: int) -> Larger:
     """In the place of `larger_kernels`: all layers that can."""
     return Larger(
         frozenset(i for i, layer in layers.items() if layer.can),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compare_latency, dense_contestants, native, timing
 from explorer.inference.choices import choice_cache
 from explorer.inference.execution import Execution
+from explorer.inference.memory import Memory
 from explorer.inference.module import Mode, SparseModule
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import runnable
@@ -105,8 +107,9 @@ def test_what_is_no_module_and_no_number_of_threads_is_refused() -> None:
 def test_no_runs_have_no_median() -> None:
     engine = explorer.compile(small_network(), X)
     for measure in (engine.benchmark, engine.profile):
-        with pytest.raises(EngineError, match="repeats=0 was passed; a median needs at least one run"):
-            measure(X, repeats=0)
+        for repeats in (0, -1, 2.5, True, "3", None):
+            with pytest.raises(EngineError, match=f"repeats={repeats!r} was passed; a median needs at least"):
+                measure(X, repeats=repeats)
         with pytest.raises(EngineError, match="0 inputs were passed"):
             measure()
 
@@ -361,6 +364,11 @@ def test_a_profile_is_one_of_calls_and_not_of_the_way_on_which_steps_are_timed(
     assert [row.name for row in rows] == ["0", "2", "call"]
 
 
+def test_a_module_that_is_a_layer_itself_has_one_name() -> None:
+    engine = explorer.compile(nn.Linear(4, 3).eval(), torch.randn(2, 4))
+    assert list(engine.choices) == [row.name for row in engine.profile(torch.randn(2, 4), repeats=1)][:1]
+
+
 class ThroughTorch(nn.Module):
     """Layers with weights that torch runs, beside one that the engine does."""
 
@@ -433,6 +441,43 @@ def test_a_compiled_network_keeps_no_weights_but_the_packed_ones() -> None:
     nonzeros = 2 * 64 * 256 // 10
     activations = 4 * 8 * 8 * (64 + 256 + 64)
     assert engine.n_bytes < 1.3 * 8 * nonzeros + 4 * activations  # small planes have wide guards
+
+
+def test_weights_that_torch_reads_are_kept_once_and_counted() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 32, 1), nn.ConvTranspose2d(32, 128, 4)).eval()
+    x = torch.randn(1, 4, 6, 6)
+    engine = explorer.compile(network, x)
+    for _ in range(2):
+        weight_bytes = 4 * 32 * 128 * 4 * 4
+        native = engine._network.plan.memory.n_bytes + engine._network.steps.memory.n_bytes
+        assert engine.n_bytes - native == pytest.approx(weight_bytes + x.nbytes, abs=4 * (128 + 1))
+        engine.update_weights(network)
+
+
+def test_of_a_large_batch_the_example_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    x = torch.randn(16, 3, 20, 20)
+    engine = explorer.compile(network, x)
+    assert engine._network.plan.images == 1
+    native = engine._network.plan.memory.n_bytes + engine._network.steps.memory.n_bytes
+    assert engine.n_bytes - native == pytest.approx(x[:2].nbytes, abs=100)
+    engine.update_weights(network)
+    for n in (16, 1, 2, 3):
+        with torch.no_grad():
+            assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+def test_memory_that_is_left_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explorer.inference.memory._map", lambda n_bytes: np.zeros(n_bytes, np.uint8))
+    memory = Memory()
+    sizes = [3 << 20, 3 << 20, 1 << 19, 1 << 19, 1 << 19, 1 << 19]
+    arrays = [memory.zeros(size, np.uint8) for size in sizes]
+    for number, array in enumerate(arrays, 1):
+        array[:] = number
+    assert all((array == number).all() for number, array in enumerate(arrays, 1))
+    assert sum(chunk.nbytes for chunk in memory._chunks) == memory.n_bytes == sum(sizes)
 
 
 def test_torchs_part_of_a_network_reads_weights_of_its_own() -> None:
