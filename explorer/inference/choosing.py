@@ -30,6 +30,9 @@ _PASSES, _REPEATS = 3, 5
 """How often the candidates take turns, and the runs of one turn."""
 _PASSES_S = 0.12
 """Seconds after which two passes are enough."""
+_MOST_PASSES, _CALM = 8, 1.1
+"""While the second fastest times of a network's steps add up to more than `_CALM` of the fastest ones, something else is running, and there may be layers that it slowed down each
+time: then there are more passes, up to the first number. What is found is remembered, and one bad moment would be paid for ever after."""
 _ORDER_TURNS = 2
 _TURN_S = 0.015
 """Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
@@ -119,18 +122,29 @@ def _time_candidates(
     # A layer with fewer candidates keeps its first while the others try on.
     tried = [{i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()} for turn in range(rounds)]
     steps = [build_steps(network.plan, network.graph, choices, packed, by_bands=False) for choices in tried]
-    best: dict[int, float] = {}
     # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
     start = time.perf_counter()
-    for done in range(_PASSES):
-        if done > 1 and time.perf_counter() - start > _PASSES_S:
-            break  # a large network: its times vary less
-        for choices, these in zip(tried, steps, strict=True):
+    passes: list[NDArray[np.float64]] = []  # (rounds, steps) each
+    while len(passes) < _MOST_PASSES:
+        # The times of a large network vary less.
+        enough = 2 if time.perf_counter() - start > _PASSES_S else _PASSES
+        if len(passes) >= enough and _is_calm(passes):
+            break
+        these_ms = []
+        for these in steps:
             network.install(these)
-            ms = _step_times(network, example)
-            for step, index in enumerate(network.plan.native):
-                if index in choices and ms[step] < best.get(index, float("inf")):
-                    best[index], network.choices[index] = float(ms[step]), choices[index]
+            these_ms.append(_step_times(network, example))
+        passes.append(np.array(these_ms))
+    fastest = np.min(passes, axis=0)
+    for step, index in enumerate(network.plan.native):
+        if index in candidates:
+            network.choices[index] = tried[int(np.argmin(fastest[:, step]))][index]
+
+
+def _is_calm(passes: list[NDArray[np.float64]]) -> bool:
+    """Whether the times of all steps, of which there are some from each pass, were as short as they can be more than once."""
+    fastest, second = np.sort(passes, axis=0)[:2]
+    return bool(second.sum() <= _CALM * fastest.sum())
 
 
 def _step_times(network: Execution, example: tuple[Any, ...]) -> NDArray[np.float64]:
