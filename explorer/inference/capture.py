@@ -48,7 +48,7 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
-        with CAPTURING, evaluating(module), torch.no_grad():
+        with CAPTURING.inside(), evaluating(module), torch.no_grad():
             exported = torch.export.export(module, args, strict=False)
             if has_in_place(exported.graph):
                 without_idle_dropout(exported.graph)
@@ -72,8 +72,8 @@ values in the place of a module's parameters."""
 def evaluating(module: nn.Module) -> Iterator[None]:
     """All of a module's parts in eval mode, and back as they were."""
     modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
+        module.eval()
         yield
     finally:
         for part, training in modes.items():
@@ -83,7 +83,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def run_aside(module: nn.Module, args: Sequence[Any]) -> Any:
     """What a module answers in eval mode; arguments, buffers and torch's random numbers stay as they are."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, tuple(args))
-    with CAPTURING, torch.no_grad():
+    with CAPTURING.inside(), torch.no_grad():
         kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
         try:
             with evaluating(module), torch.random.fork_rng(devices=[]):

@@ -42,7 +42,7 @@ class ChoiceCache:
 
     def put(self, answers: Mapping[str, str]) -> None:
         """Remember these, and write the file when anything is new. A disk that refuses costs the next process some time, nothing else."""
-        with self._lock:
+        with self._lock.inside():
             if all(self._answers.get(question) == answer for question, answer in answers.items()):
                 return
             # Another process may have written since.

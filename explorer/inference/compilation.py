@@ -109,7 +109,7 @@ def compile(
         raise EngineError(f"sparse={sparse!r} was passed; it can be 'auto', 'dense' or 'sparse'.")
     if precision not in ("fp32", "fp16"):
         raise EngineError(f"precision={precision!r} was passed; it can be 'fp32' or 'fp16'.")
-    with CAPTURING:
+    with CAPTURING.inside():
         tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
@@ -147,7 +147,7 @@ def compile(
         else _divided(graph, inputs, threads or 1, sparse, isa)
     )
     compiled.ask_for_few(module)
-    with CAPTURING:
+    with CAPTURING.inside():
         compiled.remember(module)
     compiled.compile_times = CompileTimes(captured - start, time.perf_counter() - captured)
     return compiled

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 _PATIENCE_S = 10.0
@@ -27,7 +28,8 @@ class Revivable(Protocol):
         """Forget the threads of the parent. Called in the child, before anything else runs there."""
 
 
-_door = threading.Condition()
+_key = threading.RLock()
+_door = threading.Condition(_key)
 _is_closed = False
 _locks: weakref.WeakValueDictionary[int, EngineLock] = weakref.WeakValueDictionary()
 _held: list[EngineLock] = []  # by the thread that forks
@@ -35,7 +37,7 @@ _revivable: weakref.WeakValueDictionary[int, Revivable] = weakref.WeakValueDicti
 
 
 class EngineLock:
-    """A reentrant lock that no forked child finds held by a thread that does not exist there. For ``with``.
+    """A reentrant lock that no forked child finds held by a thread that does not exist there, for ``with lock.inside():``.
 
     On the way of every inference, and when its code has left the caches: it does as little as it can.
     """
@@ -46,18 +48,20 @@ class EngineLock:
         self.lock = threading.RLock()
         _locks[id(self)] = self
 
-    def __enter__(self) -> None:
+    def inside(self) -> AbstractContextManager[Any]:
+        """What to hold, once no fork is on its way.
+
+        It is the lock itself: entering and leaving it is one step to the interpreter. Between two statements of an ``__enter__`` or ``__exit__`` in Python Ctrl-C could
+        leave it held for ever.
+        """
         if _is_closed:
             _wait_outside()
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        return self.lock
 
 
 def _wait_outside() -> None:
     """Until no fork is on its way; who is inside already may go on."""
-    with _door:
+    with _key:
         while _is_closed and not any(_is_mine(lock) for lock in list(_locks.values())):
             _door.wait()
 
@@ -74,7 +78,7 @@ def revive_in_child(thing: Revivable) -> None:
 
 def _before() -> None:
     global _is_closed  # noqa: PLW0603  # the one door of this process
-    with _door:
+    with _key:
         while _is_closed:  # another thread is about to fork
             _door.wait()
         _is_closed = True
@@ -100,14 +104,15 @@ def _release() -> None:
 def _after() -> None:
     global _is_closed  # noqa: PLW0603
     _release()
-    with _door:
+    with _key:
         _is_closed = False
         _door.notify_all()
 
 
 def _after_in_child() -> None:
-    global _door  # noqa: PLW0603
-    _door = threading.Condition()  # whoever waited there is gone
+    global _key, _door  # noqa: PLW0603
+    _key = threading.RLock()
+    _door = threading.Condition(_key)  # whoever waited there is gone
     for lock in list(_locks.values()):
         if lock not in _held:
             lock.lock = threading.RLock()  # who held it too long is gone

@@ -160,11 +160,11 @@ class SparseModule:
                 and not x.requires_grad
                 and not x.is_neg()
             ):
-                with self._lock:
+                with self._lock.inside():
                     return self._network.run_straight(straight, x)
         inputs = self._tensors(inputs)
         images = self._check(inputs)
-        with self._lock, torch.no_grad():
+        with self._lock.inside(), torch.no_grad():
             return self._network.run(inputs, images)
 
     def _tensors(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -214,7 +214,7 @@ class SparseModule:
                     "Convert it with .to_dense() or .cpu()."
                 )
         if images < self._few.least:
-            with self._lock:
+            with self._lock.inside():
                 self._few.learn()
             self._few.check(images)
         return images
@@ -244,11 +244,11 @@ class SparseModule:
                 f"A {type(module).__name__} was passed; the weights are taken from an nn.Module. Load a state_dict into one first: "
                 "module.load_state_dict(...)."
             )
-        with CAPTURING:
+        with CAPTURING.inside():
             fresh = self._weights_of(module)
             # Before the weights are read: what changes them meanwhile is noticed.
             source = Source(module)
-        with self._lock:
+        with self._lock.inside():
             # What the module answered for few samples was with the old weights.
             self._few.learn()
             before = self._network.state()
@@ -387,5 +387,5 @@ class SparseModule:
         check_repeats(repeats)
         tensors = self._tensors(inputs)
         images = self._check(tensors)
-        with self._lock, torch_threads(self.threads), torch.inference_mode():
+        with self._lock.inside(), torch_threads(self.threads), torch.inference_mode():
             return layer_timings(self._network, partial(self, *inputs), tensors, images, repeats)

@@ -314,7 +314,7 @@ def machine_code(isa: Isa, kernel: Kernel) -> int:
     there = _loaded.get(key)
     if there is not None:
         return there[0]  # without waiting for what another thread compiles
-    with _lock:
+    with _lock.inside():
         if key in _loaded:
             return _loaded[key][0]
         _initialise()

@@ -1,10 +1,10 @@
 """Runs step tables: owns the driver's state, each thread's scratch memory, and the helper threads.
 
 Helpers are Python threads that live inside one native call (the GIL is released there). They spin for a short while after a run and then sleep,
-each on an event of its own, which works the same on every system; the caller wakes them when a run begins. Only a helper clears its event: a caller
-that is interrupted (Ctrl-C) between any two statements leaves nothing half done.
+each beside a bell of its own, which works the same on every system; the caller rings when a run begins. A caller that is interrupted (Ctrl-C) between any
+two statements leaves nothing half done.
 
-A forked child has no helpers. Its first run starts them again, with a gate and events of their own.
+A forked child has no helpers. Its first run starts them again, with a gate and bells of their own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,27 @@ _SPINS = 20_000
 """Looks at the gate before a helper goes to sleep: some hundred microseconds."""
 
 
+class _Bell:
+    """Wakes the one thread that sleeps beside it. Who lies down after it was rung wakes at once; several rings are one.
+
+    A lock that the sleeper takes and the ringer gives back, each in one step. A `threading.Event` takes an inner lock in Python, where Ctrl-C could leave it held: the
+    next call would wait for ever.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def sleep(self) -> None:
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # nobody has slept since it was last rung
+            self._lock.release()
+
+
 class _State:
     """What the native driver and the helper threads share. Helpers keep this alive, not the runner."""
 
@@ -39,7 +60,7 @@ class _State:
         self.memory = Memory()
         self.record = self.memory.zeros(len(driver.STATE.fields), np.int64)
         self.flags = self.memory.zeros(3 * 8, np.int64)  # gate, active, stop: a cache line each
-        self.wake = [threading.Event() for _ in range(threads)]
+        self.bells = [_Bell() for _ in range(threads)]
         self.asleep = [False] * threads
         self.calls = 0  # of the helpers, whether they slept or not
         self.scratch: list[int] = []
@@ -70,19 +91,18 @@ def _helper(state: _State, me: int) -> None:
         calls = state.calls
         state.help(address(state.record), state.scratch[me], me)
         state.asleep[me] = True
-        # Who called since then may have found it awake, and will not set the event: it has to look once more. Without this a helper that gave up looking
+        # Who called since then may have found it awake, and will not ring: it has to look once more. Without this a helper that gave up looking
         # while its caller held the GIL slept through the whole run (every second one of dense ResNet-50).
         if state.calls == calls:
-            state.wake[me].wait()
-            # Cleared before `stopped` is read again: `_stop` sets the flag first and the event after it.
-            state.wake[me].clear()
+            # Before `stopped` is read again: `_stop` sets the flag first and rings after it.
+            state.bells[me].sleep()
         state.asleep[me] = False
 
 
 def _stop(state: _State, helpers: list[threading.Thread]) -> None:
     state.flags[16] = 1
-    for event in state.wake:
-        event.set()
+    for bell in state.bells:
+        bell.ring()
     for helper in helpers:
         # The garbage collector may call this in any thread, also in a helper.
         if helper.is_alive() and helper is not threading.current_thread():
@@ -156,10 +176,10 @@ class Runner:
             helper.start()
 
     def revive(self) -> None:
-        """In a forked child: the helpers are gone, and may have left gate and events in any state. The next run starts new ones."""
+        """In a forked child: the helpers are gone, and may have left gate and bells in any state. The next run starts new ones."""
         state = self._state
         state.flags[:16] = 0
-        state.wake[:] = [threading.Event() for _ in range(self.threads)]
+        state.bells[:] = [_Bell() for _ in range(self.threads)]
         state.asleep[1:] = [True] * (self.threads - 1)
         self._helpers.clear()
 
@@ -171,11 +191,11 @@ class Runner:
         if not self._helpers:
             self._start()
         # An interrupt may have left fewer helpers than there were to be.
-        helpers = zip(self._state.wake[1:], self._state.asleep[1:], self._helpers, strict=False)
-        for event, asleep, helper in helpers:
+        helpers = zip(self._state.bells[1:], self._state.asleep[1:], self._helpers, strict=False)
+        for bell, asleep, helper in helpers:
             if asleep:
                 _keep_off_this_cpu(helper)
-                event.set()
+                bell.ring()
 
     def use(self, steps: Steps) -> None:
         """Run these steps from now on."""

@@ -157,8 +157,8 @@ def summarise(
 def torch_threads(threads: int) -> Iterator[None]:
     """Let torch use this many threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
+        torch.set_num_threads(threads)
         yield
     finally:
         torch.set_num_threads(before)

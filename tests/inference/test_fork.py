@@ -23,7 +23,7 @@ def forks():
         for lock in (outer, inner, third):
             assert lock.lock.acquire(timeout=5), "held by a thread that is not there"
             lock.lock.release()
-        with outer, inner:
+        with outer.inside(), inner.inside():
             os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     return time.monotonic() - start
@@ -40,12 +40,12 @@ def run(program: str) -> None:
 def test_who_is_inside_may_take_another_lock_while_a_fork_waits() -> None:
     run("""
 def inside():
-    with outer:
+    with outer.inside():
         entered.set()
         while not fork._is_closed:
             time.sleep(0.001)
         time.sleep(0.05)
-        with inner:
+        with inner.inside():
             pass
 
 thread = threading.Thread(target=inside)
@@ -63,7 +63,7 @@ def test_who_comes_while_a_fork_waits_stays_outside_until_it_is_over() -> None:
 left = []
 
 def inside():
-    with outer:
+    with outer.inside():
         entered.set()
         time.sleep(0.1)
         left.append("inside")
@@ -72,7 +72,7 @@ def comes():
     entered.wait()
     while not fork._is_closed:
         time.sleep(0.001)
-    with third:
+    with third.inside():
         left.append("came")
 
 threads = [threading.Thread(target=target) for target in (inside, comes)]
@@ -92,7 +92,7 @@ fork._PATIENCE_S = 0.05
 leave = threading.Event()
 
 def inside():
-    with outer:
+    with outer.inside():
         entered.set()
         leave.wait()
 
@@ -111,13 +111,13 @@ assert outer.lock.acquire(blocking=False)
 def test_who_forks_may_hold_locks() -> None:
     run("""
 child = None
-with outer:
+with outer.inside():
     child = os.fork()
     if not child:
-        with inner:
+        with inner.inside():
             pass
 if not child:
-    with outer:
+    with outer.inside():
         os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """)

@@ -240,7 +240,14 @@ def test_tensors_share_memory_only_when_their_gaps_coincide() -> None:
 @POSIX
 @pytest.mark.parametrize(
     "program",
-    ["calls", "forks", pytest.param("spawns", marks=pytest.mark.slow), "interrupts", "ends"],
+    [
+        "calls",
+        "forks",
+        pytest.param("spawns", marks=pytest.mark.slow),
+        "interrupts",
+        "interrupts_anywhere",
+        "ends",
+    ],
 )
 def test_other_processes_and_signals_do_no_harm(program: str) -> None:
     start = time.monotonic()

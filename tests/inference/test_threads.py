@@ -78,11 +78,11 @@ def test_a_network_runs_where_helpers_cannot_be_sent_elsewhere(
 
 
 def test_a_helper_that_was_called_while_it_gave_up_looks_again() -> None:
-    """Its caller found it awake, and set no event."""
+    """Its caller found it awake, and did not ring."""
     state = SimpleNamespace(
         record=np.zeros(1, np.int64),
         scratch=[0, 0],
-        wake=[threading.Event(), threading.Event()],
+        bells=[threads._Bell(), threads._Bell()],
         asleep=[False, False],
         calls=0,
         stopped=False,
@@ -95,7 +95,7 @@ def test_a_helper_that_was_called_while_it_gave_up_looks_again() -> None:
             state.calls += 1
         else:
             state.stopped = True
-            state.wake[1].set()
+            state.bells[1].ring()
 
     state.help = look
     helper = threading.Thread(target=threads._helper, args=(state, 1), daemon=True)

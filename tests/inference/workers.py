@@ -5,6 +5,7 @@ python -m tests.inference.workers forks     (or another name in PROGRAMS)
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
+from tests.inference.test_threads import asleep
 
 # OpenMP's own threads do not survive a fork either, which is torch's affair: the programs leave them unused.
 torch.set_num_threads(1)
@@ -194,6 +197,49 @@ def interrupts() -> None:
     assert time.process_time() - before < 0.2
 
 
+def interrupted(call: Callable[[], object], place: int) -> bool:
+    """Whether a call was ended by Ctrl-C at one of the places where the interpreter looks for it: where functions begin, and where those in C end."""
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal place
+        if event in ("call", "c_return"):
+            place -= 1
+            if place < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(count)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def interrupts_anywhere() -> None:
+    """Wherever Ctrl-C meets a call, this thread and others can go on using the module, and torch has as many threads as before."""
+    faulthandler.dump_traceback_later(100, exit=True)  # who waits for ever
+    engine = explorer.compile(network(), X, threads=2)
+    calls: list[Callable[[], object]] = [
+        lambda: engine(X),
+        lambda: engine(X[:1]),
+        lambda: engine.benchmark(X, repeats=1, warn=False),
+    ]
+    for call in calls:
+        place = 0
+        asleep(engine)
+        while interrupted(call, place):
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(right, engine, X).result(), place
+            assert right(engine, X[:3]), place
+            assert torch.get_num_threads() == 1, place
+            place += 1
+            asleep(engine)
+        assert place > 10
+
+
 def ends() -> None:
     """An interpreter with a live module in a global, helpers awake, ends at once and without a word."""
     ENGINE.append(explorer.compile(network(), X, threads=3))
@@ -261,7 +307,9 @@ def without_llvmlite() -> None:
         engine(X[:, :1])
 
 
-PROGRAMS = {p.__name__: p for p in (calls, forks, spawns, interrupts, ends, without_llvmlite)}
+PROGRAMS = {
+    p.__name__: p for p in (calls, forks, spawns, interrupts, interrupts_anywhere, ends, without_llvmlite)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
