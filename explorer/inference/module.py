@@ -24,6 +24,7 @@ from explorer.inference.graph import Graph
 from explorer.inference.native import Isa, current_isa
 from explorer.inference.plan import TorchSegment
 from explorer.inference.profiling import layer_timings, operator_name
+from explorer.inference.straight import has_memory
 from explorer.inference.timing import (
     Benchmark,
     CompileTimes,
@@ -159,9 +160,12 @@ class SparseModule:
                 and x.layout is torch.strided
                 and not x.requires_grad
                 and not x.is_neg()
+                and has_memory(x)
             ):
                 with self._lock.inside():
-                    return self._network.run_straight(straight, x)
+                    # Another thread may have set new weights since this one looked.
+                    if straight is self._network.straight:
+                        return self._network.run_straight(straight, x)
         inputs = self._tensors(inputs)
         images = self._check(inputs)
         with self._lock.inside(), torch.no_grad():
@@ -212,6 +216,11 @@ class SparseModule:
                 raise EngineError(
                     f"Input {position} is a {value.layout} tensor on {value.device}; this network takes torch.strided tensors on cpu. "
                     "Convert it with .to_dense() or .cpu()."
+                )
+            if not has_memory(value):
+                raise EngineError(
+                    f"Input {position} has no values in memory: its storage was freed, or torch.export, torch.func or a mode of torch's put a stand-in in its "
+                    "place. Compiled code reads memory: call the network outside of them, on a tensor with values."
                 )
         if images < self._few.least:
             with self._lock.inside():

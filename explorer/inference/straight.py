@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from explorer.inference.threads import Runner
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether the values of `x` lie somewhere: torch gives shapes to tensors that have none, as of `torch.export` and `torch.func`."""
+    try:
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class StraightPath:
     """One network's short way.

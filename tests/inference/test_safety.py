@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -71,6 +71,27 @@ def test_threads_that_share_a_module_each_get_their_own_answer(threads: int) -> 
     for caller in callers:
         caller.join()
     assert wrong == []
+
+
+def test_a_call_that_waited_for_new_weights_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, other = explorer.compile(network(), X), network()
+    for parameter in other.parameters():
+        parameter.data *= 2
+    lock = engine._lock
+
+    class Taken:
+        """By another thread, which is quicker."""
+
+        def inside(self) -> object:
+            monkeypatch.setattr(engine, "_lock", lock)
+            assert engine._runner is not None
+            engine._runner.scratch_bytes = -1  # the new weights need more, and another runner
+            engine.update_weights(other, choose=False)
+            return lock.inside()
+
+    monkeypatch.setattr(engine, "_lock", Taken())
+    with torch.no_grad():
+        assert relative_error(engine(X), other(X)) < 1e-4
 
 
 # ---- inputs
@@ -600,6 +621,40 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.conv(x))
+
+
+def freed(engine: SparseModule, x: torch.Tensor) -> None:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    engine(x)
+
+
+def exported(engine: SparseModule, x: torch.Tensor) -> None:
+    class Outer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return engine(x)
+
+    torch.export.export(Outer(), (x,), strict=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        freed, exported,
+        lambda engine, x: engine(torch._efficientzerotensor(x.shape)),
+        lambda engine, x: torch.func.functionalize(engine)(x),
+        lambda engine, x: torch.func.grad(lambda x: engine(x).sum())(x),
+        lambda engine, x: torch.vmap(engine)(x[None]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("reads", ["in place", "a copy"])
+def test_a_tensor_without_values_is_refused_and_not_read(call: Callable[..., Any], reads: str) -> None:
+    module, x = (Stem().eval(), torch.randn(2, 3, 14, 32)) if reads == "in place" else (network(), X)
+    engine = explorer.compile(module, x)
+    with pytest.raises(EngineError, match="no values in memory"):
+        call(engine, x)
+    with torch.no_grad():
+        assert torch.allclose(engine(x), module(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
