@@ -337,7 +337,8 @@ class SparseModule:
                 raise EngineError(
                     "No module is known to compare with. Pass one with the same weights: sparse.compare(x, module=net)."
                 )
-            module = self._source.module()
+            with CAPTURING.inside():
+                module = self._source.module()
         return deviation(self(*inputs), run_aside(module, inputs), self.precision)
 
     def benchmark(self, *inputs: Tensor, repeats: int = 50, warn: bool = True) -> Benchmark:

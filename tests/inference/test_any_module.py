@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -376,3 +378,28 @@ def test_threads_may_compile_one_module_or_several_at_once() -> None:
         thread.join()
     assert wrong == []
     assert all(type(p) is nn.Parameter for p in shared.parameters())
+
+
+class Slow(nn.Module):
+    """Lets others go on while it is captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.is_captured = nn.Linear(3, 2), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            self.is_captured.set()
+            time.sleep(0.3)
+        return self.layer(x)
+
+
+def test_a_module_that_another_thread_captures_can_be_compared_with() -> None:
+    module, x = Slow().eval(), torch.randn(1, 3)
+    engine = explorer.compile(module, x)
+    module.is_captured.clear()
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(explorer.compile, module, x)
+        assert module.is_captured.wait(60)
+        assert engine.compare(x).relative_l2 < 1e-5
+        assert torch.equal(again.result()(x), engine(x))
