@@ -53,9 +53,12 @@ class ChoiceCache:
             with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 handle, name = tempfile.mkstemp(dir=self._path.parent)
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(kept, file)
-                Path(name).replace(self._path)
+                try:
+                    with os.fdopen(handle, "w", encoding="utf-8") as file:
+                        json.dump(kept, file)
+                    Path(name).replace(self._path)
+                finally:
+                    Path(name).unlink(missing_ok=True)  # unless it has become the file
 
 
 def _read(path: Path | None) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """From LLVM IR to machine code on the user's own CPU, and the cache that makes the second time quick.
 
 Object code is cached on disk by the text of the kernel generators, the kernel's signature, the CPU's name and features and llvmlite's
-version. An entry carries the SHA-256 of its key and content; one that does not match (cut short, altered, foreign) is compiled again. The folder is
-held below `CACHE_LIMIT_BYTES`: what has not been used for longest goes first.
+version. An entry carries the SHA-256 of its key and content; one that does not match (cut short, altered, foreign), or that another user can have
+written, is compiled again. The folder is held below `CACHE_LIMIT_BYTES`: what has not been used for longest goes first.
 
 Without llvmlite, or on a CPU without AVX2 or NEON, there is no machine code worth making: the instruction set is then called "torch", and torch runs
 everything.
@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -221,13 +222,32 @@ def cache_folder() -> Path | None:
     return None if root is None else root / "kernels"
 
 
+GENERATED_WITH = ("activations.py", "layout.py", "native.py", "winograd.py")
+"""What the generators import from this folder, and write into the code beyond what names a kernel."""
+
+
 @cache
 def generator_version() -> str:
     """A digest that changes when any generator's text or llvmlite does."""
+    here = Path(__file__).parent
     digest = hashlib.sha256(f"llvmlite {llvmlite.__version__} {llvm.get_process_triple()}".encode())
-    for source in sorted([Path(__file__), *(Path(__file__).parent / "kernels").glob("*.py")]):
+    for source in sorted([*(here / name for name in GENERATED_WITH), *(here / "kernels").glob("*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open what may be no file: a pipe would wait for who writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether this is a file that only this user, or the system's, can have written: who writes an entry, with its seal, decides what this process runs."""
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    if os.name != "posix":
+        return True
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 class _ObjectFile:
@@ -250,7 +270,8 @@ class _ObjectFile:
         if self.path is None:
             return None
         try:
-            content = self.path.read_bytes()
+            with open(self.path, "rb", opener=_at_once) as file:
+                content = file.read() if _is_ours(os.fstat(file.fileno())) else b""
         except OSError:
             return None
         code = content[32:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(tmp_path: Pa
     cache = ChoiceCache(tmp_path / "file" / "choices.json")
     cache.put({"a": "sparse"})
     assert cache.get("a") == "sparse"
+
+
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_could_not_be_finished_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: BaseException
+) -> None:
+    def full(*_: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(json, "dump", full)
+    with contextlib.suppress(KeyboardInterrupt):
+        ChoiceCache(tmp_path / "choices.json").put({"a": "sparse"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_choice_is_timed_once_and_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

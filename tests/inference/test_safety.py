@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -422,11 +424,58 @@ def test_a_folder_that_may_not_be_read_or_written_does_no_harm(
         raise PermissionError
 
     monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(native, "_at_once", refused)
     native.generator_version.cache_clear()  # it reads the generators' sources
     for where in ("native", "plan"):
         monkeypatch.setattr(f"explorer.inference.{where}.generator_version", lambda: "1")
     monkeypatch.setattr(native.tempfile, "mkstemp", refused)
     works_from_disk(monkeypatch)
+
+
+@POSIX
+def test_an_entry_that_another_user_can_have_written_is_compiled_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works_from_disk(monkeypatch)
+    entries = sorted(cache.glob("*.o"))
+    for entry in entries:
+        entry.chmod(0o666)
+    works_from_disk(monkeypatch)
+    assert {stat.S_IMODE(entry.stat().st_mode) for entry in entries} == {0o600}
+
+    def trusted(mode: int, owner: int) -> bool:
+        return native._is_ours(os.stat_result((mode, 0, 0, 1, owner, 0, 100, 0, 0, 0)))
+
+    me = os.geteuid()
+    assert trusted(stat.S_IFREG | 0o644, me)
+    assert trusted(stat.S_IFREG | 0o644, 0)
+    assert not trusted(stat.S_IFREG | 0o644, me + 1)
+    assert not trusted(stat.S_IFREG | 0o664, me)
+    assert not trusted(stat.S_IFDIR | 0o600, me)
+
+
+@POSIX
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works_from_disk(monkeypatch)
+    entries = sorted(cache.glob("*.o"))
+    for entry in entries:
+        entry.unlink()
+        os.mkfifo(entry)
+    works_from_disk(monkeypatch)
+    assert all(entry.is_file() for entry in entries)
+
+
+def test_the_cache_knows_all_that_generators_import() -> None:
+    folder = Path(native.__file__).parent
+    imported = set()
+    for source in (folder / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                found = node.module.removeprefix("explorer.inference.").split(".")[0] + ".py"
+                imported |= {found} if (folder / found).exists() else set()
+    assert imported == set(native.GENERATED_WITH)
 
 
 def test_a_user_without_a_home_has_no_cache_and_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
