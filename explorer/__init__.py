@@ -33,6 +33,9 @@ _HOME = {
     "CompareView": "explorer.widgets",
 }
 
+_ROOMS = ("inference", "masks", "plots", "sensitivity")
+"""What the README names by its module, as `explorer.plots.roofline`."""
+
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -60,8 +63,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
+    if name in _ROOMS:
+        return importlib.import_module(f"explorer.{name}")
     raise AttributeError(f"module 'explorer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

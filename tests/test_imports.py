@@ -180,6 +180,14 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(explorer)
 
 
+def test_what_the_readme_names_is_there_when_explorer_alone_is_imported() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = sorted(set(re.findall(r"\bexplorer\.[a-z_]+\.[A-Za-z_]+", readme)))
+    assert {"explorer.plots.roofline", "explorer.masks.pair_mask"} <= {*named}
+    for name in named:
+        run_python(f"import explorer\nassert {name} is not None")
+
+
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Sutdy'"):
         explorer.Sutdy  # noqa: B018

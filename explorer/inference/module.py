@@ -382,7 +382,8 @@ class SparseModule:
 
         Steps of native segments are timed by the CPU's own counter, without leaving native code; torch operators and copies by the
         system's clock. What was fused into a layer (batch norm, an addition, an activation) is part of its row. The last row, "call", is what remains of
-        a call: Python, waking helpers, copying the answer, and copying the input where that is not a row of its own.
+        a call: Python, waking helpers, copying the answer, and copying the input where that is not a row of its own; on a busy machine also what other work
+        cost whole calls, of which the median of a single step knows little.
 
         Returns
         -------
