@@ -86,8 +86,8 @@ def test_a_call_that_waited_for_new_weights_uses_them(monkeypatch: pytest.Monkey
 
         def inside(self) -> object:
             monkeypatch.setattr(engine, "_lock", lock)
-            assert engine._runner is not None
-            engine._runner.scratch_bytes = -1  # the new weights need more, and another runner
+            assert engine._network._runner is not None
+            engine._network._runner.scratch_bytes = -1  # the new weights need more, and another runner
             engine.update_weights(other, choose=False)
             return lock.inside()
 
