@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
-from tests.inference.test_threads import asleep
 
 # OpenMP's own threads do not survive a fork either, which is torch's affair: the programs leave them unused.
 torch.set_num_threads(1)
@@ -220,6 +219,8 @@ def interrupted(call: Callable[[], object], place: int) -> bool:
 
 def interrupts_anywhere() -> None:
     """Wherever Ctrl-C meets a call, this thread and others can go on using the module, and torch has as many threads as before."""
+    from tests.inference.test_threads import asleep  # needs llvmlite, which not every program here has
+
     faulthandler.dump_traceback_later(100, exit=True)  # who waits for ever
     engine = explorer.compile(network(), X, threads=2)
     calls: list[Callable[[], object]] = [
