@@ -33,7 +33,8 @@ _PASSES_S = 0.12
 _MOST_PASSES, _CALM = 8, 1.1
 """While the second fastest times of a network's steps add up to more than `_CALM` of the fastest ones, something else is running, and there may be layers that it slowed down each
 time: then there are more passes, up to the first number. What is found is remembered, and one bad moment would be paid for ever after."""
-_ORDER_TURNS = 2
+_ORDER_TURNS, _MOST_ORDER_TURNS = 2, 10
+"""Runs in each of two orders: so many at least, and at most where they are short; more than the first number also while something else is running, as above."""
 _TURN_S = 0.015
 """Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
 
@@ -142,7 +143,7 @@ def _time_candidates(
 
 
 def _is_calm(passes: list[NDArray[np.float64]]) -> bool:
-    """Whether the times of all steps, of which there are some from each pass, were as short as they can be more than once."""
+    """Whether what was timed in each pass was, all together, as short as it can be more than once."""
     fastest, second = np.sort(passes, axis=0)[:2]
     return bool(second.sum() <= _CALM * fastest.sum())
 
@@ -181,18 +182,26 @@ def _order_bands(network: Execution, example: tuple[Any, ...], question: str) ->
 
 
 def _faster_order(network: Execution, example: tuple[Any, ...], steps: Steps) -> str:
-    best = {_BANDS: float("inf"), _LAYERS: float("inf")}
+    orders = (_BANDS, _LAYERS)
     inputs, images = _of_a_turn(network, example)
-    start, turn = time.perf_counter(), 0
+    turns: list[NDArray[np.float64]] = []  # seconds of each order
+    start = time.perf_counter()
     with torch_threads(network.threads), torch.no_grad():
-        while turn < _ORDER_TURNS or (turn < 10 and time.perf_counter() - start < _TURN_S):
-            for name, before in best.items():
-                network.use_bands(steps, name == _BANDS)
-                begin = time.perf_counter()
-                network.run_together(inputs, images)
-                best[name] = min(before, time.perf_counter() - begin)
-            turn += 1
-    return min(best, key=best.__getitem__)
+        while (
+            len(turns) < _ORDER_TURNS
+            or (len(turns) < _MOST_PASSES and not _is_calm(turns))
+            or (len(turns) < _MOST_ORDER_TURNS and time.perf_counter() - start < _TURN_S)
+        ):
+            turns.append(np.array([_seconds(network, inputs, images, steps, name) for name in orders]))
+    return orders[int(np.argmin(np.min(turns, axis=0)))]
+
+
+def _seconds(network: Execution, inputs: tuple[Any, ...], images: int, steps: Steps, order: str) -> float:
+    """What one run takes in this order."""
+    network.use_bands(steps, order == _BANDS)
+    begin = time.perf_counter()
+    network.run_together(inputs, images)
+    return time.perf_counter() - begin
 
 
 def _of_a_turn(network: Execution, example: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:

@@ -301,6 +301,30 @@ def test_the_faster_order_is_taken_and_remembered(
     assert relative_error(engine(x), other(x)) < 1e-5
 
 
+def test_while_other_work_slows_runs_down_more_of_them_say_which_order_is_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    monkeypatch.setattr(choosing, "_TURN_S", 0.0)
+    runs = dict.fromkeys(("band by band", "layer by layer"), 0)
+
+    def seconds(*given: Any) -> float:
+        order = given[-1]
+        runs[order] += 1
+        # Bands are faster. Other work, never twice the same, meets their first four runs.
+        disturbance = 10.0 + 7 * runs[order] if order == "band by band" and runs[order] <= 4 else 0.0
+        return {"band by band": 1.0, "layer by layer": 2.0}[order] + disturbance
+
+    monkeypatch.setattr(choosing, "_seconds", seconds)
+    torch.manual_seed(0)
+    engine = explorer.compile(pruned(Bottlenecks(32, 16), 0.9), torch.randn(2, 3, 48, 48))
+    assert runs == dict.fromkeys(runs, 6)  # until the fastest time of bands has come twice
+    assert engine._network.steps is not None
+    assert engine._network.steps.use_bands
+
+
 def test_what_the_cache_holds_is_computed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network, x = pruned(Bottlenecks(16, 8), 0.8), torch.randn(1, 3, 32, 31)
