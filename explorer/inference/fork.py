@@ -28,6 +28,7 @@ class Revivable(Protocol):
         """Forget the threads of the parent. Called in the child, before anything else runs there."""
 
 
+# Entered by its key, which is one step to the interpreter (see `EngineLock.inside`); a condition's own way in is Python.
 _key = threading.RLock()
 _door = threading.Condition(_key)
 _is_closed = False

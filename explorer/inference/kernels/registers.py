@@ -57,7 +57,7 @@ def dense_rows(tile: int, isa: Isa, *, whole: bool = False) -> int:
 def exponential_parts(tile: int, isa: Isa) -> tuple[int, ...]:
     """The vectors of each part of a tile whose exponentials attention takes at once, beside their constants, which x86 can also read where they are used."""
     if isa.registers < MANY_REGISTERS:
-        return (1,) * tile
+        return (1,) * tile  # of several, constants and sums would wait on the stack
     return _even_parts(tile, tile if isa.width > 16 else 3)
 
 
