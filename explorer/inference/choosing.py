@@ -34,17 +34,16 @@ _MOST_PASSES, _CALM = 8, 1.1
 """While the second fastest times of a network's steps add up to more than `_CALM` of the fastest ones, something else is running, and there may be layers that it slowed down each
 time: then there are more passes, up to the first number. What is found is remembered, and one bad moment would be paid for ever after."""
 _ORDER_TURNS, _MOST_ORDER_TURNS = 2, 10
-"""Runs in each of two orders: so many at least, and at most where they are short; more than the first number also while something else is running, as above."""
+"""Runs in each order: so many at least, and at most where they are short; more than the first number also while something else is running, as above."""
 _TURN_S = 0.015
 """Seconds after which a turn has been long enough: a large network runs but once a turn, after a run that warms the caches."""
-
-_BANDS, _LAYERS = "band by band", "layer by layer"
 
 
 def choose(network: Execution, example: tuple[Any, ...]) -> None:
     """Take the kernel of each layer that was fastest before, or time the candidates inside the network."""
     if not network.plan.native:
         return
+    from explorer.inference.orders import LAYERS
     from explorer.inference.steps import build_steps
 
     layers = network.plan.layers(network.graph)
@@ -76,25 +75,24 @@ def choose(network: Execution, example: tuple[Any, ...]) -> None:
         _time_candidates(network, example, candidates, packed)
         cache.put({question: network.choices[i].label for i, question in questions.items()})
     # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
-    question = f"order {network.mode} {network.plan.network(network.graph, network.densities)}"
-    by_bands = cache.get(question) != _LAYERS
-    steps = build_steps(network.plan, network.graph, network.choices, packed, by_bands=by_bands)
-    steps.use_bands = by_bands
-    network.install(steps)
-    _order_bands(network, example, question)
+    question = f"fastest order {network.mode} {network.plan.network(network.graph, network.densities)}"
+    by_bands = cache.get(question) != LAYERS
+    network.install(build_steps(network.plan, network.graph, network.choices, packed, by_bands=by_bands))
+    _find_order(network, example, question)
 
 
 def keep(network: Execution) -> None:
     """Pack the weights that the network has by now for the kernels that its layers have."""
     if not network.plan.native:
         return
+    from explorer.inference.orders import LAYERS
     from explorer.inference.steps import build_steps
 
     network.densities = {i: network.density(i) for i in network.choices}
-    by_bands = network.steps is None or network.steps.use_bands
-    steps = build_steps(network.plan, network.graph, network.choices, by_bands=by_bands)
+    order = LAYERS if network.steps is None else network.steps.order
+    steps = build_steps(network.plan, network.graph, network.choices, by_bands=order != LAYERS)
     network.install(steps)
-    network.use_bands(steps, by_bands)
+    network.use_order(steps, order if order in steps.chains else LAYERS)
 
 
 def _larger_kernels(network: Execution, example: tuple[Any, ...]) -> Larger:
@@ -166,23 +164,23 @@ def _step_times(network: Execution, example: tuple[Any, ...]) -> NDArray[np.floa
     return fastest / cycles_per_ms(network.isa)
 
 
-def _order_bands(network: Execution, example: tuple[Any, ...], question: str) -> None:
-    """Let what can run band by band do so where that is faster: it depends on caches, and on who else uses them, more than anything that is known here.
+def _find_order(network: Execution, example: tuple[Any, ...], question: str) -> None:
+    """Run the network in the order that is the fastest: it depends on caches, and on who else uses them, more than anything that is known here.
 
     The answer is remembered under `question`.
     """
     steps = network.steps
-    if steps is None or not steps.chains:
+    if steps is None or len(steps.chains) == 1:
         return
     answer = choice_cache().get(question)
-    if answer not in (_BANDS, _LAYERS):
-        answer = _faster_order(network, example, steps)
+    if answer is None or answer not in steps.chains:
+        answer = _fastest_order(network, example, steps)
         choice_cache().put({question: answer})
-    network.use_bands(steps, answer == _BANDS)
+    network.use_order(steps, answer)
 
 
-def _faster_order(network: Execution, example: tuple[Any, ...], steps: Steps) -> str:
-    orders = (_BANDS, _LAYERS)
+def _fastest_order(network: Execution, example: tuple[Any, ...], steps: Steps) -> str:
+    orders = tuple(steps.chains)
     inputs, images = _of_a_turn(network, example)
     turns: list[NDArray[np.float64]] = []  # seconds of each order
     start = time.perf_counter()
@@ -198,15 +196,15 @@ def _faster_order(network: Execution, example: tuple[Any, ...], steps: Steps) ->
 
 def _seconds(network: Execution, inputs: tuple[Any, ...], images: int, steps: Steps, order: str) -> float:
     """What one run takes in this order."""
-    network.use_bands(steps, order == _BANDS)
+    network.use_order(steps, order)
     begin = time.perf_counter()
     network.run_together(inputs, images)
     return time.perf_counter() - begin
 
 
 def _of_a_turn(network: Execution, example: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
-    """As much of the example input as goes through together, and how many images that is."""
+    """As much of the example input as goes through together, and how many images that is. Some of those that go side by side may be the same."""
     images = network.plan.images
     if network.at_once is None:
         return example, images
-    return tuple(value[:images] for value in example), images
+    return tuple(value[torch.arange(images) % len(value)] for value in example), images

@@ -15,11 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from explorer.inference.abreast import Abreast, find
 from explorer.inference.choices import choice_cache
 from explorer.inference.graph import Graph, Ref, with_values
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa
-from explorer.inference.plan import Choice, ImportSegment, NativeSegment, Plan, TorchSegment, density_of
+from explorer.inference.plan import (
+    ALWAYS_SPARSE,
+    Choice,
+    ImportSegment,
+    NativeSegment,
+    Plan,
+    TorchSegment,
+    density_of,
+)
 from explorer.inference.straight import StraightPath
 
 if TYPE_CHECKING:
@@ -74,6 +83,7 @@ class Execution:
         self.captured = replace(captured, constants=dict(captured.constants))
         self.isa, self.threads, self.mode = isa, threads, mode
         self.at_once: int | None = None
+        self._abreast: Abreast | None = None
         self._in_head: frozenset[str] = frozenset()
         self.graph = self._lowered()
         self.plan = Plan(self.graph, isa, threads, mode=mode)
@@ -83,8 +93,9 @@ class Execution:
         if self.at_once is not None:
             heads = self.plan.head_places
             self._in_head = frozenset(n for n in self.graph.shapes if self.plan.root(n) in heads)
+            self._take_abreast()
             self.graph = self._lowered()
-            self.plan = Plan(self.graph, isa, threads, self.batch_size, mode)
+            self.plan = Plan(self.graph, isa, threads, self.batch_size, mode, self._abreast)
         self.cycles: NDArray[np.int64] = np.zeros(0, np.int64)
         # Images of a turn, and in all, for which the steps are set; (0, 0): not known.
         self._batch = (self.plan.images, self.plan.images)
@@ -100,11 +111,33 @@ class Execution:
             return through_torch(self.captured)
         graph = lower(self.captured)
         if self.at_once is not None:
+            groups = self.at_once // self._abreast.images if self._abreast else self.at_once
             for name, shape in graph.shapes.items():
                 follows = name not in graph.constants and shape[:1] == (self.batch_size,)
                 if follows and name not in self._in_head:
-                    graph.shapes[name] = (self.at_once, *shape[1:])
+                    count = self.at_once if name in graph.inputs else groups
+                    graph.shapes[name] = (count, *shape[1:])
+        if self._abreast is not None:
+            self._abreast.arrange(graph)
         return graph
+
+    def _take_abreast(self) -> None:
+        """Let late layers take several images of a turn side by side, where they can and gain by it; turns may become that much longer."""
+        assert self.at_once is not None
+        found = find(self.graph, self.isa.lanes) if self.mode != "dense" else None
+        if found is None or not found.exits <= self._in_head:
+            return
+        layers = [
+            i for i, o in enumerate(self.graph.operations) if o.output in found.late and o.kind == "conv"
+        ]
+        # Of dense kernels, those with channels in the lanes see columns, and Winograd's filtering rows.
+        if any(self.density(i) > ALWAYS_SPARSE for i in layers):
+            return
+        each_has_its_own = self.at_once % self.threads == 0
+        whole = found.images * (self.threads if each_has_its_own else 1)
+        at_once = self.at_once if self.at_once % whole == 0 else self.at_once * found.images
+        if self.batch_size % at_once == 0:
+            self._abreast, self.at_once = found, at_once
 
     def _images_at_once(self) -> int | None:
         """How many images of a large batch go through the whole network before the next ones begin; None for all of them.
@@ -188,7 +221,7 @@ class Execution:
         from explorer.inference.threads import Runner
 
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
-            self._runner = Runner(self.isa, self.threads, len(self.plan.native), steps.scratch_bytes)
+            self._runner = Runner(self.isa, self.threads, len(steps.table), steps.scratch_bytes)
         self._runner.use(steps)
         # Steps that ran before may be set for a smaller batch.
         self.steps, self._batch = steps, (0, 0)
@@ -212,13 +245,15 @@ class Execution:
         view, result = self.plan.places[place].view, self._home(outputs[0].name)
         if view is None or result is None or view.shape != self.graph.shapes[value]:
             return None
-        moves = self.steps.moves if self.steps and self.plan.head_places else []
-        head = self.plan.head if self.plan.batch > self.plan.images and moves else last
+        assert self.steps is not None
+        last = self.steps.row_at(last)
+        moves = self.steps.moves if self.plan.head_places else []
+        head = self.steps.head if self.plan.batch > self.plan.images and moves else last
         return StraightPath.of(view, self.plan.places[place], runner, last, head, moves, result)
 
-    def use_bands(self, steps: Steps, yes: bool) -> None:
-        """Whether chains of these steps are run band by band."""
-        steps.use_bands, self._batch = yes, (0, 0)
+    def use_order(self, steps: Steps, order: str) -> None:
+        """Run these steps in one of the orders that they know."""
+        steps.order, self._batch = order, (0, 0)
         self._set_batch(self.plan.images, self.plan.images)
 
     def _set_batch(self, images: int, total: int) -> None:
@@ -302,12 +337,12 @@ class Execution:
                 seconds.append(mine)
                 cycles.append(self.cycles)
         start = time.perf_counter()
-        runner.run(plan.head, len(plan.native))
+        runner.run(steps.head, len(steps.table))
         if times is not None:
             times += np.sum(seconds, axis=0).tolist()
             times[-1] += time.perf_counter() - start
             self.cycles = np.sum(cycles, axis=0)
-            self.cycles[plan.head :] = runner.cycles()[plan.head :]
+            self.cycles[plan.head :] = steps.by_step(runner.cycles())[plan.head :]
         return [self._output(o, {}, images) for o in self.graph.outputs]
 
     def _run_segments(
@@ -322,7 +357,8 @@ class Execution:
             start = time.perf_counter() if times is not None else 0.0
             if isinstance(segment, NativeSegment):
                 assert runner is not None
-                runner.run(segment.first, min(segment.last, last))
+                assert self.steps is not None
+                runner.run(*(self.steps.row_at(step) for step in (segment.first, min(segment.last, last))))
             elif isinstance(segment, ImportSegment):
                 place, value = plan.places[segment.place], self._value(segment.value, values)
                 assert place.view is not None
@@ -357,12 +393,14 @@ class Execution:
 
     def keep_cycles(self) -> None:
         """Take over what the steps took since `forget_cycles`."""
-        if self._runner is not None:
-            self.cycles = self._runner.cycles()
+        if self._runner is not None and self.steps is not None:
+            self.cycles = self.steps.by_step(self._runner.cycles())
 
     def room(self, name: str) -> int:
         """Images for which there is room in a value, or a place: in the head those of all turns."""
-        return self.plan.batch if self.plan.root(name) in self.plan.head_places else self.plan.images
+        if self.plan.root(name) in self.plan.head_places:
+            return self.plan.batch
+        return self.plan.images if name.partition("@")[0] in self.graph.inputs else self.plan.groups
 
     # ---- values
 

@@ -81,6 +81,11 @@ class Planes:
         Vectors of a channel that lie together when the tensor lies tile by tile; 0 for whole planes. A plane is then a tile of one channel.
     apart : int
         Elements from one image to the next where a tensor in the same memory needs more than this one; 0: what the planes need.
+    abreast : int
+        Images that lie side by side in each row, see `explorer.inference.abreast`: `columns` then counts from the first column of the first to the last of
+        the last, and `images` counts such planes.
+    slot : int
+        Elements of a row that belong to one image where others lie beside it, its gap among them; 0 where none do.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +102,8 @@ class Planes:
     element_bytes: int = 4
     tile: int = 0
     apart: int = 0
+    abreast: int = 1
+    slot: int = 0
 
     @property
     def vectors(self) -> int:
@@ -127,9 +134,26 @@ class Planes:
         return self.vectors * self.lanes != self.rows * self.columns
 
     @property
+    def image_columns(self) -> int:
+        """Columns of one image."""
+        return self.columns - (self.abreast - 1) * self.slot
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether this is one image of several side by side: what follows its columns is not its own."""
+        return self.slot > 0 and self.abreast == 1
+
+    @property
+    def inside(self) -> NDArray[np.int64]:
+        """Where the pixels of a plane lie, in elements of it: (rows, columns of all images)."""
+        first = np.arange(self.abreast)[:, None] * self.slot + np.arange(self.image_columns)
+        return np.arange(self.rows)[:, None] * self.pitch + first.reshape(-1)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the values themselves, without gaps and guards."""
-        return self.element_bytes * self.images * self.channels * self.rows * self.columns
+        pixels = self.rows * self.abreast * self.image_columns
+        return self.element_bytes * self.images * self.channels * pixels
 
     @property
     def tiles_overlap(self) -> bool:
@@ -209,7 +233,7 @@ class Planes:
         Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. After a tensor with another key
         gaps are zeroed, see `explorer.inference.kernels.zero_gaps`, if they may not hold anything, as those of tiles may.
         """
-        return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard)
+        return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard, self.slot)
 
     @property
     def before(self) -> int:

@@ -80,7 +80,7 @@ class SparseModule:
         self._lock = fork.EngineLock()
         self._source: Source | None = None
         # Of a batch that goes through in turns, as each of its tensors then does, no more than is looked at again: for few samples, and when kernels are chosen.
-        kept = network.batch_size if network.at_once is None else max(network.at_once, 2)
+        kept = network.batch_size if network.at_once is None else max(network.plan.groups, 2)
         if kept < network.batch_size:
             example = tuple(value[:kept] for value in example)
         self._example = tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in example)

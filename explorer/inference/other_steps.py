@@ -112,7 +112,8 @@ def pool_step(builder: StepBuilder, operation: Operation, place: Place, out: Pla
             **common,
         )
         # Who writes tiles may leave in their gaps what lay there before.
-        average = pool.PoolKernel("plane", masked=bool(x.tile) and x.has_gaps)
+        masked = x.has_neighbours or (bool(x.tile) and x.has_gaps)
+        average = pool.PoolKernel("plane", masked=masked)
         return Row(builder.code(average), arguments, common["jobs"], "pool")
     assert isinstance(y, Planes)
     if operation.kind == "adaptive_average":
@@ -202,9 +203,10 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
     lanes = y.lanes
     common = builder.by_channel(place, out) | {"n_phases": len(phases)}
     if place.cell is not None:
-        common["x"] = address(place.cell)
+        common |= {"x": address(place.cell), "skipped": place.skipped}
     common["places"] = builder.places(y) if y.is_cut else 0
-    if stride[1] > split.LARGEST_SHUFFLED:
+    if stride[1] > registers.LARGEST_SHUFFLED:
+        assert not y.has_neighbours
         kernel = split.SplitKernel(0, (), place.cell is not None, tiled=y.is_cut)
         table = builder.tap_places(x, y, phases, stride)
         arguments = split.ARGUMENTS.filled(vectors=y.vectors, table=table, **common)
@@ -215,7 +217,8 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
 
     else:
         rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-        kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut)
+        slot = y.slot if y.has_neighbours else 0
+        kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut, slot)
         builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(x.vectors, builder.plan.isa))
         source = np.arange(y.rows)[:, None] * stride[0] + np.array(rows)
         offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)

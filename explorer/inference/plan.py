@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from explorer.inference.abreast import Abreast
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, linear_room, pair_parts
@@ -44,7 +45,7 @@ _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 _LARGE = 1.0
 """Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
 
-_ALWAYS_DENSE, _ALWAYS_SPARSE = 0.75, 0.2
+_ALWAYS_DENSE, ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
 below the second (the closest was a tie at 0.3)."""
 
@@ -98,6 +99,7 @@ class Place:
     start: int = 0
     view: torch.Tensor | None = None
     cell: NDArray[np.int64] | None = None  # where kernels find the address of a tensor that may lie elsewhere
+    skipped: int = 0  # bytes from there to the first image
 
     @property
     def address(self) -> int:
@@ -182,11 +184,16 @@ class Plan:
         Images of a whole call, when they go through in turns: `head` tells which steps come after all turns.
     mode : str
         Which kernels layers may have: "auto", "sparse" or "dense".
+    abreast : Abreast, optional
+        The layers that take several images side by side. The first dimension of the tensors of `graph`, which is arranged for it, then counts groups of so many, except
+        that of inputs, and of what the head knows.
 
     Attributes
     ----------
     images : int
         Images that go through the network together.
+    groups : int
+        Groups of images that those are: each of one image, but where late layers take several side by side.
     head : int
         The first of the steps at the end that know vectors only (a classifier after pooling). In turns, the steps before it leave the vectors of each turn
         behind those of the turn before, and the head takes all of them at once: its weights, most of what it reads, come from afar once.
@@ -195,12 +202,19 @@ class Plan:
     """
 
     def __init__(
-        self, graph: Graph, isa: Isa, threads: int, batch: int | None = None, mode: str = "auto"
+        self,
+        graph: Graph,
+        isa: Isa,
+        threads: int,
+        batch: int | None = None,
+        mode: str = "auto",
+        abreast: Abreast | None = None,
     ) -> None:
-        self.isa, self.threads, self._mode = isa, threads, mode
+        self.isa, self.threads, self._mode, self.abreast = isa, threads, mode, abreast
         self.images = (
             graph.shapes[graph.inputs[0]][0] if graph.inputs and graph.shapes.get(graph.inputs[0]) else 1
         )
+        self.groups = self.images // abreast.images if abreast else self.images
         self.batch = batch or self.images
         self.places: dict[str, Place] = {}
         self.native: list[int] = []  # indices into graph.operations, one per step
@@ -222,7 +236,7 @@ class Plan:
 
     def follows_batch(self, layout: Layout) -> bool:
         """Whether the first axis of this tensor is the batch, so that a smaller batch needs fewer jobs."""
-        return layout.images in (self.images, self.batch) and not (
+        return layout.images in (self.images, self.groups, self.batch) and not (
             isinstance(layout, Planes) and layout.tokens
         )
 
@@ -324,6 +338,43 @@ class Plan:
             families[1] = "vectors"
         return [(n, self.place_name(n, f)) for n, f in zip(operation.inputs, families, strict=True)]
 
+    def _is_late(self, place: str) -> bool:
+        return self.abreast is not None and place in self.abreast.late
+
+    def order(self, graph: Graph) -> list[tuple[int, int | None]]:
+        """Steps as they are run, the same step perhaps more than once: pairs of a step and its turn, see `explorer.inference.abreast`."""
+        if self.abreast is None:
+            return [(step, None) for step in range(len(self.native))]
+        return self.abreast.turns([graph.operations[index] for index in self.native])
+
+    def seen(self, place: str, turn: int | None) -> Place:
+        """A place as the layers see it that compute one of the images that late layers take side by side."""
+        home, layout = self.places[place], self.places[place].layout
+        if turn is None or self.abreast is None:
+            return home
+        n_bytes = turn * layout.image_bytes
+        if isinstance(layout, Vectors):
+            mine = replace(layout, stride=self.abreast.images * layout.stride)
+            return (
+                replace(home, layout=mine, start=home.start + n_bytes)
+                if place in self.abreast.exits
+                else home
+            )
+        if place in self.abreast.planes:
+            shape = (*layout.shape[:-1], layout.image_columns)
+            alone = replace(layout, shape=shape, columns=layout.image_columns, abreast=1)
+            return replace(home, layout=alone, start=home.start + turn * layout.slot * layout.element_bytes)
+        if layout.images == self.images:
+            apart = self.abreast.images * layout.image
+            each = replace(layout, images=self.groups, apart=apart)
+            return replace(home, layout=each, start=home.start + n_bytes, skipped=n_bytes)
+        return home
+
+    def differs(self, operation: Operation) -> bool:
+        """Whether the turns of an operation differ in what they read or write."""
+        places = (*self.operands(operation), operation.output)
+        return any(self.seen(place, 1).start != self.places[place].start for place in places)
+
     def operands(self, operation: Operation) -> list[str]:
         """The places that a native operation reads."""
         return [place for _, place in self._operands(operation, self.step_family(operation))]
@@ -405,6 +456,7 @@ class Plan:
         classes = PitchClasses()
         sizes: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {}
         vectors: dict[str, tuple[tuple[int, ...], int]] = {}
+        side_by_side = dict.fromkeys(self.abreast.planes, self.abreast) if self.abreast else {}
 
         def meet(place: str, shape: tuple[int, ...], family: str) -> None:
             if family == "vectors":
@@ -416,9 +468,14 @@ class Plan:
                 pixels = int(np.prod(shape[:-1]))
                 sizes[place] = (shape, 1, shape[-1], 1, pixels, True)
             else:
+                if place in side_by_side:
+                    shape = (*shape[:-1], side_by_side[place].columns)
                 rows = shape[2] if len(shape) == 4 else 1
                 sizes[place] = (shape, shape[0], shape[1], rows, shape[-1], False)
             classes.add(place, sizes[place][3], sizes[place][4])
+            if place in side_by_side:
+                # Each image has a gap of its own.
+                classes.pad(place, 0, side_by_side[place].period - side_by_side[place].size[1])
 
         for index in self.native:
             operation = graph.operations[index]
@@ -456,6 +513,10 @@ class Plan:
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
+            if place in side_by_side:
+                these = side_by_side[place]
+                layout = replace(layout, abreast=these.images, slot=these.period)
+                assert layout.pitch == these.images * these.period
             self.places[place] = Place(layout)
         for place in self._range_of:
             home, whole = self.places[place], self.places[self.located(place)[0]].layout
@@ -481,7 +542,7 @@ class Plan:
         groups, weight = operation.attributes["groups"], graph.constants[operation.weight or ""]
         if has_programs(self.isa) or self._mode == "dense" or 1 < groups == weight.shape[0]:
             return False
-        return density_of(weight.detach().numpy()) <= _ALWAYS_SPARSE
+        return density_of(weight.detach().numpy()) <= ALWAYS_SPARSE
 
     def reaches_over(self, graph: Graph, operation: Operation) -> bool:
         """Whether a convolution in planes reads beyond the ends of rows between which there is no gap."""
@@ -574,6 +635,8 @@ class Plan:
             end = _INFINITY if place in pinned else last_use.get(place, born.get(place, _INFINITY))
             if place in self.head_places and self.batch > self.images:
                 start, end = -1, _INFINITY  # what one turn leaves there, the next must not touch
+            if self.abreast and place in self.abreast.entries:
+                start = -1  # nor what is there of one image, when the layers before go through the next
             whole = self.located(place)[0]
             before = lives.get(whole, (start, end))
             lives[whole] = (min(before[0], start), max(before[1], end))
@@ -668,8 +731,11 @@ class Plan:
 
         found = set()
         for names in owners:
-            # The last one of a run comes before the first one of the next.
-            for before, place in zip([names[-1], *names], names, strict=False):
+            # The last one of a run comes before the first one of the next. So does the last one of a turn, where layers take turns.
+            pairs = [*zip([names[-1], *names], names, strict=False)]
+            if self.abreast and (in_turns := [n for n in names if n not in self.abreast.late]):
+                pairs.append((in_turns[-1], in_turns[0]))
+            for before, place in pairs:
                 is_planes = isinstance(self.places[place].layout, Planes)
                 if is_planes and place not in harmless and not leaves_zeros(before, place):
                     found.add(place)
@@ -726,7 +792,7 @@ class Plan:
 
         Only where each thread has images of its own. `can`: which steps can be cut into bands.
         """
-        if self.images < self.threads:
+        if self.groups < self.threads:
             return []
         wholes = {self.located(place)[0] for place in self._range_of}
         found: list[list[int]] = []
@@ -740,11 +806,12 @@ class Plan:
                 layouts = [self.places[place].layout for place in places]
                 if (
                     not can[step]
+                    or self._is_late(operation.output)  # its rows do not follow those of the steps before it
                     or not all(self.follows_batch(layout) for layout in layouts)
                     or {*places} & (wholes | {*self._range_of})
                 ):
                     range_ = []
-                elif sum(layout.n_bytes for layout in layouts) > self.images * l2_bytes() * _LARGE:
+                elif sum(layout.n_bytes for layout in layouts) > self.groups * l2_bytes() * _LARGE:
                     if range_:
                         range_[1] = step + 1
                     else:
@@ -854,7 +921,7 @@ class Plan:
         return (
             programs
             + (sparse if density < _ALWAYS_DENSE else [])
-            + (dense if density > _ALWAYS_SPARSE else [])
+            + (dense if density > ALWAYS_SPARSE else [])
         )
 
     def may_be_code(self, graph: Graph, index: int) -> bool:
@@ -876,6 +943,8 @@ class Plan:
 
     def _fits_channels(self, graph: Graph, operation: Operation, out: Planes) -> bool:
         """Whether the dense kernel with channels in its lanes can run: its pixels are a part of one row, and must not lie in two tiles."""
+        if out.abreast > 1:
+            return False
         form = channel_tile(
             out.columns, graph.shapes[operation.output][1], self.isa, overlap=len(operation.inputs) == 1
         )
@@ -890,10 +959,10 @@ class Plan:
         operation = graph.operations[index]
         a, size = operation.attributes, graph.shapes[operation.weight or ""][2:]
         out, tiles = self.places[operation.output].layout, self._tiles(operation)
-        if operation.kind != "conv" or len(size) != 2 or not isinstance(out, Planes):
+        if operation.kind != "conv" or len(size) != 2 or not isinstance(out, Planes) or out.abreast > 1:
             return False
         has_residual = len(operation.inputs) > 1
-        if density <= _ALWAYS_SPARSE or self.isa.precision != "fp32" or a["groups"] > 1:
+        if density <= ALWAYS_SPARSE or self.isa.precision != "fp32" or a["groups"] > 1:
             return False
         if tiles[0] or (has_residual and any(tiles)) or self.reaches_over(graph, operation):
             return False
@@ -925,4 +994,4 @@ class Plan:
             graph.shapes[name] for name in (*operation.inputs, operation.weight or "", operation.output)
         ]
         about = sorted((k, v) for k, v in operation.attributes.items() if k not in ("low", "high"))
-        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {winograd} {self._tiles(operation)} {self.reaches_over(graph, operation)}"
+        return f"{generator_version()} {self.isa.cpu} {self.isa.name} {self.isa.precision} {self.threads} {operation.kind} {shapes} {about} {round(32 * density)} {paired} {code} {winograd} {self._tiles(operation)} {self.reaches_over(graph, operation)} {self._is_late(operation.output)}"

@@ -101,8 +101,10 @@ def _native_row(network: Execution, step: int, ms: float, images: int, peak_gflo
         outputs = prod(shapes[o.output]) * images // network.room(o.output)
         macs = outputs * prod(shapes[o.weight or ""][1:])
     places = {*network.plan.operands(o), o.output}
+    layouts = {place: network.plan.places[place].layout for place in places}
     touched = sum(
-        network.plan.places[place].layout.n_bytes * images // network.room(place) for place in places
+        layout.n_bytes * images // (network.room(place) * getattr(layout, "abreast", 1))
+        for place, layout in layouts.items()
     )
     return LayerTiming(
         o.name or "model",

@@ -147,11 +147,10 @@ class StepBuilder:
 
     def mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) integers as wide as a pixel."""
-        key = ("mask", y.rows, y.columns, y.pitch)
+        key = ("mask", y.rows, y.columns, y.pitch, y.abreast)
         if key not in self.tables:
             inside = np.zeros(y.vectors * y.lanes, bool)
-            at = np.arange(y.rows)[:, None] * y.pitch + np.arange(y.columns)
-            inside[at.reshape(-1)] = True
+            inside[y.inside.reshape(-1)] = True
             self.tables[key] = self.mask_of(inside)
         return self.tables[key]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.inference import conv_steps, other_steps
-from explorer.inference.depth_first import order
 from explorer.inference.graph import Graph, Operation
 from explorer.inference.kernels import (
-    chain,
     driver,
     flatten,
     linear,
@@ -23,21 +21,9 @@ from explorer.inference.kernels import (
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Emitter
+from explorer.inference.orders import LAYERS, Chain, Rows, orders
 from explorer.inference.plan import Choice, Plan
 from explorer.inference.step_builder import Row, StepBuilder
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Steps [first, last), which one thread runs band by band for an image, see `explorer.inference.depth_first`.
-
-    `row` stands in the table instead of the first of them. `counters` is the byte offset in the scratch memory of the cycles that each took.
-    """
-
-    first: int
-    last: int
-    row: tuple[int, int]
-    counters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +42,38 @@ class Move:
 class Steps:
     """The step tables for one set of weights and choices. Owns the memory that they point to.
 
-    `plain` is the table without jobs and chains. `labels` and `table_bytes` (packed weights, tables and arguments) have one item per step.
+    A row of the table is a step, or one turn of a step that takes several, see `Plan.order`. `plain` is the table without jobs and chains. `labels` and
+    `table_bytes` (packed weights, tables and arguments) have one item per step.
 
     Attributes
     ----------
-    pieces : (steps,) int64
+    step_of : (rows,) int64
+        The step of each row.
+    turn : (rows,) int64
+        Its turn; 0 where it has none.
+    abreast : int
+        Images that late layers take side by side: the turns.
+    pieces : (rows,) int64
         Jobs of so many images as one job takes, `images_per_job`.
-    fixed : (steps,) int64
-        Images of steps that do not follow the batch; 0 for others.
+    fixed : (rows,) int64
+        Images of rows that do not follow the batch; 0 for others.
     counts : list of (int, ndarray)
-        Steps whose arguments tell the number of images, and where.
+        Rows whose arguments tell the number of images, and where.
     head : int
-        See `Plan`.
+        The first row of the head, see `Plan`.
     moves : list of Move
         Where the vectors go that the head reads when all turns are over.
-    use_bands : bool
-        Whether `chains` are run as such.
+    order : str
+        Which of `chains` are run: one of its keys.
     """
 
     memory: Memory
     threads: int
     table: NDArray[np.int64]
     plain: NDArray[np.int64]
+    step_of: NDArray[np.int64]
+    turn: NDArray[np.int64]
+    abreast: int
     pieces: NDArray[np.int64]
     images_per_job: NDArray[np.int64]
     fixed: NDArray[np.int64]
@@ -85,18 +81,19 @@ class Steps:
     scratch_bytes: int
     labels: list[str]
     table_bytes: list[int]
-    chains: list[Chain]
+    chains: Mapping[str, list[Chain]]
     head: int
     moves: list[Move]
-    use_bands: bool = True
+    order: str = LAYERS
 
     def set_batch(self, images: int, total: int) -> None:
-        """Give each step the number of jobs that `images` images need; the head those of `total`."""
-        follows = np.full(len(self.fixed), images)
-        follows[self.head :] = total
+        """Give each row the number of jobs that `images` images need; the head those of `total`."""
+        # Of images side by side the first turn has the first one of each group, and so on; who takes them all counts groups.
+        follows = np.maximum(-(-(images - self.turn) // self.abreast), 0)
+        follows[self.head :] = total  # it knows no groups
         each = np.where(self.fixed, self.fixed, follows)
-        for step, count in self.counts:
-            count[0] = each[step]
+        for row, count in self.counts:
+            count[0] = each[row]
         for move in self.moves:
             move.to(0)
         jobs, kernel, arguments, gaps = (
@@ -104,19 +101,30 @@ class Steps:
         )
         self.table[:] = self.plain
         self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
-        if images % self.threads or not self.use_bands:
-            return  # threads share an image, or it is faster without
-        for part in self.chains:
-            self.table[part.first : part.last, [jobs, gaps]] = 0
-            self.table[part.first, jobs] = images
-            self.table[part.first, [kernel, arguments]] = part.row
+        for part in self.chains[self.order]:
+            mine = follows[part.first]
+            # Else threads share an image, or not all of those that go side by side are there.
+            if mine % self.threads == 0 and (follows[part.first : part.last] == mine).all():
+                self.table[part.first : part.last, [jobs, gaps]] = 0
+                self.table[part.first, jobs] = mine
+                self.table[part.first, [kernel, arguments]] = part.row
+
+    def row_at(self, step: int) -> int:
+        """The first row from which on no step before `step` is run; that must be a step that takes no turns, or the first of all."""
+        return step and len(self.table) - (len(self.labels) - step)
+
+    def by_step(self, by_row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sums of what was counted for each row."""
+        found = np.zeros(len(self.labels), np.int64)
+        np.add.at(found, self.step_of, by_row)
+        return found
 
 
-def _step(builder: StepBuilder, operation: Operation, choice: Choice) -> Row:
-    """One operation as a step, by what it is and how its values lie."""
+def _step(builder: StepBuilder, operation: Operation, choice: Choice, turn: int | None) -> Row:
+    """One operation as a step, by what it is and how its values lie; `turn` as in `Plan.order`."""
     family = builder.plan.step_family(operation)
-    places = [builder.plan.places[place] for place in builder.plan.operands(operation)]
-    out = builder.plan.places[operation.output]
+    places = [builder.plan.seen(place, turn) for place in builder.plan.operands(operation)]
+    out = builder.plan.seen(operation.output, turn)
     if family == "vectors" and operation.kind in ("conv", "linear"):
         return conv_steps.linear_step(builder, operation, places[0], out, choice)
     if operation.attributes.get("depthwise"):
@@ -180,7 +188,7 @@ def build_steps(
     packed : dict, optional
         Keeps packed weights between calls with the same graph, by output and choice.
     by_bands : bool
-        Whether to find the parts that may run band by band.
+        Whether to prepare other orders than layer by layer.
     """
     with Emitter() as emitter:
         return _steps(plan, graph, choices, {} if packed is None else packed, emitter, by_bands=by_bands)
@@ -197,95 +205,67 @@ def _steps(
 ) -> Steps:
     memory = Memory()
     builder = StepBuilder(plan, graph, memory, packed, emitter)
-    rows, fixed, counts, moves, table_bytes = [], [], [], [], []
-    gaps: dict[int, int] = {}  # step -> arguments for zeroing gaps
-    for step, index in enumerate(plan.native):
-        before, operation = memory.n_bytes, graph.operations[index]
-        row, out = _step(builder, operation, choices.get(index, Choice(True))), plan.places[operation.output]
+    rows: list[tuple[Row, int]] = []
+    fixed, counts, moves = [], [], []
+    labels, table_bytes = [""] * len(plan.native), [0] * len(plan.native)
+    gaps: dict[int, int] = {}  # row -> arguments for zeroing gaps
+    turns = plan.order(graph)
+    for this, (step, turn) in enumerate(turns):
+        before, operation = memory.n_bytes, graph.operations[plan.native[step]]
+        out = plan.places[operation.output]
+        fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
+        first = turns.index((step, 0)) if turn else this
+        if turn and not plan.differs(operation) and not rows[first][0].images_per_job:
+            rows.append(rows[first])
+            if first in gaps:
+                gaps[this] = gaps[first]
+            continue
+        row = _step(builder, operation, choices.get(plan.native[step], Choice(True)), turn)
         arguments = memory.zeros(len(row.arguments), np.int64)
         arguments[:] = row.arguments
         rows.append((row, address(arguments)))
         if operation.output in plan.unclean:
             assert isinstance(out.layout, Planes)
-            gaps[step] = memory.put(zeroing_arguments(out.layout, out.address, fills=row.fills))
-        table_bytes.append(memory.n_bytes - before)
-        fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
+            gaps[this] = memory.put(zeroing_arguments(out.layout, out.address, fills=row.fills))
+        labels[step] = row.label
+        table_bytes[step] += memory.n_bytes - before
         if row.images_per_job:
             at = linear.ARGUMENTS.index("images")
-            counts.append((step, arguments[at : at + 1]))
+            counts.append((this, arguments[at : at + 1]))
         if step < plan.head and operation.output in plan.head_places:
             at = _VECTOR_RECORDS[operation.kind].index("out")
             n_bytes = plan.images * out.layout.image_bytes
-            moves.append(Move(arguments[at : at + 1], out.address, n_bytes))
+            moves.append(Move(arguments[at : at + 1], int(arguments[at]), n_bytes))
     zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
-    chains = _chains(plan, graph, builder, rows, zero, gaps) if by_bands else []
+    head = len(rows) - (len(plan.native) - plan.head)
+    chains: dict[str, list[Chain]] = {LAYERS: []}
+    if by_bands:
+        chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if any(fixed[:head]) else head)
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
-    for step, zeroing in gaps.items():
+    for this, zeroing in gaps.items():
+        step, _ = turns[this]
         images = plan.places[graph.operations[plan.native[step]].output].layout.images
-        table[step][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=zeroing, images=images))
+        table[this][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=zeroing, images=images))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
         plan.threads,
         memory.zeros(plain.size, np.int64).reshape(plain.shape),
         plain,
+        np.array([step for step, _ in turns], np.int64),
+        np.array([turn or 0 for _, turn in turns], np.int64),
+        plan.abreast.images if plan.abreast else 1,
         np.array([row.jobs for row, _ in rows], np.int64),
         np.array([max(row.images_per_job, 1) for row, _ in rows], np.int64),
         np.array(fixed, np.int64),
         counts,
         builder.scratch_bytes,
-        [row.label for row, _ in rows],
+        labels,
         table_bytes,
         chains,
-        plan.head,
+        head,
         moves,
     )
     steps.set_batch(plan.images, plan.images)
     memory.seal()
     return steps
-
-
-def _chains(
-    plan: Plan,
-    graph: Graph,
-    builder: StepBuilder,
-    rows: Sequence[tuple[Row, int]],
-    zero: int,
-    gaps: Mapping[int, int],
-) -> list[Chain]:
-    """The parts of the network that go band by band. Needs memory and scratch of its own, which it takes from `builder`.
-
-    `zero`: the kernel that zeroes gaps, before the first band of the steps that have arguments for it in `gaps`.
-    """
-    chains = []
-    for first, last in plan.deep(graph, [row.bands is not None for row, _ in rows]):
-        cut = [row.bands(arguments) for row, arguments in rows[first:last] if row.bands]
-        calls: list[tuple[int, ...]] = []
-        for s, band in order([plan.accesses(graph, first + s, these) for s, these in enumerate(cut)]):
-            row = rows[first + s][0]
-            if band == 0 and first + s in gaps:
-                calls.append((zero, gaps[first + s], 0, 1, 1, 8 * s))
-            calls += [(row.kernel(), *call, row.jobs, 8 * s) for call in cut[s].calls[band]]
-        calls = _joined(calls)
-        counters = -(-builder.scratch_bytes // 64) * 64
-        arguments = chain.ARGUMENTS.filled(
-            calls=builder.memory.put(np.array(calls, np.int64)),
-            n_calls=len(calls),
-            cycles=counters,
-        )
-        builder.scratch_bytes = counters + 8 * len(cut)
-        in_table = builder.code(chain.ChainKernel())(), builder.memory.put(arguments)
-        chains.append(Chain(first, last, in_table, counters))
-    return chains
-
-
-def _joined(calls: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The same calls, with neighbouring ones of the same arguments and jobs that follow one another as one."""
-    found: list[tuple[int, ...]] = []
-    for call in calls:
-        kernel, arguments, first, jobs, *rest = call
-        if found and found[-1][:2] == call[:2] and found[-1][2] + found[-1][3] == first:
-            found[-1] = (kernel, arguments, found[-1][2], found[-1][3] + jobs, *rest)
-        else:
-            found.append(call)
-    return found

@@ -26,7 +26,8 @@ from explorer.inference import fork
 from explorer.inference.kernels import driver
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, machine_code
-from explorer.inference.steps import Chain, Move, Steps
+from explorer.inference.orders import Chain
+from explorer.inference.steps import Move, Steps
 
 _SPINS = 20_000
 """Looks at the gate before a helper goes to sleep: some hundred microseconds."""
@@ -206,13 +207,13 @@ class Runner:
 
     def forget_cycles(self) -> None:
         """Begin to count anew what the layers of chains take."""
-        for chain in self._steps.chains if self._steps else ():
+        for chain in self._steps.chains[self._steps.order] if self._steps else ():
             self._counters(chain)[:] = 0
 
     def cycles(self) -> NDArray[np.int64]:
         """Ticks that each step of the last runs took, as the calling thread saw them; those of a chain in proportion to what its layers took there."""
         found: NDArray[np.int64] = self.stamps[:, 1] - self.stamps[:, 0]
-        for chain in self._steps.chains if self._steps else ():
+        for chain in self._steps.chains[self._steps.order] if self._steps else ():
             counted = self._counters(chain)
             whole, sum_ = int(found[chain.first : chain.last].sum()), int(counted.sum())
             if sum_:  # else threads share images in this batch, or another thread took all of them

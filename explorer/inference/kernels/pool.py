@@ -35,7 +35,7 @@ class PoolKernel:
     kind : str
         "max", "average" or "plane".
     masked : bool
-        "plane" only: whether the gaps of the operand may hold anything (as those of tiles may), so that they must not be counted.
+        "plane" only: whether the gaps of the operand may hold anything (as those of tiles may, and other images beside this one), so that they must not be counted.
     """
 
     kind: str
@@ -106,7 +106,8 @@ class PoolKernel:
 
         def one_vector(i: Value, total: Value) -> list[Value]:
             at = b.mul(i, I64(width))
-            value = f.read(f.at(plane, at), 0, width)
+            # An image beside others may begin in the middle of a vector.
+            value = f.read(f.at(plane, at), 0, None if self.masked else width)
             if self.masked:
                 value = f.keep(value, f.read_mask(f.at(field("mask", PTR), at)))
             return [b.fadd(total, value)]

@@ -7,6 +7,9 @@ from explorer.inference.native import Isa
 MANY_REGISTERS = 32
 """As AVX-512 and NEON have; AVX2 has half of them."""
 
+LARGEST_SHUFFLED = 4
+"""The widest stride that is split into phases by shuffles; their number grows with its square."""
+
 _WORTH_PARTS = 0.95
 """What a dense kernel that takes a tile in parts must gain, as it reads the weights once for each."""
 

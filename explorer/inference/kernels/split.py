@@ -25,7 +25,7 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
-        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places",
+        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places", "skipped",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
@@ -33,10 +33,8 @@ ARGUMENTS = Record(
 Small strides: `table` holds for each of `rows` the byte offset of the input row of each of `row_phases` (int64, -1 for none), `pitch` the bytes
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
 hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
-Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table."""
-
-LARGEST_SHUFFLED = 4
-"""The widest stride that is split by shuffles; their number grows with its square."""
+Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table. `skipped`: bytes from where the
+caller has the first image to the first that is split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,8 @@ class SplitKernel:
         Vectors of a channel that lie together where the image lies tile by tile (small strides only); 0 for planes.
     tiled : bool
         Whether the result lies in tiles.
+    slot : int
+        Elements of each row that are written where other images lie beside this one (small strides only); 0 for whole vectors.
     """
 
     stride: int
@@ -62,6 +62,7 @@ class SplitKernel:
     borrows: bool = False
     tile: int = 0
     tiled: bool = False
+    slot: int = 0
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
@@ -78,7 +79,9 @@ class SplitKernel:
 
         image, first, last = channels_of(f, field, job)
         n_phases = field("n_phases")
-        x = f.load(field("x", PTR), PTR, 0, 8) if self.borrows else field("x", PTR)
+        x = field("x", PTR)
+        if self.borrows:
+            x = f.at(f.load(x, PTR, 0, 8), field("skipped"))
         x = f.at(x, b.mul(image, field("x_image")))
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
         table, out_plane = field("table", PTR), field("out_plane")
@@ -157,7 +160,11 @@ class SplitKernel:
                         [value] = f.pick(loaded, wanted, 1)
                         inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
-                        f.write(value, f.at(to, b.mul(I64(k), out_plane)))
+                        to_phase = f.at(to, b.mul(I64(k), out_plane))
+                        if self.slot:
+                            f.store_first(self.slot, value, to_phase)
+                        else:
+                            f.write(value, to_phase)
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
