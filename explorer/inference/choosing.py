@@ -97,6 +97,8 @@ def keep(network: Execution) -> None:
 
 def _larger_kernels(network: Execution, example: tuple[Any, ...]) -> Larger:
     """The layers whose kernels may need more memory than others."""
+    from explorer.inference.step_builder import block_bytes
+
     layers = {}
     for i, share in network.densities.items():
         # Dense kernels do not ask which weights are zero.
@@ -104,7 +106,8 @@ def _larger_kernels(network: Execution, example: tuple[Any, ...]) -> Larger:
         size, can = network.weight(i).size, network.plan.may_be_code(network.graph, i)
         vectors = network.plan.vectors_of(network.graph.operations[i])
         winograd = network.plan.may_be_winograd(network.graph, i, density)
-        layers[i] = Weighed(size, round(density * size), vectors, can, winograd)
+        short = network.plan.has_short_offsets(network.graph, i, block_bytes())
+        layers[i] = Weighed(size, round(density * size), vectors, can, winograd, short)
     example_bytes = sum(value.nbytes for value in example if isinstance(value, Tensor))
     return larger_kernels(layers, network.plan.memory.n_bytes, example_bytes)
 

@@ -109,6 +109,7 @@ def conv_step(
         )
 
     packed = builder.once(operation, choice, pack)
+    kernel = replace(kernel, short=packed.short)
     builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(m, builder.plan.isa))
     arguments = conv_tables.ARGUMENTS.filled(
         **_tensors(layouts, places, out),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from explorer.inference.abreast import Abreast, find
 from explorer.inference.choices import choice_cache
-from explorer.inference.graph import Graph, Ref, with_values
+from explorer.inference.graph import Graph, Ref, base_name, with_values
 from explorer.inference.lower import lower, through_torch
 from explorer.inference.native import Isa
 from explorer.inference.plan import (
@@ -96,6 +96,11 @@ class Execution:
             self._take_abreast()
             self.graph = self._lowered()
             self.plan = Plan(self.graph, isa, threads, self.batch_size, mode, self._abreast)
+        # Operators that were captured with the strides of a tensor that lies as torch would have it.
+        self._sees_strides = any(
+            isinstance(segment, TorchSegment) and base_name(segment.operation.target).startswith("as_strided")
+            for segment in self.plan.segments
+        )
         self.cycles: NDArray[np.int64] = np.zeros(0, np.int64)
         # Images of a turn, and in all, for which the steps are set; (0, 0): not known.
         self._batch = (self.plan.images, self.plan.images)
@@ -408,8 +413,10 @@ class Execution:
         if name in values:
             return values[name]
         home = self._home(name)
+        if home is None:
+            return self.graph.constants[name]
         # What torch computes, and what the caller gets, is float32 whatever planes hold.
-        return self.graph.constants[name] if home is None else home.float()
+        return home.float().contiguous() if self._sees_strides else home.float()
 
     def _home(self, name: str) -> Tensor | None:
         """The value where native code keeps it."""

@@ -23,9 +23,13 @@ _LEAST_DENSITY, _MOST_DENSITY = 0.03, 0.75
 _SMALL = 0.25
 """Programs of so much of the L2 cache may be faster than dense kernels: first layers of three channels (of ResNet-50 0.91, of MobileNetV1 0.70 of the time)."""
 
-_DENSE_BYTES, _TABLE_BYTES, _PROGRAM_BYTES, _WINOGRAD_BYTES = 4.2, 8.5, 15.0, 12.2
-"""What a weight needs in a dense kernel, a nonzero in tables and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.4 and 14.4), and a weight where
-Winograd's filtering has transformed it to twice its size."""
+SHORT = 1 << 16
+"""Elements from the first operand of a K block to its last, below which the offsets in tables have 16 bits: they save two of the eight bytes of a nonzero, which are worth more as
+programs. (Only where there are programs: without, nothing is gained by it.)"""
+
+_DENSE_BYTES, _TABLE_BYTES, _SHORT_BYTES, _PROGRAM_BYTES, _WINOGRAD_BYTES = 4.2, 8.5, 6.5, 15.5, 12.2
+"""What a weight needs in a dense kernel, a nonzero in tables, in tables with offsets of 16 bits, and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.3, 6.3 and 15.4),
+and a weight where Winograd's filtering has transformed it to twice its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Weighed:
         Whether its kernels could be programs at all.
     winograd : bool
         Whether Winograd's filtering could compute it, and faster than a sparse kernel.
+    short : bool
+        Whether the offsets of its tables have 16 bits.
     """
 
     weights: int
@@ -48,6 +54,7 @@ class Weighed:
     vectors: int
     can: bool
     winograd: bool = False
+    short: bool = False
 
     @property
     def may_gain(self) -> bool:
@@ -59,7 +66,8 @@ class Weighed:
     @property
     def n_bytes(self) -> float:
         """Bytes that it needs otherwise, about."""
-        return min(_DENSE_BYTES * self.weights, _TABLE_BYTES * self.nonzeros)
+        each = _SHORT_BYTES if self.short else _TABLE_BYTES
+        return min(_DENSE_BYTES * self.weights, each * self.nonzeros)
 
 
 def has_programs(isa: Isa) -> bool:

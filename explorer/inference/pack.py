@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from explorer.inference.kernels import conv, conv_channels, conv_tables
 from explorer.inference.kernels.builder import Record
 from explorer.inference.kernels.conv_code import GROUP
+from explorer.inference.larger_kernels import SHORT, has_programs
 from explorer.inference.memory import Memory
 from explorer.inference.native import Isa
 from explorer.inference.sparse_code import ADDRESSES, Finish, Programs, programs
@@ -148,12 +149,15 @@ class PackedConv:
         Of each part.
     record : Record
         What a row of `blocks` is.
+    short : bool
+        Whether offsets have 16 bits.
     """
 
     tables: dict[str, NDArray[Any]]
     blocks: NDArray[np.int64]
     n_blocks: int
     record: Record = conv_tables.BLOCK
+    short: bool = False
 
     def place(self, memory: Memory) -> int:
         """Copy everything to `memory`; the address of the rows of `record`, which then hold addresses."""
@@ -238,8 +242,7 @@ def conv_code(
         {"sources": np.concatenate(sources_of)},
         np.concatenate(rows_of_blocks),
         n_blocks,
-        conv_tables.BLOCK,
-        Programs(np.concatenate([p.code for p in made]), np.concatenate([p.groups for p in made])),
+        programs=Programs(np.concatenate([p.code for p in made]), np.concatenate([p.groups for p in made])),
     )
 
 
@@ -337,9 +340,22 @@ def conv_sparse(
     tables: list[tuple[NDArray[Any], ...]] = []
     rows_of_blocks = []
     before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
-    for low, piece, mine, sources in pieces:
-        block_of, row_start, cuts = _cut(mine, sources, n_blocks)
-        where, block = mine.within + row_start[mine.source], block_of[mine.source]
+    cut = [_cut(mine, sources, n_blocks) for _, _, mine, sources in pieces]
+    places = [
+        (mine.within + row_start[mine.source], block_of[mine.source])
+        for (_, _, mine, _), (block_of, row_start, _) in zip(pieces, cut, strict=True)
+    ]
+    firsts = [_first_of_blocks(where, block, n_blocks) for where, block in places]
+    element = isa.element_bytes
+    short = has_programs(isa) and all(
+        (where - first[block]).max(initial=0) // element < SHORT
+        for (where, block), first in zip(places, firsts, strict=True)
+    )
+    for (low, piece, mine, sources), (_, _, cuts), (where, block), first in zip(
+        pieces, cut, places, firsts, strict=True
+    ):
+        if short:
+            where = (where - first[block]) // element
         entries = sparse_entries(
             piece, where, block, n_blocks, kernel.unroll, words, isa, partners=kernel.partners
         )
@@ -355,6 +371,7 @@ def conv_sparse(
             "groups": before[3] + starts[:-1, 3],
             "n_groups": np.diff(starts[:, 3]) - entries.pairs,
             "n_pair_groups": entries.pairs,
+            "first_operand": first,
         }.items():
             blocks[:, conv_tables.BLOCK.index(name)] = column
         rows_of_blocks.append(blocks)
@@ -363,10 +380,19 @@ def conv_sparse(
         before += np.append(starts[-1], len(sources))
     joined = [np.concatenate(column) for column in zip(*tables, strict=True)]
     joined[0], joined[2] = read_beyond(joined[0], joined[2])
+    if short:
+        joined[0] = joined[0].astype(np.uint16)
     named: dict[str, NDArray[Any]] = dict(
         zip(("offsets", "weights", "rows", "groups", "sources"), joined, strict=True)
     )
-    return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks)
+    return PackedConv(named, np.concatenate(rows_of_blocks), n_blocks, short=short)
+
+
+def _first_of_blocks(where: NDArray[np.int64], block: NDArray[np.int64], n_blocks: int) -> NDArray[np.int64]:
+    """The lowest of the operands' places in each K block, 0 in one that has none."""
+    first = np.full(n_blocks, np.iinfo(np.int64).max)
+    np.minimum.at(first, block, where)
+    return np.where(first == np.iinfo(np.int64).max, 0, first)
 
 
 def _pieces(
@@ -547,7 +573,7 @@ def conv_winograd(
         "sources": np.stack([planes, np.zeros_like(planes)], 1),
     }
     most = phases * max(high - low for low, high in pairwise(edges))
-    return PackedWinograd(tables, np.array(rows), n_blocks, conv_tables.BLOCK, most)
+    return PackedWinograd(tables, np.array(rows), n_blocks, most_planes=most)
 
 
 def conv_channels_dense(

@@ -20,7 +20,7 @@ from explorer.inference.abreast import Abreast
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import MANY_REGISTERS, linear_room, pair_parts
-from explorer.inference.larger_kernels import has_programs
+from explorer.inference.larger_kernels import SHORT, has_programs
 from explorer.inference.layout import (
     MAX_TILE,
     Layout,
@@ -29,6 +29,7 @@ from explorer.inference.layout import (
     Vectors,
     channel_columns,
     channel_tile,
+    tile_of,
 )
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Isa, generator_version, l2_bytes
@@ -930,6 +931,15 @@ class Plan:
         a = operation.attributes
         alone = a.get("depthwise") or 1 < a.get("groups", 1) == graph.shapes[operation.output][1]
         return has_programs(self.isa) and self._family[operation.output] != "vectors" and not alone
+
+    def has_short_offsets(self, graph: Graph, index: int, block_bytes: int) -> bool:
+        """Whether the operands of a K block of operation `index`, of so many bytes, lie near enough to each other, also where they are not copied, see `explorer.inference.pack`."""
+        operation = graph.operations[index]
+        x = self.places[self.operands(operation)[0]].layout
+        if not has_programs(self.isa) or not isinstance(x, Planes):
+            return False
+        channels = block_bytes // ((x.tile or tile_of(x.vectors)) * x.vector_bytes) + 2
+        return channels * x.plane_bytes + 4 * x.pitch_bytes < SHORT * x.element_bytes
 
     def vectors_of(self, operation: Operation) -> int:
         """Vectors of pixels of one channel of a result in planes."""

@@ -240,7 +240,9 @@ def _steps(
     head = len(rows) - (len(plan.native) - plan.head)
     chains: dict[str, list[Chain]] = {LAYERS: []}
     if by_bands:
-        chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if any(fixed[:head]) else head)
+        # Jobs for several images, or for all that there are, are nobody's own.
+        is_shared = any(fixed[:head]) or any(row.images_per_job for row, _ in rows[:head])
+        chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if is_shared else head)
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
     for this, zeroing in gaps.items():
         step, _ = turns[this]

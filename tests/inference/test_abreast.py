@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explorer
-from explorer.inference import choosing, execution, native
+from explorer.inference import choosing, compilation, execution, native
 from explorer.inference import plan as plan_module
 from explorer.inference.abreast import find
 from explorer.inference.execution import Execution
+from explorer.inference.graph import Graph
 from explorer.inference.module import SparseModule
 from explorer.inference.orders import ALONE, ALONE_BY_BANDS, BANDS, LAYERS
 from tests.inference.graphs import relative_error
@@ -124,7 +126,8 @@ def test_every_instruction_set_puts_images_side_by_side(
 
 @pytest.mark.parametrize("order", [LAYERS, BANDS, ALONE, ALONE_BY_BANDS])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_in_every_order(order: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_every_order(order: str, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))  # no division is known
     taken = []
 
     def this_one(network: Execution, *_: Any) -> None:
@@ -132,6 +135,10 @@ def test_in_every_order(order: str, threads: int, monkeypatch: pytest.MonkeyPatc
         taken.append(order in network.steps.chains)
         network.use_order(network.steps, order if taken[-1] else LAYERS)
 
+    def apart(graph: Graph, inputs: tuple[Any, ...], threads: int, mode: Any, isa: Any) -> SparseModule:
+        return SparseModule(graph, inputs, threads, mode, isa)
+
+    monkeypatch.setattr(compilation, "_divided", apart)
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 1)
     monkeypatch.setattr(choosing, "_find_order", this_one)
     torch.manual_seed(0)

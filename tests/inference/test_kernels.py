@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -558,7 +559,7 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
     """Sparse and dense kernels at every tile, with the most rows that the registers are said to hold."""
     compact = {"columns": 4, "pitch": 5}
     rows = {tile: registers.dense_rows(tile, isa) for tile in (1, 2, 3, 4, 6, 7, 8)}
-    return [
+    found = [
         *(conv.ConvKernel(tile) for tile in rows),
         *(conv.ConvKernel(tile, r) for tile, r in rows.items()),
         conv.ConvKernel(4, **compact, plane=5),
@@ -572,6 +573,8 @@ def conv_kernels(isa: native.Isa) -> list[conv.ConvKernel]:
             if registers.has_partners(tile, isa)
         ),
     ]
+    has_short = isa.name == "avx512" and isa.precision == "fp32"
+    return found + [replace(kernel, short=True) for kernel in found if has_short and not kernel.dense_rows]
 
 
 def sizes_of_parts(kernel: conv.ConvKernel, isa: native.Isa) -> tuple[int, ...]:

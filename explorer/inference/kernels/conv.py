@@ -83,6 +83,8 @@ class ConvKernel:
         Whether what lies beyond the ends of rows is zeroed while it is copied ("shift"): where there are no gaps between rows.
     capped : bool
         Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
+    short : bool
+        Whether the sparse kernel's offsets have 16 bits.
     """
 
     tile: int
@@ -97,6 +99,7 @@ class ConvKernel:
     capped: bool = True
     code: bool = False
     masked: bool = False
+    short: bool = False
 
     @property
     def compact(self) -> bool:
@@ -296,6 +299,7 @@ class ConvGenerator:
             partial(self._end, f, is_last),
             fetch,
             loads_two_weights(self.isa, k.channels),
+            k.short,
         ).run(partners=k.partners)
         f.b.ret_void()
         return name
@@ -443,6 +447,8 @@ class ConvGenerator:
             block = f.row(blocks, BLOCK, index)
             is_copied = b.icmp_signed("!=", f.field(block, BLOCK, "n_sources"), I64(0))
             operands = b.select(is_copied, scratch, x)
+            if self.k.short:
+                operands = f.at(operands, f.field(block, BLOCK, "first_operand"))
             self._pack(f, block, x, scratch, edges)
 
             for name in inner:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from explorer.inference.kernels.builder import I1, I32, I64, PTR, Function, Value
+from explorer.inference.kernels.builder import I1, I16, I32, I64, PTR, Function, Value
 from explorer.inference.kernels.conv_tables import BLOCK, OFFSETS_AHEAD, ROWS_AHEAD, WEIGHT_PREFETCH_BYTES
 from explorer.inference.native import Isa
 
@@ -55,6 +55,8 @@ class SparseLoops:
         ``fetch(channels)``, which is a callable as well: fetch what `end` will need for them, some rows later.
     by_twos : bool
         Whether the weights of two nonzeros come by one load, see `loads_two_weights`.
+    short : bool
+        Whether offsets are elements, in 16 bits, and not bytes, in 32.
     """
 
     f: Function
@@ -65,6 +67,11 @@ class SparseLoops:
     end: Callable[[list[Value], list[Value], range], None]
     fetch: Callable[[Callable[[], list[Value]]], None]
     by_twos: bool = False
+    short: bool = False
+
+    @property
+    def _offset_bytes(self) -> int:
+        return 2 if self.short else 4
 
     def run(self, *, partners: bool) -> None:
         """All rows of the block: those that stand alone, then, if there are any, the partners."""
@@ -190,15 +197,23 @@ class SparseLoops:
                     at = first + channel * size + i
                     sums[at] = f.fma(weight, x, sums[at])
         return [
-            f.at(places, 4 * len(columns)),
+            f.at(places, self._offset_bytes * len(columns)),
             f.at(weights, 4 * n_weights),
             *offsets[len(columns) :],
             *sums,
         ]
 
     def _offsets(self, places: Value, count: int, first: int = OFFSETS_AHEAD) -> list[Value]:
-        """`count` offsets from number `first` on, two by one load."""
+        """`count` offsets in bytes, from number `first` on, two by one load."""
         f, b, found = self.f, self.f.b, []
+        if self.short:
+            element = I64(f.element_bytes.bit_length() - 1)
+            for i in range(first, first + count // 2 * 2, 2):
+                two = f.load(places, I32, 2 * i, 2)
+                found += [b.and_(two, I32(0xFFFF)), b.lshr(two, I32(16))]
+            if count % 2:
+                found.append(f.load(places, I16, 2 * (first + count - 1), 2))
+            return [b.shl(b.zext(offset, I64), element) for offset in found]
         for i in range(first, first + count // 2 * 2, 2):
             two = f.load(places, I64, 4 * i)
             found += [b.sext(b.trunc(two, I32), I64), b.ashr(two, I64(32))]

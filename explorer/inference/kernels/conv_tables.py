@@ -19,11 +19,12 @@ SOURCE, MASKED_SOURCE = 2, 3
 BLOCK = Record(
     (
         "stage", "n_sources", "sources", "depth", "offsets", "weights", "rows", "groups", "n_groups", "n_pair_groups",
-        "first_channel",
+        "first_channel", "first_operand",
     )
 )  # fmt: skip
 """One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
-the buffer, with {bytes from `edges` to the table} where it is masked; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32. `weights`: four bytes each, see `Function.weight`.
+the buffer, with {bytes from `edges` to the table} where it is masked; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32; where they are
+short, elements from the `first_operand` of the block, which is so many bytes from there, in 16 bits. `weights`: four bytes each, see `Function.weight`.
 Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
 nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
 Code: `n_groups` rows of `conv_code.GROUP` from `groups`.
