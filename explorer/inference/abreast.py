@@ -4,9 +4,9 @@ Seven columns fill less than half of a vector of sixteen: a plane of 7 x 7 pixel
 row of an image is the padding of its neighbour, too: a layer at stride one sees nothing but a wider image, in which some columns stay zero. Each weight is
 also read once for all of these images.
 
-The layers before them go on image by image, so that their activations stay in the caches. They run in **turns**, one for each of the images, and the last of them,
-the splits whose phases have the small size, leave what they write in the columns of their image (its *slot*). Then the late layers run once; what averages their
-planes takes one slot after the other again.
+The layers before them go on image by image, so that their activations stay in the caches: they run in **turns**, one for each of the images. What they leave (the
+*entries*) has room for all. Then the splits whose phases have the small size put them side by side, and the late layers run once. What averages their
+planes (the *exits*) takes one image after the other again.
 
 (ResNet-50's last stage at 90 %, alone, Zen 4, one thread: 0.83 of the time.)
 
@@ -15,14 +15,13 @@ This module knows neither kernels nor memory: `Plan` gives tensors their places 
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.kernels.registers import LARGEST_SHUFFLED
 
-_LATE = ("conv", "add", "clamp", "activation")
-"""What computes each pixel for itself, or at stride one from its neighbours. Not what writes whole rows, or looks at columns."""
+_LATE = ("split", "conv", "add", "clamp", "activation")
+"""What computes each pixel for itself, or at stride one from its neighbours, and what puts images side by side. Not what writes whole rows, or looks at columns."""
 
 _WORTH_IT = 0.9
 """Vectors of the images side by side / vectors of each alone, at most."""
@@ -41,11 +40,11 @@ class Abreast:
     size : (int, int)
         Rows and columns of one image.
     late : frozenset of str
-        Results of the operations that compute all of them at once.
+        Results of the operations that compute all of them at once, first of them splits.
     entries : frozenset of str
-        Results of the splits before them, each of which fills the slot of one image.
+        What those splits read.
     exits : frozenset of str
-        Results of what makes one value of each plane, for one slot at a time.
+        Results of what makes one value of each plane, for one image at a time.
     """
 
     images: int
@@ -54,11 +53,6 @@ class Abreast:
     late: frozenset[str]
     entries: frozenset[str]
     exits: frozenset[str]
-
-    @property
-    def planes(self) -> frozenset[str]:
-        """All tensors in which images lie side by side."""
-        return self.late | self.entries
 
     @property
     def columns(self) -> int:
@@ -102,16 +96,12 @@ def find(graph: Graph, lanes: int) -> Abreast | None:
     images = lanes // period
     if images < 2 or -(-rows * images * period // lanes) > _WORTH_IT * images * -(-rows * period // lanes):
         return None
-    late = {o.output for o in graph.operations if o.kind in _LATE and graph.shapes[o.output][2:] == size}
-    readers = graph.readers()
-    entries = {
-        o.output
-        for o in graph.operations
-        if o.kind == "split" and any(reader.output in late for reader in readers.get(o.output, []))
-    }
+    mine = [o for o in graph.operations if o.kind in _LATE and graph.shapes[o.output][2:] == size]
+    late = {o.output for o in mine}
+    entries = {o.inputs[0] for o in mine if o.kind == "split"}
     exits = {o.output for o in averages}
     found = Abreast(images, period, (rows, columns), frozenset(late), frozenset(entries), frozenset(exits))
-    return found if late and _is_closed(graph, found) else None
+    return found if entries and _is_closed(graph, found) else None
 
 
 def _read(operation: Operation) -> set[str]:
@@ -120,31 +110,27 @@ def _read(operation: Operation) -> set[str]:
 
 def _is_closed(graph: Graph, found: Abreast) -> bool:
     """Whether each operation either works on images side by side as it does on one, or never meets them."""
-    planes: AbstractSet[str] = found.planes
-    if planes & {output.name for output in graph.outputs if isinstance(output, Ref)}:
+    seen = {output.name for output in graph.outputs if isinstance(output, Ref)} | {*graph.inputs}
+    if seen & (found.late | found.entries):
         return False
     for operation in graph.operations:
         read = _read(operation)
         a = operation.attributes
-        if operation.output in found.late:
+        if operation.output in found.late and operation.kind == "split":
+            fits = not read & found.late and a["stride"][1] <= LARGEST_SHUFFLED
+        elif operation.output in found.late:
             # The gap between two images has to hold the padding of both.
             padding = max((*a.get("padding", (0,)), *a.get("beyond", (0,))))
             fits = (
-                read <= planes
+                read <= found.late
                 and not a.get("depthwise")
                 and "one_value" not in a
                 and padding <= found.period - found.size[1]
             )
-        elif operation.output in found.entries:
-            fits = (
-                not read & planes
-                and graph.shapes[operation.output][2:] == found.size
-                and a["stride"][1] <= LARGEST_SHUFFLED
-            )
         elif operation.output in found.exits:
             fits = read <= found.late
         else:
-            fits = not read & planes
+            fits = not read & found.late
         if not fits:
             return False
     return True

@@ -19,6 +19,7 @@ from explorer.inference.kernels import (
     conv_tables,
     depthwise,
     linear,
+    linear_images,
     registers,
     winograd,
 )
@@ -120,7 +121,7 @@ def conv_step(
         back=0 if choice.reach == "compact" else y.vector_bytes * (tiles * kernel.tile - y.vectors),
         mask=builder.mask(y) if y.has_gaps and not y.tile else 0,  # of tiles, nobody counts the gaps
         edges=edges,
-        blocks=packed.place(builder.memory),
+        blocks=builder.placed(operation, packed),
         n_blocks=packed.n_blocks,
         **builder.bounds(operation),
     )
@@ -210,7 +211,7 @@ def _conv_channels_step(
         groups=groups,
         groups_per_job=groups_per_job,
         channels=m,
-        blocks=packed.place(builder.memory),
+        blocks=builder.placed(operation, packed),
         n_blocks=packed.n_blocks,
         **builder.bounds(operation),
     )
@@ -297,9 +298,9 @@ def _winograd_step(
         step=step,
         sums=sums,
         piece_bytes=piece * sums_bytes if packed.n_blocks > 1 else 0,
-        blocks=packed.place(builder.memory),
+        blocks=builder.placed(operation, packed),
         n_blocks=packed.n_blocks,
-        weights=builder.memory.put(filters),
+        weights=builder.shared(("filters", operation.output), filters),
         reads=builder.memory.put(reads),
         n_reads=len(reads),
         **builder.bounds(operation),
@@ -465,6 +466,23 @@ def linear_step(builder: StepBuilder, operation: Operation, place: Place, out: P
     starts, indices, values = builder.once(
         operation, choice, lambda: linear_sparse(builder.sparse_weights(operation), lanes)
     )
+    many = linear_images.LinearImagesKernel()
+    n_bytes = many.scratch_bytes(f, isa)
+    if y.images >= lanes // 2 and n_bytes <= l2_bytes() // 2:
+        # Whole vectors of outputs, a few jobs: each turns all inputs.
+        size = -(-m // (2 * builder.plan.threads * lanes)) * lanes
+        room = -(-m // lanes) * lanes
+        builder.scratch_bytes = max(builder.scratch_bytes, n_bytes)
+        arguments = linear.ARGUMENTS.filled(
+            chunk=lanes,
+            rows_per_job=size,
+            starts=builder.memory.put(np.append(starts, np.full(room - m, starts[-1], np.int32))),
+            indices=builder.memory.put(indices),
+            weights=builder.memory.put(values),
+            bias=builder.memory.put(np.append(bias, np.zeros(room - m, np.float32))),
+            **common,
+        )
+        return Row(builder.code(many, isa), arguments, -(-m // size), choice.label, images_per_job=lanes)
     size = max(1, min(64, -(-m // (4 * builder.plan.threads))))
     jobs = -(-m // size)
     chunk = _chunk(jobs, y.images, builder.plan.threads)

@@ -120,7 +120,8 @@ class Execution:
             for name, shape in graph.shapes.items():
                 follows = name not in graph.constants and shape[:1] == (self.batch_size,)
                 if follows and name not in self._in_head:
-                    count = self.at_once if name in graph.inputs else groups
+                    is_of_each = name in graph.inputs or (self._abreast and name in self._abreast.entries)
+                    count = self.at_once if is_of_each else groups
                     graph.shapes[name] = (count, *shape[1:])
         if self._abreast is not None:
             self._abreast.arrange(graph)
@@ -405,7 +406,8 @@ class Execution:
         """Images for which there is room in a value, or a place: in the head those of all turns."""
         if self.plan.root(name) in self.plan.head_places:
             return self.plan.batch
-        return self.plan.images if name.partition("@")[0] in self.graph.inputs else self.plan.groups
+        of_each = {*self.graph.inputs} | (self._abreast.entries if self._abreast else set())
+        return self.plan.images if name.partition("@")[0] in of_each else self.plan.groups
 
     # ---- values
 

@@ -206,7 +206,7 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
         common |= {"x": address(place.cell), "skipped": place.skipped}
     common["places"] = builder.places(y) if y.is_cut else 0
     if stride[1] > registers.LARGEST_SHUFFLED:
-        assert not y.has_neighbours
+        assert y.abreast == 1
         kernel = split.SplitKernel(0, (), place.cell is not None, tiled=y.is_cut)
         table = builder.tap_places(x, y, phases, stride)
         arguments = split.ARGUMENTS.filled(vectors=y.vectors, table=table, **common)
@@ -217,13 +217,19 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
 
     else:
         rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
-        slot = y.slot if y.has_neighbours else 0
-        kernel = split.SplitKernel(stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut, slot)
+        kernel = split.SplitKernel(
+            stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut, y.abreast
+        )
         builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(x.vectors, builder.plan.isa))
         source = np.arange(y.rows)[:, None] * stride[0] + np.array(rows)
         offsets = np.where(source < x.rows, source * x.pitch_bytes, -1).astype(np.int64)
         chunks = -(-y.columns // lanes)
-        inside = np.arange(chunks * lanes) * stride[1] + np.array(columns)[:, None] < x.columns
+        lane = np.arange(chunks * lanes)
+        if y.abreast > 1:
+            lane %= y.slot
+            common |= {"x_image": y.abreast * x.image_bytes, "x_next": x.image_bytes}
+            common["x_vectors"] = kernel.laid_out(x.vectors)
+        inside = lane * stride[1] + np.array(columns)[:, None] < x.columns
         arguments = split.ARGUMENTS.filled(
             table=builder.memory.put(offsets),
             rows=y.rows,

@@ -361,7 +361,7 @@ class Plan:
                 if place in self.abreast.exits
                 else home
             )
-        if place in self.abreast.planes:
+        if place in self.abreast.late:
             shape = (*layout.shape[:-1], layout.image_columns)
             alone = replace(layout, shape=shape, columns=layout.image_columns, abreast=1)
             return replace(home, layout=alone, start=home.start + turn * layout.slot * layout.element_bytes)
@@ -457,7 +457,7 @@ class Plan:
         classes = PitchClasses()
         sizes: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {}
         vectors: dict[str, tuple[tuple[int, ...], int]] = {}
-        side_by_side = dict.fromkeys(self.abreast.planes, self.abreast) if self.abreast else {}
+        side_by_side = dict.fromkeys(self.abreast.late, self.abreast) if self.abreast else {}
 
         def meet(place: str, shape: tuple[int, ...], family: str) -> None:
             if family == "vectors":
@@ -637,7 +637,9 @@ class Plan:
             if place in self.head_places and self.batch > self.images:
                 start, end = -1, _INFINITY  # what one turn leaves there, the next must not touch
             if self.abreast and place in self.abreast.entries:
-                start = -1  # nor what is there of one image, when the layers before go through the next
+                # Nor the layers of the next image what there is of this one; and late layers, of which there are fewer images, would write over those of other groups, which
+                # another thread may not have read yet.
+                start, end = -1, _INFINITY
             whole = self.located(place)[0]
             before = lives.get(whole, (start, end))
             lives[whole] = (min(before[0], start), max(before[1], end))

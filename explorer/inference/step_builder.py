@@ -17,6 +17,7 @@ from explorer.inference.kernels import conv_tables
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory
 from explorer.inference.native import Emitter, Isa, Kernel, l1_bytes
+from explorer.inference.pack import PackedConv
 from explorer.inference.plan import Choice, Place, Plan
 from explorer.inference.sparse_rows import SparseWeights
 
@@ -90,6 +91,19 @@ class StepBuilder:
         if key not in self.packed:
             self.packed[key] = pack()
         return self.packed[key]
+
+    def placed(self, operation: Operation, packed: PackedConv) -> int:
+        """Where packed weights are in memory: in one place for all turns of an operation."""
+        key = ("packed", operation.output)
+        if key not in self.tables:
+            self.tables[key] = packed.place(self.memory)
+        return self.tables[key]
+
+    def shared(self, key: Any, table: NDArray[Any]) -> int:
+        """Where a table is in memory that several steps read, or turns of one."""
+        if key not in self.tables:
+            self.tables[key] = self.memory.put(table)
+        return self.tables[key]
 
     @staticmethod
     def bounds(operation: Operation) -> dict[str, int]:

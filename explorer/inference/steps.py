@@ -212,7 +212,7 @@ def _steps(
     turns = plan.order(graph)
     for this, (step, turn) in enumerate(turns):
         before, operation = memory.n_bytes, graph.operations[plan.native[step]]
-        out = plan.places[operation.output]
+        out = plan.seen(operation.output, turn)
         fixed.append(0 if plan.follows_batch(out.layout) else out.layout.images)
         first = turns.index((step, 0)) if turn else this
         if turn and not plan.differs(operation) and not rows[first][0].images_per_job:
@@ -234,7 +234,7 @@ def _steps(
             counts.append((this, arguments[at : at + 1]))
         if step < plan.head and operation.output in plan.head_places:
             at = _VECTOR_RECORDS[operation.kind].index("out")
-            n_bytes = plan.images * out.layout.image_bytes
+            n_bytes = plan.images * plan.places[operation.output].layout.image_bytes
             moves.append(Move(arguments[at : at + 1], int(arguments[at]), n_bytes))
     zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
     head = len(rows) - (len(plan.native) - plan.head)
@@ -245,8 +245,8 @@ def _steps(
         chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if is_shared else head)
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
     for this, zeroing in gaps.items():
-        step, _ = turns[this]
-        images = plan.places[graph.operations[plan.native[step]].output].layout.images
+        step, turn = turns[this]
+        images = plan.seen(graph.operations[plan.native[step]].output, turn).layout.images
         table[this][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=zeroing, images=images))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(

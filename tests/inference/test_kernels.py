@@ -24,6 +24,7 @@ from explorer.inference.kernels import (
     flatten,
     layer_norm,
     linear,
+    linear_images,
     pointwise,
     pool,
     registers,
@@ -587,7 +588,11 @@ def sizes_of_parts(kernel: conv.ConvKernel, isa: native.Isa) -> tuple[int, ...]:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_the_hot_loops_hold_vector_fmas_and_never_touch_the_stack(cpu: str) -> None:
     isa, triple, instruction, register = CPUS[cpu]
-    vectors = [linear.LinearKernel(0), linear.LinearKernel(8)] if isa.precision == "fp32" else []
+    vectors = (
+        [linear.LinearKernel(0), linear.LinearKernel(8), linear_images.LinearImagesKernel()]
+        if isa.precision == "fp32"
+        else []
+    )
     for kernel in [*conv_kernels(isa), *vectors]:
         text = native.assembly(isa, kernel.build(isa)[0], triple)
         hot = [loop for loop in innermost_loops(text) if any(instruction in line for line in loop)]

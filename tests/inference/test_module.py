@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
-from explorer.inference import compare_latency, dense_contestants, native, timing
-from explorer.inference.choices import choice_cache
+from explorer.inference import choosing, compare_latency, dense_contestants, native, timing
+from explorer.inference.choices import ChoiceCache, choice_cache
 from explorer.inference.execution import Execution
 from explorer.inference.memory import Memory
 from explorer.inference.module import Mode, SparseModule
@@ -293,6 +293,8 @@ def test_a_damaged_cache_entry_is_compiled_again(tmp_path: Path, monkeypatch: py
     explorer.compile(network, X, sparse="sparse")  # what a process makes but once is made elsewhere
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "_loaded", {})
+    # Each time all kernels are tried.
+    monkeypatch.setattr(choosing, "choice_cache", lambda: ChoiceCache(None))
     with torch.no_grad():
         wanted = network(X)
     assert relative_error(explorer.compile(network, X, sparse="sparse")(X), wanted) < 1e-5

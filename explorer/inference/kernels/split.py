@@ -26,6 +26,7 @@ ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
         "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places", "skipped",
+        "x_next", "x_vectors",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
@@ -34,7 +35,8 @@ Small strides: `table` holds for each of `rows` the byte offset of the input row
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
 hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
 Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table. `skipped`: bytes from where the
-caller has the first image to the first that is split."""
+caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own,
+`x_vectors`: vectors from one to the other where they are laid out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class SplitKernel:
         Vectors of a channel that lie together where the image lies tile by tile (small strides only); 0 for planes.
     tiled : bool
         Whether the result lies in tiles.
-    slot : int
-        Elements of each row that are written where other images lie beside this one (small strides only); 0 for whole vectors.
+    abreast : int
+        Images whose phases lie side by side in the rows of the result, each of which is then one vector (small strides only).
     """
 
     stride: int
@@ -62,11 +64,15 @@ class SplitKernel:
     borrows: bool = False
     tile: int = 0
     tiled: bool = False
-    slot: int = 0
+    abreast: int = 1
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
-        return (vectors + (self.stride + 1) * self.tile) * isa.width if self.tile else 0
+        return self.abreast * self.laid_out(vectors) * isa.width if self.tile else 0
+
+    def laid_out(self, vectors: int) -> int:
+        """Vectors of an image in scratch memory."""
+        return vectors + (self.stride + 1) * self.tile
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -89,13 +95,21 @@ class SplitKernel:
 
         def one_channel(channel: Value) -> None:
             plane = f.at(x, b.mul(channel, field("x_plane")))
+            planes = [
+                f.at(plane, b.mul(I64(i), field("x_next"))) if i else plane for i in range(self.abreast)
+            ]
             if self.tile:
-                self._lay_out(f, field, plane, scratch)
-                plane = scratch
+                laid_out = b.mul(field("x_vectors"), I64(f.width))
+                lines = [
+                    f.at(scratch, b.mul(I64(i), laid_out)) if i else scratch for i in range(self.abreast)
+                ]
+                for one, line in zip(planes, lines, strict=True):
+                    self._lay_out(f, field, one, line)
+                planes = lines
             phases = f.at(out, b.mul(b.mul(channel, n_phases), out_plane))
             f.loop(
                 field("rows") if self.stride else n_phases,
-                lambda i, entry: part(plane, phases, i, entry),
+                lambda i, entry: part(planes, phases, i, entry),
                 [table],
             )
 
@@ -118,7 +132,8 @@ class SplitKernel:
     def _gathered(self, f: Function, field: Value, out_plane: Value) -> Value:
         b, width, vectors, places = f.b, f.width, field("vectors"), field("places", PTR)
 
-        def one_phase(plane: Value, phases: Value, phase: Value, indices: Value) -> list[Value]:
+        def one_phase(planes: list[Value], phases: Value, phase: Value, indices: Value) -> list[Value]:
+            [plane] = planes
             to = f.at(phases, b.mul(phase, out_plane))
 
             def one_vector(i: Value, indices: Value) -> list[Value]:
@@ -139,7 +154,10 @@ class SplitKernel:
         mask_row = b.mul(chunks, I64(width))
         places = field("places", PTR)
 
-        def one_row(plane: Value, phases: Value, y: Value, entry: Value) -> list[Value]:
+        each = f.lanes // self.abreast  # elements of a vector of the result that belong to one image
+        n_loaded = -(-self.stride * each // f.lanes)
+
+        def one_row(planes: list[Value], phases: Value, y: Value, entry: Value) -> list[Value]:
             """One row of each phase: neighbouring rows of the image."""
 
             def one_phase(phase: Value, entry: Value) -> list[Value]:
@@ -148,23 +166,22 @@ class SplitKernel:
                 row = f.at(places if self.tiled else group, b.mul(y, pitch))
                 is_there = b.icmp_signed(">=", offset, I64(0))
                 keep = b.sext(is_there, f.mask_type.element)
-                source = f.at(plane, b.select(is_there, offset, I64(0)))
+                sources = [f.at(plane, b.select(is_there, offset, I64(0))) for plane in planes]
 
                 def one_chunk(c: Value) -> None:
                     at = b.mul(c, I64(width))
-                    pixels = f.at(source, b.mul(at, I64(self.stride)))
-                    loaded = [f.read(pixels, width * i) for i in range(self.stride)]
+                    pixels = [f.at(source, b.mul(at, I64(self.stride))) for source in sources]
+                    loaded = [f.read(line, width * i) for line in pixels for i in range(n_loaded)]
                     to = f.at(group, place_of(f, row, c)) if self.tiled else f.at(row, at)
                     for k, column in enumerate(self.columns):
-                        wanted = [column + self.stride * lane for lane in range(f.lanes)]
+                        wanted = [
+                            lane // each * n_loaded * f.lanes + column + self.stride * (lane % each)
+                            for lane in range(f.lanes)
+                        ]
                         [value] = f.pick(loaded, wanted, 1)
                         inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
-                        to_phase = f.at(to, b.mul(I64(k), out_plane))
-                        if self.slot:
-                            f.store_first(self.slot, value, to_phase)
-                        else:
-                            f.write(value, to_phase)
+                        f.write(value, f.at(to, b.mul(I64(k), out_plane)))
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
