@@ -18,7 +18,7 @@ LAYERS, BANDS = "layer by layer", "band by band"
 ALONE, ALONE_BY_BANDS = "each thread alone", "each thread alone, band by band"
 """Layer by layer all threads take part in each step. Band by band one thread goes through neighbouring large layers with an image, see `explorer.inference.depth_first`. Alone, a thread
 takes an image of its own through all layers, and waits for nobody until it is through: threads that share caches, or a core with other work, are never equally fast.
-(ResNet-50 at 90 %, 16 images, two threads, Zen 4: 0.98 of the time of bands, and half of the spread.)"""
+(ResNet-50 at 90 %, 16 images, two threads, Zen 4: 0.98 to 0.99 of the time of bands, less beside other work.)"""
 
 Call = tuple[int, ...]
 """A row of `explorer.inference.kernels.chain.CALL`, with the row of the step table that it belongs to in the place of its counter."""
