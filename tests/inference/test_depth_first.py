@@ -20,7 +20,7 @@ from explorer.inference.depth_first import Access, Bands, Step, order
 from explorer.inference.execution import Execution
 from explorer.inference.kernels import depthwise
 from explorer.inference.module import SparseModule
-from explorer.inference.orders import BANDS, LAYERS
+from explorer.inference.orders import ALONE, BANDS, LAYERS
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
@@ -358,3 +358,32 @@ def test_bands_find_zeros_around_images_whatever_lay_there(
         for n in (images, 1):
             fill_with_nan(engine)
             assert relative_error(engine(x[:n]), network(x[:n])) < 1e-5
+
+
+class Late(nn.Module):
+    """A second input that is read after the first has been worked on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)) + y)
+
+
+def test_no_thread_goes_alone_past_an_input_that_is_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered: list[str] = []
+
+    def alone(network: Execution, *_: Any) -> None:
+        assert network.steps is not None
+        offered.extend(network.steps.chains)
+        network.use_order(network.steps, next((o for o in (ALONE,) if o in network.steps.chains), LAYERS))
+
+    monkeypatch.setattr(choosing, "_find_order", alone)
+    torch.manual_seed(0)
+    network = Late().eval()
+    engine = explorer.compile(network, (torch.randn(4, 3, 9, 9), torch.randn(4, 8, 9, 9)), threads=2)
+    assert LAYERS in offered
+    for _ in range(3):
+        x, y = torch.randn(4, 3, 9, 9), torch.randn(4, 8, 9, 9)
+        assert relative_error(engine(x, y), network(x, y)) < 1e-5
