@@ -63,7 +63,7 @@ class Abreast:
         """Put the operations of a turn first, and then those that know all images; each part keeps its order."""
         after = {*self.late, *self.exits}
         for operation in graph.operations:
-            if after & {*_read(operation)}:
+            if after & {*operation.read}:
                 after.add(operation.output)
         first, last = (
             [o for o in graph.operations if (o.output in after) == is_after] for is_after in (False, True)
@@ -104,17 +104,13 @@ def find(graph: Graph, lanes: int) -> Abreast | None:
     return found if entries and _is_closed(graph, found) else None
 
 
-def _read(operation: Operation) -> set[str]:
-    return {*(operation.references() if operation.kind == "torch" else operation.inputs)}
-
-
 def _is_closed(graph: Graph, found: Abreast) -> bool:
     """Whether each operation either works on images side by side as it does on one, or never meets them."""
     seen = {output.name for output in graph.outputs if isinstance(output, Ref)} | {*graph.inputs}
     if seen & (found.late | found.entries):
         return False
     for operation in graph.operations:
-        read = _read(operation)
+        read = {*operation.read}
         a = operation.attributes
         if operation.output in found.late and operation.kind == "split":
             fits = not read & found.late and a["stride"][1] <= LARGEST_SHUFFLED

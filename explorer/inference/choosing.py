@@ -79,8 +79,10 @@ def choose(network: Execution, example: tuple[Any, ...]) -> None:
         cache.put({question: network.choices[i].label for i, question in questions.items()})
     # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
     question = f"fastest order {network.mode} {network.plan.network(network.graph, network.densities)}"
-    by_bands = cache.get(question) != LAYERS
-    network.install(build_steps(network.plan, network.graph, network.choices, packed, by_bands=by_bands))
+    other_orders = cache.get(question) != LAYERS
+    network.install(
+        build_steps(network.plan, network.graph, network.choices, packed, other_orders=other_orders)
+    )
     _find_order(network, example, question)
 
 
@@ -93,7 +95,7 @@ def keep(network: Execution) -> None:
 
     network.densities = {i: network.density(i) for i in network.choices}
     order = LAYERS if network.steps is None else network.steps.order
-    steps = build_steps(network.plan, network.graph, network.choices, by_bands=order != LAYERS)
+    steps = build_steps(network.plan, network.graph, network.choices, other_orders=order != LAYERS)
     network.install(steps)
     network.use_order(steps, order if order in steps.chains else LAYERS)
 
@@ -126,7 +128,9 @@ def _time_candidates(
     rounds = max(len(several) for several in candidates.values())
     # A layer with fewer candidates keeps its first while the others try on.
     tried = [{i: c[turn] if turn < len(c) else c[0] for i, c in candidates.items()} for turn in range(rounds)]
-    steps = [build_steps(network.plan, network.graph, choices, packed, by_bands=False) for choices in tried]
+    steps = [
+        build_steps(network.plan, network.graph, choices, packed, other_orders=False) for choices in tried
+    ]
     # The rounds take turns, so that a moment in which the machine is slow falls on all of them.
     start = time.perf_counter()
     passes: list[NDArray[np.float64]] = []  # (rounds, steps) each

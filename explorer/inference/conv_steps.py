@@ -300,7 +300,7 @@ def _winograd_step(
         piece_bytes=piece * sums_bytes if packed.n_blocks > 1 else 0,
         blocks=builder.placed(operation, packed),
         n_blocks=packed.n_blocks,
-        weights=builder.shared(("filters", operation.output), filters),
+        weights=builder.shared(("filters", operation.output), lambda: builder.memory.put(filters)),
         reads=builder.memory.put(reads),
         n_reads=len(reads),
         **builder.bounds(operation),

@@ -63,6 +63,11 @@ class Operation:
         """Whether a convolution reads zeros around its image."""
         return any((*self.attributes.get("padding", ()), *self.attributes.get("beyond", ())))
 
+    @property
+    def read(self) -> list[str]:
+        """Every value that it reads in the form in which it is run."""
+        return self.references() if self.kind == "torch" else self.inputs
+
     def references(self) -> list[str]:
         """Every value and constant that the torch form of this operation reads."""
         found: list[str] = []
@@ -200,7 +205,7 @@ class Graph:
         """The operations that read each value, each of them once."""
         found: dict[str, list[Operation]] = {}
         for operation in self.operations:
-            for name in set(operation.inputs if operation.kind != "torch" else operation.references()):
+            for name in set(operation.read):
                 found.setdefault(name, []).append(operation)
         return found
 
@@ -208,7 +213,7 @@ class Graph:
         """How often each value is read (outputs of the network count)."""
         count: dict[str, int] = {}
         for operation in self.operations:
-            for name in operation.inputs if operation.kind != "torch" else operation.references():
+            for name in operation.read:
                 count[name] = count.get(name, 0) + 1
         for output in self.outputs:
             if isinstance(output, Ref):

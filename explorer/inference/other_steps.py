@@ -228,7 +228,6 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
         if y.abreast > 1:
             lane %= y.slot
             common |= {"x_image": y.abreast * x.image_bytes, "x_next": x.image_bytes}
-            common["x_vectors"] = kernel.laid_out(x.vectors)
         inside = lane * stride[1] + np.array(columns)[:, None] < x.columns
         arguments = split.ARGUMENTS.filled(
             table=builder.memory.put(offsets),

@@ -341,21 +341,23 @@ def conv_sparse(
     rows_of_blocks = []
     before = np.zeros(5, np.int64)  # offsets, weights, rows, groups and sources of earlier parts
     cut = [_cut(mine, sources, n_blocks) for _, _, mine, sources in pieces]
-    places = [
+    placed: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = [
         (mine.within + row_start[mine.source], block_of[mine.source])
         for (_, _, mine, _), (block_of, row_start, _) in zip(pieces, cut, strict=True)
     ]
-    firsts = [_first_of_blocks(where, block, n_blocks) for where, block in places]
-    element = isa.element_bytes
-    short = has_programs(isa) and all(
-        (where - first[block]).max(initial=0) // element < SHORT
-        for (where, block), first in zip(places, firsts, strict=True)
-    )
-    for (low, piece, mine, sources), (_, _, cuts), (where, block), first in zip(
-        pieces, cut, places, firsts, strict=True
-    ):
+    firsts, short = np.zeros((len(pieces), n_blocks), np.int64), False
+    if has_programs(isa):
+        lowest = [_first_of_blocks(where, block, n_blocks) for where, block in placed]
+        near = [
+            ((where - first[block]) // isa.element_bytes, block)
+            for (where, block), first in zip(placed, lowest, strict=True)
+        ]
+        short = all(where.max(initial=0) < SHORT for where, _ in near)
         if short:
-            where = (where - first[block]) // element
+            placed, firsts = near, np.stack(lowest)
+    for (low, piece, mine, sources), (_, _, cuts), (where, block), first in zip(
+        pieces, cut, placed, firsts, strict=True
+    ):
         entries = sparse_entries(
             piece, where, block, n_blocks, kernel.unroll, words, isa, partners=kernel.partners
         )

@@ -355,20 +355,18 @@ class Plan:
             return home
         n_bytes = turn * layout.image_bytes
         if isinstance(layout, Vectors):
-            mine = replace(layout, stride=self.abreast.images * layout.stride)
-            return (
-                replace(home, layout=mine, start=home.start + n_bytes)
-                if place in self.abreast.exits
-                else home
-            )
-        if place in self.abreast.late:
+            if place not in self.abreast.exits:
+                return home
+            each = replace(layout, stride=self.abreast.images * layout.stride)
+            return replace(home, layout=each, start=home.start + n_bytes)
+        if self._is_late(place):
             shape = (*layout.shape[:-1], layout.image_columns)
             alone = replace(layout, shape=shape, columns=layout.image_columns, abreast=1)
             return replace(home, layout=alone, start=home.start + turn * layout.slot * layout.element_bytes)
         if layout.images == self.images:
             apart = self.abreast.images * layout.image
-            each = replace(layout, images=self.groups, apart=apart)
-            return replace(home, layout=each, start=home.start + n_bytes, skipped=n_bytes)
+            mine = replace(layout, images=self.groups, apart=apart)
+            return replace(home, layout=mine, start=home.start + n_bytes, skipped=n_bytes)
         return home
 
     def differs(self, operation: Operation) -> bool:
@@ -457,7 +455,6 @@ class Plan:
         classes = PitchClasses()
         sizes: dict[str, tuple[tuple[int, ...], int, int, int, int, bool]] = {}
         vectors: dict[str, tuple[tuple[int, ...], int]] = {}
-        side_by_side = dict.fromkeys(self.abreast.late, self.abreast) if self.abreast else {}
 
         def meet(place: str, shape: tuple[int, ...], family: str) -> None:
             if family == "vectors":
@@ -469,14 +466,14 @@ class Plan:
                 pixels = int(np.prod(shape[:-1]))
                 sizes[place] = (shape, 1, shape[-1], 1, pixels, True)
             else:
-                if place in side_by_side:
-                    shape = (*shape[:-1], side_by_side[place].columns)
+                if self.abreast and self._is_late(place):
+                    shape = (*shape[:-1], self.abreast.columns)
                 rows = shape[2] if len(shape) == 4 else 1
                 sizes[place] = (shape, shape[0], shape[1], rows, shape[-1], False)
             classes.add(place, sizes[place][3], sizes[place][4])
-            if place in side_by_side:
+            if self.abreast and self._is_late(place):
                 # Each image has a gap of its own.
-                classes.pad(place, 0, side_by_side[place].period - side_by_side[place].size[1])
+                classes.pad(place, 0, self.abreast.period - self.abreast.size[1])
 
         for index in self.native:
             operation = graph.operations[index]
@@ -514,10 +511,9 @@ class Plan:
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
-            if place in side_by_side:
-                these = side_by_side[place]
-                layout = replace(layout, abreast=these.images, slot=these.period)
-                assert layout.pitch == these.images * these.period
+            if self.abreast and self._is_late(place):
+                layout = replace(layout, abreast=self.abreast.images, slot=self.abreast.period)
+                assert layout.pitch == layout.abreast * layout.slot
             self.places[place] = Place(layout)
         for place in self._range_of:
             home, whole = self.places[place], self.places[self.located(place)[0]].layout

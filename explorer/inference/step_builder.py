@@ -92,18 +92,15 @@ class StepBuilder:
             self.packed[key] = pack()
         return self.packed[key]
 
-    def placed(self, operation: Operation, packed: PackedConv) -> int:
-        """Where packed weights are in memory: in one place for all turns of an operation."""
-        key = ("packed", operation.output)
+    def shared(self, key: Any, put: Callable[[], int]) -> int:
+        """Where something is in memory that several steps read, or turns of one; `put` brings it there the first time."""
         if key not in self.tables:
-            self.tables[key] = packed.place(self.memory)
+            self.tables[key] = put()
         return self.tables[key]
 
-    def shared(self, key: Any, table: NDArray[Any]) -> int:
-        """Where a table is in memory that several steps read, or turns of one."""
-        if key not in self.tables:
-            self.tables[key] = self.memory.put(table)
-        return self.tables[key]
+    def placed(self, operation: Operation, packed: PackedConv) -> int:
+        """Where packed weights are in memory: in one place for all turns of an operation."""
+        return self.shared(("packed", operation.output), lambda: packed.place(self.memory))
 
     @staticmethod
     def bounds(operation: Operation) -> dict[str, int]:
@@ -153,20 +150,21 @@ class StepBuilder:
 
     def places(self, y: Planes) -> int:
         """Where each vector of a channel lies that lies in tiles: bytes from the first, (vectors,) int32."""
-        key = ("places", y.vectors, y.tile, y.channels)
-        if key not in self.tables:
-            first = np.arange(y.vectors) * y.lanes
-            self.tables[key] = self.memory.put((y.element(first) * y.element_bytes).astype(np.int32))
-        return self.tables[key]
+        first = np.arange(y.vectors) * y.lanes
+        return self.shared(
+            ("places", y.vectors, y.tile, y.channels),
+            lambda: self.memory.put((y.element(first) * y.element_bytes).astype(np.int32)),
+        )
 
     def mask(self, y: Planes) -> int:
         """All ones where the output has a pixel, zero in its gaps: (vectors * lanes,) integers as wide as a pixel."""
-        key = ("mask", y.rows, y.columns, y.pitch, y.abreast)
-        if key not in self.tables:
+
+        def put() -> int:
             inside = np.zeros(y.vectors * y.lanes, bool)
             inside[y.inside.reshape(-1)] = True
-            self.tables[key] = self.mask_of(inside)
-        return self.tables[key]
+            return self.mask_of(inside)
+
+        return self.shared(("mask", y.rows, y.columns, y.pitch, y.abreast), put)
 
     def mask_of(self, inside: NDArray[np.bool_]) -> int:
         """All ones where True, as wide as a pixel."""
@@ -191,9 +189,7 @@ class StepBuilder:
             tuple(taps),
             stride,
         )
-        if key not in self.tables:
-            self.tables[key] = self.memory.put(self.tap_table(x, y, taps, stride))
-        return self.tables[key]
+        return self.shared(key, lambda: self.memory.put(self.tap_table(x, y, taps, stride)))
 
     @staticmethod
     def tap_table(

@@ -174,7 +174,7 @@ def build_steps(
     choices: Mapping[int, Choice],
     packed: dict[tuple[str, Choice], Any] | None = None,
     *,
-    by_bands: bool = True,
+    other_orders: bool = True,
 ) -> Steps:
     """Fill the step tables.
 
@@ -187,11 +187,13 @@ def build_steps(
         Kernel per operation index, for convolutions and linear layers.
     packed : dict, optional
         Keeps packed weights between calls with the same graph, by output and choice.
-    by_bands : bool
+    other_orders : bool
         Whether to prepare other orders than layer by layer.
     """
     with Emitter() as emitter:
-        return _steps(plan, graph, choices, {} if packed is None else packed, emitter, by_bands=by_bands)
+        return _steps(
+            plan, graph, choices, {} if packed is None else packed, emitter, other_orders=other_orders
+        )
 
 
 def _steps(
@@ -201,7 +203,7 @@ def _steps(
     packed: dict[tuple[str, Choice], Any],
     emitter: Emitter,
     *,
-    by_bands: bool,
+    other_orders: bool,
 ) -> Steps:
     memory = Memory()
     builder = StepBuilder(plan, graph, memory, packed, emitter)
@@ -239,7 +241,7 @@ def _steps(
     zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
     head = len(rows) - (len(plan.native) - plan.head)
     chains: dict[str, list[Chain]] = {LAYERS: []}
-    if by_bands:
+    if other_orders:
         # Jobs for several images, or for all that there are, are nobody's own.
         is_shared = any(fixed[:head]) or any(row.images_per_job for row, _ in rows[:head])
         chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if is_shared else head)

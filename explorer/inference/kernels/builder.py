@@ -297,6 +297,14 @@ class Function:
             result.append(total)
         return result
 
+    def add_in_pairs(self, values: Sequence[Value], count: int = 1) -> list[Value]:
+        """`count` sums of `values`, each of every `count`-th of them: pairs are added, then pairs of these, and so on."""
+        sums = list(values)
+        while len(sums) > count:
+            half = len(sums) // 2
+            sums = [self.b.fadd(a, c) for a, c in zip(sums[:half], sums[half:], strict=True)]
+        return sums
+
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
         """Columns of a square of `lanes` vectors: lane i of vector j becomes lane j of vector i.
 

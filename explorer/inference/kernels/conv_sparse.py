@@ -146,16 +146,9 @@ class SparseLoops:
             sums = self.start(channels, vectors)
             more_sets = [f.constant(0.0)] * (len(sums) * (self.sets - 1))
             after = add_all(vectors, [*begin, *sums, *more_sets])
-            self.end(channels, self._sum_of_sets(after[len(begin) :], len(sums)), vectors)
+            self.end(channels, f.add_in_pairs(after[len(begin) :], len(sums)), vectors)
         places, weights, *ahead_of_next = after[: len(begin)]
         return [places, weights, f.at(row, 4 * rows_at_once), *ahead_of_next]
-
-    def _sum_of_sets(self, sets: list[Value], n_sums: int) -> list[Value]:
-        """Add the sums of the independent sets, in pairs."""
-        while len(sets) > n_sums:
-            half = len(sets) // 2
-            sets = [self.f.b.fadd(a, c) for a, c in zip(sets[:half], sets[half:], strict=True)]
-        return sets
 
     # ---- nonzeros
 

@@ -7,6 +7,8 @@ The algorithm in plain words
   output: for each nonzero a broadcast weight times the vector of its input, added to several sums in turn. The sums of as many outputs as there are
   lanes are turned back, and each image gets its vector of them. Lanes without an image repeat the last one, and are not stored.
 
+The numpy twin is that of linear.py, `linear.reference`.
+
 (The classifier of ResNet-50, 90 % of zeros, 16 images, Zen 4: 0.16 of the time of the gathers.)
 """
 
@@ -110,8 +112,6 @@ class LinearImagesKernel:
 
         bias = f.splat(f.load(f.at(field("bias", PTR), at), F32))
         sums = f.loop(end, one_vector, [bias, *[f.constant(0.0)] * (_SUMS - 1)], start=begin)
-        while len(sums) > 1:
-            half = len(sums) // 2
-            sums = [b.fadd(one, other) for one, other in zip(sums[:half], sums[half:], strict=True)]
+        [total] = f.add_in_pairs(sums)
         low, high = (f.splat(f.to_float(field(name))) for name in ("low", "high"))
-        return f.clamp(sums[0], low, high)
+        return f.clamp(total, low, high)

@@ -26,7 +26,7 @@ ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
         "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places", "skipped",
-        "x_next", "x_vectors",
+        "x_next",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
@@ -35,8 +35,7 @@ Small strides: `table` holds for each of `rows` the byte offset of the input row
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
 hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
 Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table. `skipped`: bytes from where the
-caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own,
-`x_vectors`: vectors from one to the other where they are laid out."""
+caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +67,7 @@ class SplitKernel:
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
-        return self.abreast * self.laid_out(vectors) * isa.width if self.tile else 0
-
-    def laid_out(self, vectors: int) -> int:
-        """Vectors of an image in scratch memory."""
-        return vectors + (self.stride + 1) * self.tile
+        return self.abreast * (vectors + (self.stride + 1) * self.tile) * isa.width if self.tile else 0
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -99,7 +94,8 @@ class SplitKernel:
                 f.at(plane, b.mul(I64(i), field("x_next"))) if i else plane for i in range(self.abreast)
             ]
             if self.tile:
-                laid_out = b.mul(field("x_vectors"), I64(f.width))
+                tiles = b.add(field("last_tile"), I64(self.stride + 1))
+                laid_out = b.mul(tiles, I64(f.width * self.tile))
                 lines = [
                     f.at(scratch, b.mul(I64(i), laid_out)) if i else scratch for i in range(self.abreast)
                 ]
