@@ -112,7 +112,8 @@ def _larger_kernels(network: Execution, example: tuple[Any, ...]) -> Larger:
         vectors = network.plan.vectors_of(network.graph.operations[i])
         winograd = network.plan.may_be_winograd(network.graph, i, density)
         short = network.plan.has_short_offsets(network.graph, i, block_bytes())
-        layers[i] = Weighed(size, round(density * size), vectors, can, winograd, short)
+        half = network.isa.precision == "fp16"
+        layers[i] = Weighed(size, round(density * size), vectors, can, winograd, short, half)
     example_bytes = sum(value.nbytes for value in example if isinstance(value, Tensor))
     return larger_kernels(layers, network.plan.memory.n_bytes, example_bytes)
 

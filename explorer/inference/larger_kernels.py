@@ -28,8 +28,8 @@ SHORT = 1 << 16
 programs. (Only where there are programs: without, nothing is gained by it.)"""
 
 _DENSE_BYTES, _TABLE_BYTES, _SHORT_BYTES, _PROGRAM_BYTES, _WINOGRAD_BYTES = 4.2, 8.5, 6.5, 15.5, 12.2
-"""What a weight needs in a dense kernel, a nonzero in tables, in tables with offsets of 16 bits, and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.3, 6.3 and 15.4),
-and a weight where Winograd's filtering has transformed it to twice its size."""
+"""What a weight needs in a dense kernel, a nonzero in tables, in tables with offsets of 16 bits, and in programs, with all that belongs to them (ResNet-50 at 90 %: 8.3, 6.3 and 15.4;
+programs in float16 need two less), and a weight where Winograd's filtering has transformed it to twice its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class Weighed:
         Whether Winograd's filtering could compute it, and faster than a sparse kernel.
     short : bool
         Whether the offsets of its tables have 16 bits.
+    half : bool
+        Whether programs compute in float16.
     """
 
     weights: int
@@ -55,12 +57,18 @@ class Weighed:
     can: bool
     winograd: bool = False
     short: bool = False
+    half: bool = False
+
+    @property
+    def program_bytes(self) -> float:
+        """Bytes that it needs as a program, about."""
+        return (_PROGRAM_BYTES - 2 * self.half) * self.nonzeros
 
     @property
     def may_gain(self) -> bool:
         """Whether a program may be faster than other kernels."""
         density = self.nonzeros / max(self.weights, 1)
-        is_small = _PROGRAM_BYTES * self.nonzeros <= _SMALL * l2_bytes()
+        is_small = self.program_bytes <= _SMALL * l2_bytes()
         return self.can and density >= _LEAST_DENSITY and (density < _MOST_DENSITY or is_small)
 
     @property
@@ -71,8 +79,8 @@ class Weighed:
 
 
 def has_programs(isa: Isa) -> bool:
-    """Whether sparse weights can become programs: of AVX-512 only, in float32, and where the system lets a process run what it has written."""
-    return isa.name == "avx512" and isa.precision == "fp32" and can_run_code()
+    """Whether sparse weights can become programs: of AVX-512 only, which must compute in what they do, and where the system lets a process run what it has written."""
+    return isa.name == "avx512" and isa.computes_natively and can_run_code()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +123,5 @@ def larger_kernels(layers: Mapping[int, Weighed], activation_bytes: int, other_b
         return fits
 
     winograd = {i for i, layer in in_order if layer.winograd and take(i, _WINOGRAD_BYTES * layer.weights)}
-    code = {i for i, layer in in_order if layer.may_gain and take(i, _PROGRAM_BYTES * layer.nonzeros)}
+    code = {i for i, layer in in_order if layer.may_gain and take(i, layer.program_bytes)}
     return Larger(frozenset(code), frozenset(winograd))

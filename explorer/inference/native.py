@@ -85,6 +85,11 @@ class Isa:
         return np.dtype(f"f{self.element_bytes}")
 
     @property
+    def computes_natively(self) -> bool:
+        """Whether the CPU has instructions for this precision, see `half_isa`."""
+        return self.precision == "fp32" or f"+{_HALF_FEATURES.get(self.name)}" in self.features.split(",")
+
+    @property
     def single(self) -> Isa:
         """The same CPU, computing in float32."""
         return replace(self, lanes=self.width // 4, precision="fp32")
@@ -166,8 +171,8 @@ def half_isa(isa: Isa, *, emulated: bool = False) -> Isa | None:
     emulated : bool
         Also for a CPU without: LLVM then converts to float32 and back around each operation, which is slow, and right (for tests).
     """
-    has_it = f"+{_HALF_FEATURES.get(isa.name)}" in isa.features.split(",")
-    return replace(isa, lanes=2 * isa.lanes, precision="fp16") if has_it or emulated else None
+    half = replace(isa, lanes=2 * isa.lanes, precision="fp16")
+    return half if half.computes_natively or emulated else None
 
 
 def why_torch() -> str | None:

@@ -107,7 +107,8 @@ def programs(
     loads = avx512.load(np.full(length, _OPERAND), avx512.RDI, (where - homes) // _VECTOR)
     entries = _ordered(weights, np.argsort(order), group_of * length, n_groups * length, isa)
 
-    texts = _Texts(tile, finish)
+    numbers = avx512.arithmetic(isa)
+    texts = _Texts(tile, finish, numbers)
     first_place = np.searchsorted(block[order], np.arange(n_blocks + 1))
     table: NDArray[np.int64] = np.zeros((n_blocks, n_groups, len(PROGRAM.fields)), np.int64)
     for b in range(n_blocks):
@@ -127,17 +128,18 @@ def programs(
             table[b, :, PROGRAM.index(name)] = column
     table = table.reshape(-1, len(PROGRAM.fields))
     fetch_after = max(1, _VECTOR * tile // _BYTES_FETCHED)
-    out = np.empty(_most_bytes(len(entries["rows_of"]), table, fetch_after), np.uint8)
+    out = np.empty(_most_bytes(len(entries["rows_of"]), table, fetch_after, isa), np.uint8)
     tables = entries | {
+        "values_of": entries["values_of"].astype(isa.dtype, copy=False),
         "homes": homes,
         "loads": loads,
-        "sums": avx512.multiply_add(np.arange(m) - bounds[group_of], _OPERAND, avx512.RSI, 0),
+        "sums": numbers.multiply_add(np.arange(m) - bounds[group_of], _OPERAND, avx512.RSI, 0),
         "texts": texts.joined(),
-        "bias": bias,
+        "bias": bias.astype(isa.dtype, copy=False),
         "out": out,
         "programs": table,
     }
-    kernel = write_programs.WriteProgramsKernel()
+    kernel = write_programs.WriteProgramsKernel(isa.precision)
     run_kernel(kernel, write_programs.WRITE, isa, tables, count=len(table), fetch_after=fetch_after)
     groups = np.zeros((len(table), len(GROUP.fields)), np.int64)
     for name in ("code", "weights", "next", "lines"):
@@ -166,29 +168,30 @@ def _ordered(
 _VECTOR = 64
 
 
-def _most_bytes(nonzeros: int, table: NDArray[np.int64], fetch_after: int) -> int:
+def _most_bytes(nonzeros: int, table: NDArray[np.int64], fetch_after: int, isa: Isa) -> int:
     """Bytes that programs and weights need at most: each nonzero may need an operand, and another address for it."""
     instructions = 3 * nonzeros + nonzeros // NEAR_WEIGHTS + nonzeros // fetch_after + 2 * len(table)
     texts, biases = (
         int(table[:, [PROGRAM.index(name) for name in names]].sum())
         for names in (("begin_bytes", "end_bytes"), ("biases",))
     )
-    return avx512.BYTES * instructions + texts + 4 * (nonzeros + biases) + 2 * _VECTOR * (len(table) + 1)
+    numbers = isa.element_bytes * (nonzeros + biases)
+    return avx512.BYTES * instructions + texts + numbers + 2 * _VECTOR * (len(table) + 1)
 
 
 class _Texts:
     """What programs begin and end with, each text once: where it is, and its length, in bytes."""
 
-    def __init__(self, tile: int, finish: Finish | None) -> None:
-        self._tile, self._finish = tile, finish
+    def __init__(self, tile: int, finish: Finish | None, numbers: avx512.Arithmetic) -> None:
+        self._tile, self._finish, self._numbers = tile, finish, numbers
         self._placed: dict[Any, tuple[int, int]] = {}
         self._pieces: list[NDArray[np.uint8]] = []
 
     def begin(self, n: int, *, is_first: bool) -> tuple[int, int]:
-        return self._place("begin", n, self._tile, is_first)
+        return self._place("begin", self._numbers, n, self._tile, is_first)
 
     def end(self, n: int, *, is_last: bool) -> tuple[int, int]:
-        return self._place("end", n, self._tile, self._finish if is_last else None)
+        return self._place("end", self._numbers, n, self._tile, self._finish if is_last else None)
 
     def _place(self, *about: Any) -> tuple[int, int]:
         if about not in self._placed:
@@ -206,16 +209,16 @@ def _text(kind: str, *about: Any) -> NDArray[np.uint8]:
     return avx512.machine_code(_begin(*about) if kind == "begin" else _end(*about))
 
 
-def _begin(n: int, tile: int, is_first: bool) -> avx512.Program:
+def _begin(numbers: avx512.Arithmetic, n: int, tile: int, is_first: bool) -> avx512.Program:
     """The sums of `n` output channels: their bias, or what the block before left."""
     every = np.arange(n)
     start = avx512.field(avx512.RAX, avx512.R9, CALL.index("next"))
     if is_first:
-        return np.concatenate([start, avx512.broadcast(every, avx512.RSI, every - NEAR_WEIGHTS // 2)])
+        return np.concatenate([start, numbers.broadcast(every, avx512.RSI, every - NEAR_WEIGHTS // 2)])
     return np.concatenate([start, avx512.load(every, avx512.R8, (every - n // 2) * tile)])
 
 
-def _end(n: int, tile: int, finish: Finish | None) -> avx512.Program:
+def _end(numbers: avx512.Arithmetic, n: int, tile: int, finish: Finish | None) -> avx512.Program:
     """Finish the sums, or leave them to who comes after."""
     every = np.arange(n)
     if finish is None:
@@ -223,20 +226,20 @@ def _end(n: int, tile: int, finish: Finish | None) -> avx512.Program:
     start, each = [avx512.field(avx512.R10, avx512.R9, CALL.index("out_plane"))], []
     if finish.mask:
         mask = avx512.field(avx512.RAX, avx512.R9, CALL.index("mask"))
-        start += [mask, avx512.load(_HIGH, avx512.RAX, 0), avx512.test(_HIGH)]
+        start += [mask, avx512.load(_HIGH, avx512.RAX, 0), numbers.test(_HIGH)]
     if finish.residual:
         start.append(avx512.field(avx512.R11, avx512.R9, CALL.index("residual_plane")))
-        each += [avx512.add(every, avx512.RCX), np.full(n, avx512.advance_by(avx512.RCX, avx512.R11))]
+        each += [numbers.add(every, avx512.RCX), np.full(n, avx512.advance_by(avx512.RCX, avx512.R11))]
     bounds = []
     for wanted, register, name, bound in (
-        (finish.low, _LOW, "low", avx512.at_least),
-        (finish.high, _HIGH, "high", avx512.at_most),
+        (finish.low, _LOW, "low", numbers.at_least),
+        (finish.high, _HIGH, "high", numbers.at_most),
     ):
         if wanted:
-            start.append(avx512.broadcast(register, avx512.R9, 2 * CALL.index(name)))
+            start.append(numbers.broadcast(register, avx512.R9, 8 // numbers.value_bytes * CALL.index(name)))
             bounds.append(bound(every, register))
     if finish.mask:
-        bounds = bounds or [avx512.same(every)]
+        bounds = bounds or [numbers.same(every)]
         bounds[-1] = avx512.kept(bounds[-1])
     each += bounds
     each += [avx512.store(every, avx512.RDX, 0), np.full(n, avx512.advance_by(avx512.RDX, avx512.R10))]

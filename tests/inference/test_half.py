@@ -16,12 +16,13 @@ from torch import nn
 
 import explorer
 from explorer.errors import EngineError, EngineWarning
-from explorer.inference import compilation, native, straight
+from explorer.inference import compilation, native, plan, straight
 from explorer.inference.activations import LARGEST_ERROR
+from explorer.inference.larger_kernels import has_programs
 from explorer.inference.module import SparseModule
 from explorer.inference.pack import weight_words
 from explorer.models import architectures
-from tests.inference.graphs import conv_graph, relative_error
+from tests.inference.graphs import conv_graph, preferring, relative_error, without_limit
 from tests.inference.test_activations import TORCH
 from tests.inference.test_kernels import convolutions
 from tests.inference.test_networks import pruned, randomised
@@ -30,6 +31,9 @@ ROUNDING = 2.0**-11
 """Of one float16 operation, relative to its result."""
 SMALLEST = 2.0**-24
 """Below it nothing is left of a number."""
+
+_HALF = native.half_isa(native.current_isa())
+RUNS_PROGRAMS = _HALF is not None and has_programs(_HALF)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,9 +52,7 @@ def half(network: nn.Module, *inputs: torch.Tensor, **options: Any) -> SparseMod
     return compiled
 
 
-@given(case=convolutions())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_convolution_is_as_exact_as_float16_sums_are(case: dict) -> None:
+def check_convolution(case: dict[str, Any]) -> None:
     """The error of a sum of n float16 products is at most about n roundings of the sum of their magnitudes (Higham 2002, section 3.1)."""
     generator = torch.Generator().manual_seed(case["seed"])
     shape = (case["images"], case["channels"], *case["size"])
@@ -81,6 +83,25 @@ def test_any_convolution_is_as_exact_as_float16_sums_are(case: dict) -> None:
     roundings = per_group * weight[0, 0].numel() + 6
     allowed = roundings * (ROUNDING * magnitude + SMALLEST)
     assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+@given(case=convolutions())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_convolution_is_as_exact_as_float16_sums_are(case: dict[str, Any]) -> None:
+    check_convolution(case)
+
+
+@pytest.mark.skipif(not RUNS_PROGRAMS, reason="this CPU has no float16 programs")
+@given(case=convolutions())
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+def test_any_convolution_as_a_program_too(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
+    monkeypatch.setattr(plan.Plan, "candidates", preferring(lambda choice: choice.code))
+    monkeypatch.setattr("explorer.inference.choosing.larger_kernels", without_limit)
+    check_convolution(case | {"mode": "sparse"})
 
 
 @pytest.mark.parametrize("kind", TORCH)

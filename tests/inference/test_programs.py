@@ -49,13 +49,13 @@ def only_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assembled(text: str) -> bytes:
-    """The machine code that LLVM's assembler makes of an instruction for a CPU with AVX-512."""
+    """The machine code that LLVM's assembler makes of an instruction for a CPU with AVX512-FP16."""
     llvm = pytest.importorskip("llvmlite.binding")
     native._initialise()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     triple = "x86_64-unknown-linux-gnu"
-    target = llvm.Target.from_triple(triple).create_target_machine(cpu="skylake-avx512")
+    target = llvm.Target.from_triple(triple).create_target_machine(cpu="sapphirerapids")
     mark = "\\AA\\BB\\CC\\DD\\EE\\A1\\B2\\C3"
     bytes_of_mark = ".byte 0xAA,0xBB,0xCC,0xDD,0xEE,0xA1,0xB2,0xC3"
     module = llvm.parse_assembly(f'module asm "{bytes_of_mark}; {text}; {bytes_of_mark}"')
@@ -66,6 +66,8 @@ def assembled(text: str) -> bytes:
 
 
 EVERY = [0, 7, 8, 15, 16, 23, 24, 31]
+NUMBERS = {"s": avx512.FLOAT32, "h": avx512.FLOAT16}
+"""By the last letter of the names of their instructions."""
 
 
 @pytest.mark.skipif(bool(native.NO_LLVM), reason="no assembler without llvmlite")
@@ -76,15 +78,20 @@ EVERY = [0, 7, 8, 15, 16, 23, 24, 31]
         *((avx512.load(r, avx512.R8, 3), f"vmovups 192(%r8), %zmm{r}") for r in EVERY),
         *((avx512.store(r, avx512.R8, -9), f"vmovups %zmm{r}, -576(%r8)") for r in EVERY),
         *((avx512.store(r, avx512.RDX, 2), f"vmovups %zmm{r}, 128(%rdx)") for r in EVERY),
-        *((avx512.broadcast(r, avx512.RSI, -128), f"vbroadcastss -512(%rsi), %zmm{r}") for r in EVERY),
-        *((avx512.broadcast(r, avx512.R9, 2), f"vbroadcastss 8(%r9), %zmm{r}") for r in EVERY),
-        *((avx512.multiply_add(r, x, avx512.RSI, 127), f"vfmadd231ps 508(%rsi){{1to16}}, %zmm{x}, %zmm{r}") for r in EVERY for x in (2, 30)),
-        *((avx512.at_least(r, 30), f"vmaxps %zmm{r}, %zmm30, %zmm{r}") for r in EVERY),
-        *((avx512.at_most(r, 31), f"vminps %zmm{r}, %zmm31, %zmm{r}") for r in EVERY),
-        *((avx512.kept(avx512.at_least(r, 30)), f"vmaxps %zmm{r}, %zmm30, %zmm{r} {{%k1}} {{z}}") for r in EVERY),
-        *((avx512.kept(avx512.at_most(r, 31)), f"vminps %zmm{r}, %zmm31, %zmm{r} {{%k1}} {{z}}") for r in EVERY),
-        *((avx512.kept(avx512.same(r)), f"vmovaps %zmm{r}, %zmm{r} {{%k1}} {{z}}") for r in EVERY),
-        *((avx512.test(r), f"vptestmd %zmm{r}, %zmm{r}, %k1") for r in EVERY),
+        *((avx512.FLOAT32.broadcast(r, avx512.RSI, -128), f"vbroadcastss -512(%rsi), %zmm{r}") for r in EVERY),
+        *((avx512.FLOAT32.broadcast(r, avx512.R9, 2), f"vbroadcastss 8(%r9), %zmm{r}") for r in EVERY),
+        *((avx512.FLOAT16.broadcast(r, avx512.RSI, -128), f"vpbroadcastw -256(%rsi), %zmm{r}") for r in EVERY),
+        *((avx512.FLOAT16.broadcast(r, avx512.R9, 4), f"vpbroadcastw 8(%r9), %zmm{r}") for r in EVERY),
+        *((avx512.FLOAT32.multiply_add(r, x, avx512.RSI, 127), f"vfmadd231ps 508(%rsi){{1to16}}, %zmm{x}, %zmm{r}") for r in EVERY for x in (2, 30)),
+        *((avx512.FLOAT16.multiply_add(r, x, avx512.RSI, 127), f"vfmadd231ph 254(%rsi){{1to32}}, %zmm{x}, %zmm{r}") for r in EVERY for x in (2, 30)),
+        *((n.at_least(r, 30), f"vmaxp{of} %zmm{r}, %zmm30, %zmm{r}") for of, n in NUMBERS.items() for r in EVERY),
+        *((n.at_most(r, 31), f"vminp{of} %zmm{r}, %zmm31, %zmm{r}") for of, n in NUMBERS.items() for r in EVERY),
+        *((avx512.kept(n.at_least(r, 30)), f"vmaxp{of} %zmm{r}, %zmm30, %zmm{r} {{%k1}} {{z}}") for of, n in NUMBERS.items() for r in EVERY),
+        *((avx512.kept(n.at_most(r, 31)), f"vminp{of} %zmm{r}, %zmm31, %zmm{r} {{%k1}} {{z}}") for of, n in NUMBERS.items() for r in EVERY),
+        *((avx512.kept(avx512.FLOAT32.same(r)), f"vmovaps %zmm{r}, %zmm{r} {{%k1}} {{z}}") for r in EVERY),
+        *((avx512.kept(avx512.FLOAT16.same(r)), f"vmovdqu16 %zmm{r}, %zmm{r} {{%k1}} {{z}}") for r in EVERY),
+        *((avx512.FLOAT32.test(r), f"vptestmd %zmm{r}, %zmm{r}, %k1") for r in EVERY),
+        *((avx512.FLOAT16.test(r), f"vptestmw %zmm{r}, %zmm{r}, %k1") for r in EVERY),
         *((avx512.advance(r, n), f"addq ${n}, %{name}") for r, name in ((avx512.RDI, "rdi"), (avx512.RSI, "rsi")) for n in (1024, 70000, -16384)),
         *((avx512.fetch(avx512.RAX, n), f"prefetcht1 {n}(%rax)") for n in (128, 64000)),
         *((avx512.advance_by(a, b), f"addq %{y}, %{x}") for a, x in ((avx512.RDX, "rdx"), (avx512.RCX, "rcx")) for b, y in ((avx512.R10, "r10"), (avx512.R11, "r11"))),
@@ -100,21 +107,25 @@ def test_instructions_are_those_of_an_assembler(program: avx512.Program, text: s
 
 
 @pytest.mark.skipif(bool(native.NO_LLVM), reason="no assembler without llvmlite")
-def test_an_addition_to_each_register_too() -> None:
+@pytest.mark.parametrize("of", NUMBERS)
+def test_an_addition_to_each_register_too(of: str) -> None:
     for r in EVERY:
         for base, name in ((avx512.RCX, "rcx"), (avx512.RAX, "rax")):
             # An assembler leaves a displacement of zero out: one of a vector has the same length as here.
-            wanted = bytearray(assembled(f"vaddps 64(%{name}), %zmm{r}, %zmm{r}"))
+            wanted = bytearray(assembled(f"vaddp{of} 64(%{name}), %zmm{r}, %zmm{r}"))
             wanted[6] = 0
-            assert avx512.machine_code(avx512.add(r, base)).tobytes() == bytes(wanted)
+            assert avx512.machine_code(NUMBERS[of].add(r, base)).tobytes() == bytes(wanted)
 
 
-def test_a_program_of_many_instructions_is_that_of_each() -> None:
+@pytest.mark.parametrize("of", NUMBERS)
+def test_a_program_of_many_instructions_is_that_of_each(of: str) -> None:
+    numbers = NUMBERS[of]
+
     def every(i: Any) -> avx512.Program:
         parts = (
-            avx512.multiply_add(i, 30, avx512.RSI, i - 15),
-            avx512.add(i, avx512.RCX),
-            avx512.at_most(i, 31),
+            numbers.multiply_add(i, 30, avx512.RSI, i - 15),
+            numbers.add(i, avx512.RCX),
+            numbers.at_most(i, 31),
         )
         return np.stack(parts)
 
@@ -156,17 +167,21 @@ def test_nonzeros_are_ordered_as_the_numpy_twin_orders_them(
     blocks=st.integers(1, 3),
     tile=st.integers(1, 8),
     pitch=st.sampled_from([64, 448, 3 * 448 + 4, 9000]),
+    half=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=60)
 def test_programs_are_written_as_the_numpy_twin_writes_them(
-    rows: int, columns: int, density: float, blocks: int, tile: int, pitch: int, seed: int
+    rows: int, columns: int, density: float, blocks: int, tile: int, pitch: int, half: bool, seed: int
 ) -> None:
     weight = random_rows(rows, columns, density, seed)
     where, block = np.arange(columns) * pitch, np.arange(columns) * blocks // columns
     bias = np.arange(rows, dtype=np.float32)
     finish = Finish(residual=True, low=True, high=False, mask=bool(seed % 2))
-    isa = native.current_isa().single
+    # Written by a CPU that need not be able to run them.
+    isa = native.half_isa(native.current_isa(), emulated=True) if half else native.current_isa().single
+    assert isa is not None
+    numbers = avx512.arithmetic(isa)
     made = programs(SparseWeights.of(weight, isa), where, block, blocks, bias, tile, finish, isa)
     order = np.lexsort((where, where % 64, block))
     begins = 0
@@ -179,21 +194,26 @@ def test_programs_are_written_as_the_numpy_twin_writes_them(
         biases = bias[first : first + n] if number == 0 else bias[:0]
         fetch_after = max(1, 64 * tile // sparse_code._BYTES_FETCHED)
         values, program, lines = write_programs.reference(
-            weight[first : first + n, mine], where[mine], len(biases), fetch_after, sparse_code._OPERAND
+            weight[first : first + n, mine],
+            where[mine],
+            len(biases),
+            fetch_after,
+            sparse_code._OPERAND,
+            numbers,
         )
         is_last = number == blocks - 1
         whole = [
-            sparse_code._begin(n, tile, number == 0),
+            sparse_code._begin(numbers, n, tile, number == 0),
             program,
-            sparse_code._end(n, tile, finish if is_last else None),
+            sparse_code._end(numbers, n, tile, finish if is_last else None),
         ]
         code = avx512.machine_code(np.concatenate(whole))
         assert about["weights"] == begins
         assert about["code"] % 64 == 0
         assert about["lines"] == lines
         np.testing.assert_array_equal(made.code[about["code"] :][: len(code)], code)
-        there = made.code[begins : begins + 4 * (len(biases) + len(values))].view(np.float32)
-        np.testing.assert_array_equal(there, np.concatenate([biases, values]))
+        there = made.code[begins : begins + isa.element_bytes * (len(biases) + len(values))].view(isa.dtype)
+        np.testing.assert_array_equal(there, np.concatenate([biases.astype(isa.dtype), values]))
         assert about["next"] >= about["code"] + len(code)
         begins = about["next"]
     assert begins == len(made.code)
@@ -331,20 +351,25 @@ def test_what_is_too_sparse_or_large_and_dense_does_not_become_a_program() -> No
     ):  # fmt: skip
         assert Weighed(weights, nonzeros, 7, True).may_gain == gains, (weights, nonzeros)
         assert not Weighed(weights, nonzeros, 7, False).may_gain
+    # Those of float16 are smaller.
+    assert Weighed(large, large, 7, True, half=True).may_gain
 
 
 @runs_programs
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("sparsity", [0.8, 0.9])
 def test_a_network_with_programs_keeps_to_the_limit_of_its_memory(
-    monkeypatch: pytest.MonkeyPatch, sparsity: float
+    monkeypatch: pytest.MonkeyPatch, sparsity: float, precision: Any
 ) -> None:
+    if precision == "fp16" and native.half_isa(native.current_isa()) is None:
+        pytest.skip("this CPU does not compute in float16")
     # Whatever is fastest on a machine that is busy: all that may be programs are.
     monkeypatch.setattr(plan.Plan, "candidates", preferring(as_code))
     network = pruned(
         nn.Sequential(Block(512, 256), *[nn.Conv2d(256, 256, 3, padding=1) for _ in range(4)]), sparsity
     )
     x = torch.randn(1, 512, 14, 14)
-    engine = explorer.compile(network, x, sparse="sparse")
+    engine = explorer.compile(network, x, sparse="sparse", precision=precision)
     labels = engine.choices.values()
     assert any("code" in label for label in labels)
     assert not all("code" in label for label in labels)
@@ -373,7 +398,8 @@ def test_only_those_that_can_are_offered_as_programs(monkeypatch: pytest.MonkeyP
     assert not may(wide, groups=16)
     assert not may(native.Isa("avx2", 8, 16, "", ""))
     assert not may(native.Isa("neon", 4, 32, "", ""))
-    assert not may(native.Isa("avx512", 32, 32, "", "", "fp16"))
+    assert not may(native.Isa("avx512", 32, 32, "", "+avx512f", "fp16"))
+    assert may(native.Isa("avx512", 32, 32, "", "+avx512f,+avx512fp16", "fp16"))
     monkeypatch.setattr("explorer.inference.larger_kernels.can_run_code", lambda: False)
     assert not may(wide)
 

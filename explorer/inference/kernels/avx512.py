@@ -1,4 +1,4 @@
-"""Machine code of a few AVX-512 instructions, written with numpy.
+"""Machine code of a few AVX-512 instructions, for float32 and for float16, written with numpy.
 
 Every instruction here is seven bytes long: those that have an EVEX prefix, an opcode, a register and an address in memory are, and the others are chosen or
 filled up so. A program is thus an array, each of whose elements holds an instruction in its lower seven bytes, and thousands are made at once.
@@ -11,7 +11,7 @@ An EVEX instruction (Intel 64 and IA-32 Architectures Software Developer's Manua
     byte 3   z L L b V a a a      vectors of 64 bytes; b: the value in memory is broadcast to all lanes; upper bit of the second operand, inverted
     byte 4   opcode
     byte 5   mod reg rm           how memory is addressed, lower bits of the register, lower bits of the register that holds the address
-    byte 6   displacement         in units of what is read: 64 bytes, or 4 where one value is broadcast
+    byte 6   displacement         in units of what is read: 64 bytes, or those of one value where it is broadcast
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from explorer.inference.native import Isa
 
 BYTES = 7
 """Of an instruction."""
@@ -34,17 +36,11 @@ class _Operation:
     opcode: int
     table: int
     variant: int
+    wide: int = 0  # W
 
 
 _LOAD = _Operation(0x10, 1, 0)  # vmovups
 _STORE = _Operation(0x11, 1, 0)  # vmovups
-_BROADCAST = _Operation(0x18, 2, 1)  # vbroadcastss
-_FMA = _Operation(0xB8, 2, 1)  # vfmadd231ps
-_ADD = _Operation(0x58, 1, 0)  # vaddps
-_MAXIMUM = _Operation(0x5F, 1, 0)  # vmaxps
-_MINIMUM = _Operation(0x5D, 1, 0)  # vminps
-_MOVE = _Operation(0x28, 1, 0)  # vmovaps
-_TEST = _Operation(0x27, 2, 1)  # vptestmd
 
 
 def _words(values: ArrayLike) -> Program:
@@ -60,7 +56,7 @@ def _prefixed(
     inverted = register ^ one(31)
     byte1 = (inverted >> one(3) & one(1)) << one(7) | (inverted >> one(4) & one(1)) << one(4)
     byte1 |= one(0x40 | (base < 8) << 5 | operation.table)
-    byte2 = (~operand & 15) << 3 | 4 | operation.variant
+    byte2 = operation.wide << 7 | (~operand & 15) << 3 | 4 | operation.variant
     byte3 = 2 << 5 | broadcast << 4 | (~operand >> 4 & 1) << 3
     byte5 = (register & one(7)) << one(3) | one(0x40 | base & 7)
     fixed = one(0x62 | byte2 << 16 | byte3 << 24 | operation.opcode << 32)
@@ -91,22 +87,6 @@ def store(register: ArrayLike, base: int, vector: ArrayLike) -> Program:
     return _memory(_STORE, register, 0, base, vector)
 
 
-def broadcast(register: ArrayLike, base: int, value: ArrayLike) -> Program:
-    """``register = memory[base + 4 * value]``, a float32 in all lanes; -128 <= value < 128."""
-    return _memory(_BROADCAST, register, 0, base, value)
-
-
-def multiply_add(register: ArrayLike, operand: int, base: int, value: ArrayLike) -> Program:
-    """``register += operand * memory[base + 4 * value]``, a float32 in all lanes."""
-    return _memory(_FMA, register, operand, base, value, broadcast=True)
-
-
-def add(register: ArrayLike, base: int) -> Program:
-    """``register += memory[base]``, a vector."""
-    register = _words(register)
-    return np.concatenate([_memory(_ADD, r, int(r), base, 0) for r in register])
-
-
 def _between_registers(
     operation: _Operation, register: ArrayLike, operand: int, source: ArrayLike
 ) -> Program:
@@ -125,29 +105,85 @@ def _between_registers(
     )
 
 
-def test(register: int) -> Program:
-    """Remember which lanes of `register`, integers of 32 bits, are not zero: for `kept`."""
-    return _between_registers(_TEST, 1, register, register)
-
-
 def kept(program: Program) -> Program:
-    """The same, of `at_least`, `at_most` or `same`, with 0.0 in the lanes that were zero at the last `test`. It costs nothing."""
+    """The same, of `Arithmetic.at_least`, `at_most` or `same`, with 0.0 in the lanes that were zero at the last `Arithmetic.test`. It costs nothing."""
     return program | np.uint64(0x81 << 24)
 
 
-def same(register: ArrayLike) -> Program:
-    """``register = register``: for those of which nothing but what is `kept` changes."""
-    return _between_registers(_MOVE, register, 0, register)
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """The instructions that ask what is in a register: numbers of one type.
+
+    Attributes
+    ----------
+    value_bytes : int
+    """
+
+    value_bytes: int
+    _broadcast: _Operation
+    _fma: _Operation
+    _add: _Operation
+    _maximum: _Operation
+    _minimum: _Operation
+    _move: _Operation
+    _test: _Operation
+
+    def broadcast(self, register: ArrayLike, base: int, value: ArrayLike) -> Program:
+        """``register = memory[base + value_bytes * value]``, one number in all lanes; -128 <= value < 128."""
+        return _memory(self._broadcast, register, 0, base, value)
+
+    def multiply_add(self, register: ArrayLike, operand: int, base: int, value: ArrayLike) -> Program:
+        """``register += operand * memory[base + value_bytes * value]``, one number in all lanes."""
+        return _memory(self._fma, register, operand, base, value, broadcast=True)
+
+    def add(self, register: ArrayLike, base: int) -> Program:
+        """``register += memory[base]``, a vector."""
+        register = _words(register)
+        return np.concatenate([_memory(self._add, r, int(r), base, 0) for r in register])
+
+    def test(self, register: int) -> Program:
+        """Remember which lanes of `register`, as integers, are not zero: for `kept`."""
+        return _between_registers(self._test, 1, register, register)
+
+    def same(self, register: ArrayLike) -> Program:
+        """``register = register``: for those of which nothing but what is `kept` changes."""
+        return _between_registers(self._move, register, 0, register)
+
+    def at_least(self, register: ArrayLike, bound: int) -> Program:
+        """``register = max(register, bound)``; the second operand is what comes out where any is NaN: NaN stays NaN."""
+        return _between_registers(self._maximum, register, bound, register)
+
+    def at_most(self, register: ArrayLike, bound: int) -> Program:
+        """``register = min(register, bound)``; NaN stays NaN."""
+        return _between_registers(self._minimum, register, bound, register)
 
 
-def at_least(register: ArrayLike, bound: int) -> Program:
-    """``register = max(register, bound)``; the second operand is what comes out where any is NaN: NaN stays NaN."""
-    return _between_registers(_MAXIMUM, register, bound, register)
+FLOAT32 = Arithmetic(
+    4,
+    _broadcast=_Operation(0x18, 2, 1),  # vbroadcastss
+    _fma=_Operation(0xB8, 2, 1),  # vfmadd231ps
+    _add=_Operation(0x58, 1, 0),  # vaddps
+    _maximum=_Operation(0x5F, 1, 0),  # vmaxps
+    _minimum=_Operation(0x5D, 1, 0),  # vminps
+    _move=_Operation(0x28, 1, 0),  # vmovaps
+    _test=_Operation(0x27, 2, 1),  # vptestmd
+)
+FLOAT16 = Arithmetic(
+    2,
+    _broadcast=_Operation(0x79, 2, 1),  # vpbroadcastw
+    _fma=_Operation(0xB8, 6, 1),  # vfmadd231ph
+    _add=_Operation(0x58, 5, 0),  # vaddph
+    _maximum=_Operation(0x5F, 5, 0),  # vmaxph
+    _minimum=_Operation(0x5D, 5, 0),  # vminph
+    _move=_Operation(0x6F, 1, 3, wide=1),  # vmovdqu16
+    _test=_Operation(0x26, 2, 1, wide=1),  # vptestmw
+)
+"""Of CPUs with AVX512-FP16. (Its multiply-adds broadcast a number of 16 bits on the way, which as an instruction of its own takes an arithmetic unit.)"""
 
 
-def at_most(register: ArrayLike, bound: int) -> Program:
-    """``register = min(register, bound)``; NaN stays NaN."""
-    return _between_registers(_MINIMUM, register, bound, register)
+def arithmetic(isa: Isa) -> Arithmetic:
+    """That of what an instruction set computes in."""
+    return FLOAT16 if isa.precision == "fp16" else FLOAT32
 
 
 def advance(base: int, n_bytes: ArrayLike) -> Program:

@@ -199,7 +199,11 @@ class Function:
 
     def splat_float(self, scalar: Value) -> Value:
         """A float32 in all lanes, as what is computed with."""
-        return self.splat(scalar if self.vector.element == F32 else self.b.fptrunc(scalar, F16))
+        return self.splat(self.narrowed(scalar))
+
+    def narrowed(self, scalar: Value) -> Value:
+        """A float32 as what is computed with."""
+        return scalar if self.vector.element == F32 else self.b.fptrunc(scalar, F16)
 
     def splat(self, scalar: Value, count: int | None = None) -> Value:
         type_ = ir.VectorType(scalar.type, count or self.lanes)

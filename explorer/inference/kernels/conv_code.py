@@ -25,7 +25,7 @@ GROUP = Record(("code", "weights", "first_row", "rows", "next", "lines"))
 it, of which the program fetches so many `lines` of the cache for each vector."""
 
 CALL = Record(("low", "high", "out_plane", "residual_plane", "mask", "next"))
-"""What a program is told besides the addresses in its arguments: bounds, in the lower half of a field, bytes from an output channel to the next in result
+"""What a program is told besides the addresses in its arguments: bounds, in the lower bytes of a field, bytes from an output channel to the next in result
 and residual, the mask of these pixels, and what it fetches of the `next` programs while it works on them."""
 
 ROWS = 30
@@ -64,8 +64,8 @@ def run_programs(
     block, operands, sums, _, out, out_plane, residual, residual_plane, mask, low, high = f.arguments
     call = b.inttoptr(b.ptrtoint(b.alloca(ir.ArrayType(I64, len(CALL.fields))), I64), PTR)
     for name, value in (
-        ("low", low),
-        ("high", high),
+        ("low", f.narrowed(low)),
+        ("high", f.narrowed(high)),
         ("out_plane", out_plane),
         ("residual_plane", residual_plane),
     ):
@@ -77,7 +77,7 @@ def run_programs(
     def one_group(index: Value) -> None:
         group = f.row(groups, GROUP, index)
         program, first, count = (f.field(group, GROUP, name) for name in ("code", "first_row", "rows"))
-        weights = f.at(f.field(group, GROUP, "weights", PTR), 2 * NEAR_WEIGHTS)
+        weights = f.at(f.field(group, GROUP, "weights", PTR), f.element_bytes * NEAR_WEIGHTS // 2)
         to = f.at(out, b.mul(first, out_plane))
         more = f.at(residual, b.mul(first, residual_plane))
         middle = b.add(first, b.sdiv(count, I64(2)))

@@ -35,9 +35,9 @@ WRITE = Record(
         "ends", "rows_of", "values_of", "homes", "loads", "sums", "texts", "bias", "out", "programs", "count", "fetch_after",
     )
 )  # fmt: skip
-"""`ends`, `rows_of`, `values_of`: as ordered. For each place of a column (int64): the address its instruction starts from, and this instruction. `sums`: for
+"""`ends`, `rows_of`, `values_of`: as ordered, the values of the type that programs compute in. For each place of a column (int64): the address its instruction starts from, and this instruction. `sums`: for
 each output channel the instruction that adds to it, without the place of the weight. `programs`: `count` rows of `PROGRAM`; `texts` (bytes) that they
-begin and end with, of instructions of seven bytes; `bias` (float32). `out`: bytes, enough of them. One line is fetched for every `fetch_after` nonzeros."""
+begin and end with, of instructions of seven bytes; `bias`, of the same type as the values. `out`: bytes, enough of them. One line is fetched for every `fetch_after` nonzeros."""
 
 PROGRAM = Record(
     (
@@ -116,7 +116,14 @@ class OrderColumnsKernel:
 
 @dataclass(frozen=True, slots=True)
 class WriteProgramsKernel:
-    """The programs. The machine code depends on nothing but the CPU."""
+    """The programs. The machine code depends on the CPU and on what programs compute in.
+
+    Attributes
+    ----------
+    precision : {"fp32", "fp16"}
+    """
+
+    precision: str = "fp32"
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -124,11 +131,16 @@ class WriteProgramsKernel:
         f = Function(module, "write_programs", VOID, [PTR], isa)
         b, (args,) = f.b, f.arguments
         table = {name: f.field(args, WRITE, name, PTR) for name in WRITE.fields[:-2]}
+        value_bytes = 2 if self.precision == "fp16" else 4
         fetch_after = f.field(args, WRITE, "fetch_after")
         out = table["out"]
 
         def number(name: str, index: Value) -> Value:
             return f.load(table[name], I64, b.shl(index, I64(3)), 8)
+
+        def of_values(count: Value) -> Value:
+            """The bytes of so many values."""
+            return b.mul(count, I64(value_bytes))
 
         def copy(source: Value, n_bytes: Value, to: Value) -> Value:
             f.call("llvm.memcpy.p0.p0.i64", VOID, [to, source, n_bytes, I1(0)])
@@ -164,11 +176,9 @@ class WriteProgramsKernel:
             last = number("ends", b.sub(last_key, I64(1)))
             n_weights = b.sub(last, first)
             weights = f.at(out, start)
-            after_bias = copy(
-                f.at(table["bias"], b.shl(field("first_bias"), I64(2))), b.shl(biases, I64(2)), weights
-            )
-            copy(f.at(table["values_of"], b.shl(first, I64(2))), b.shl(n_weights, I64(2)), after_bias)
-            code = aligned(b.add(start, b.shl(b.add(n_weights, biases), I64(2))))
+            after_bias = copy(f.at(table["bias"], of_values(field("first_bias"))), of_values(biases), weights)
+            copy(f.at(table["values_of"], of_values(first)), of_values(n_weights), after_bias)
+            code = aligned(b.add(start, of_values(b.add(n_weights, biases))))
             tell("weights", start)
             tell("code", code)
             to = copy(f.at(table["texts"], field("begin")), field("begin_bytes"), f.at(out, code))
@@ -194,7 +204,7 @@ class WriteProgramsKernel:
                     at = b.add(b.sub(entry, first), biases)
                     near = b.and_(at, I64(NEAR_WEIGHTS - 1))
                     is_far = b.and_(b.icmp_signed("==", near, I64(0)), b.icmp_signed(">", at, I64(0)))
-                    to = where_if(is_far, known(avx512.advance(avx512.RSI, 4 * NEAR_WEIGHTS)), to)
+                    to = where_if(is_far, known(avx512.advance(avx512.RSI, value_bytes * NEAR_WEIGHTS)), to)
                     is_due = b.icmp_signed("==", left, I64(0))
                     line = b.shl(b.mul(lines, I64(_LINE)), I64(24))
                     to = where_if(is_due, b.or_(line, known(avx512.fetch(avx512.RAX, 0))), to)
@@ -247,7 +257,8 @@ def reference(
     biases: int,
     fetch_after: int,
     operand: int,
-) -> tuple[NDArray[np.float32], avx512.Program, int]:
+    numbers: avx512.Arithmetic = avx512.FLOAT32,
+) -> tuple[NDArray[np.floating], avx512.Program, int]:
     """The numpy twin of one program, without the texts that it begins and ends with.
 
     Parameters
@@ -260,10 +271,11 @@ def reference(
         Weights that stand before those of the nonzeros.
     fetch_after, operand : int
         Nonzeros for each line that is fetched, and the register of operands.
+    numbers : Arithmetic
 
     Returns
     -------
-    (W,) float32, program, int
+    (W,) float32 or float16, program, int
         The weights in the order of their use, the instructions, and how many lines they fetch.
     """
     values: list[float] = []
@@ -280,12 +292,16 @@ def reference(
         for row in used:
             at = biases + len(values)
             if at and at % NEAR_WEIGHTS == 0:
-                program.append(avx512.advance(avx512.RSI, 4 * NEAR_WEIGHTS))
+                program.append(avx512.advance(avx512.RSI, numbers.value_bytes * NEAR_WEIGHTS))
             if len(values) % fetch_after == 0:
                 program.append(avx512.fetch(avx512.RAX, _LINE * lines))
                 lines += 1
             program.append(
-                avx512.multiply_add(row, operand, avx512.RSI, at % NEAR_WEIGHTS - NEAR_WEIGHTS // 2)
+                numbers.multiply_add(row, operand, avx512.RSI, at % NEAR_WEIGHTS - NEAR_WEIGHTS // 2)
             )
             values.append(weight[row, column])
-    return np.array(values, np.float32), np.concatenate([np.empty(0, np.uint64), *program]), lines
+    return (
+        np.array(values, f"f{numbers.value_bytes}"),
+        np.concatenate([np.empty(0, np.uint64), *program]),
+        lines,
+    )
