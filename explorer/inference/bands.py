@@ -25,11 +25,6 @@ Cuts = tuple[NDArray[np.int64], NDArray[np.int64]]
 """First and number of the rows, or vectors, of each band."""
 
 
-def _cut(count: int, size: int) -> Cuts:
-    first = np.arange(0, count, size)
-    return first, np.minimum(first + size, count) - first
-
-
 def _reached(writes: NDArray[np.int64], shifts: NDArray[np.int64]) -> NDArray[np.int64]:
     """What is read for those pixels; `shifts`: elements from a pixel to the operand of each tap."""
     return writes + np.array([shifts.min(), shifts.max()])
@@ -113,6 +108,8 @@ class ByChannel:
         Those of the whole step.
     x, y : Planes
         The operand, and the result.
+    pieces : int
+        Bands, all of about the same size; 0: as many as keep to `BAND_VECTORS`.
     """
 
     memory: Memory
@@ -120,6 +117,13 @@ class ByChannel:
     arguments: NDArray[np.int64]
     x: Planes
     y: Planes
+    pieces: int = 0
+
+    def _cut(self, count: int, size: int) -> Cuts:
+        """Rows or vectors of each band: so many of `count`, or what makes the number of bands that is wanted."""
+        size = -(-count // self.pieces) if self.pieces else size
+        first = np.arange(0, count, size)
+        return first, np.minimum(first + size, count) - first
 
     @property
     def _is_tiled(self) -> bool:
@@ -138,7 +142,7 @@ class ByChannel:
         """Bands of `kernels.depthwise`, whose rows have so many vectors and may be taken in `pairs`, or which takes the plane for one row."""
         x, y = self.x, self.y
         if not by_rows and not pairs:
-            first, count = _cut(y.vectors, BAND_VECTORS)
+            first, count = self._cut(y.vectors, BAND_VECTORS)
             start = first * y.vector_bytes
             mask = start if self.arguments[self.record.index("mask")] else 0
             shifts = np.array([row * x.pitch + column for row, column in taps])
@@ -146,7 +150,7 @@ class ByChannel:
             reads = _reached(writes, shifts)
             to = {"places": 4 * first} if self._is_tiled else {"out": start}
             return self._bands(reads, writes, {"vectors": count}, {"x": start, "mask": mask} | to)
-        first, count = _cut(y.rows, max(1 + pairs, BAND_VECTORS // vectors))
+        first, count = self._cut(y.rows, max(1 + pairs, BAND_VECTORS // vectors))
         if pairs and count[-1] == 1:  # goes with the rows before it
             first, count = first[:-1], np.append(count[:-2], count[-2] + 1)
         window, columns = [row for row, _ in taps], [column for _, column in taps]
@@ -159,7 +163,7 @@ class ByChannel:
     def shuffled(self, offsets: NDArray[np.int64], stride: int, chunks: int) -> Bands:
         """Bands of `kernels.split` for small strides; `offsets`, (rows, row phases), and `chunks` as in its arguments."""
         x, y = self.x, self.y
-        first, count = _cut(y.rows, max(1, BAND_VECTORS // chunks))
+        first, count = self._cut(y.rows, max(1, BAND_VECTORS // chunks))
         tables = [self.memory.put(offsets[a : a + n]) for a, n in zip(first, count, strict=True)]
         reads = np.stack([first, first + count], 1) * stride * x.pitch
         new = {"rows": count, "table": np.array(tables)}
@@ -175,7 +179,7 @@ class ByChannel:
     def gathered(self, table: NDArray[np.int32], stride: int) -> Bands:
         """Bands of `kernels.split` with a table of indices, (phases, elements)."""
         x, y = self.x, self.y
-        first, count = _cut(y.vectors, BAND_VECTORS)
+        first, count = self._cut(y.vectors, BAND_VECTORS)
         writes = np.stack([first, first + count], 1) * y.lanes
         tables = [self.memory.put(table[:, a:b]) for a, b in writes]
         top, bottom = writes[:, 0] // y.pitch, (writes[:, 1] - 1) // y.pitch + 1

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from explorer.inference import bands
+from explorer.inference.depth_first import Bands
 from explorer.inference.graph import Operation
 from explorer.inference.kernels import (
     conv,
@@ -424,12 +425,17 @@ def depthwise_step(
     mine = bands.ByChannel(builder.memory, depthwise.ARGUMENTS, arguments, x, y)
     # A kernel that reads nothing to the right of a pixel takes what is left of its first vector for padding.
     can = by_rows or depthwise.loads_taps(builder.plan.isa) or any(column > 0 for _, column in taps)
+
+    def cut(pieces: int) -> Bands:
+        return replace(mine, pieces=pieces).depthwise(taps, (sy, sx), vectors, by_rows, pairs=pairs)
+
     return Row(
         builder.code(kernel),
         arguments,
         common["jobs"],
         choice.label,
-        (lambda _: mine.depthwise(taps, (sy, sx), vectors, by_rows, pairs=pairs)) if can else None,
+        (lambda _: cut(0)) if can else None,
+        cut if can else None,
         fills=not by_rows,
     )
 

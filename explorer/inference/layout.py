@@ -233,7 +233,16 @@ class Planes:
         Not every kernel writes every gap of a plane: it relies on what the tenants before it left there, which is zero. After a tensor with another key
         gaps are zeroed, see `explorer.inference.kernels.zero_gaps`, if they may not hold anything, as those of tiles may.
         """
-        return ("planes", self.plane, self.rows, self.columns, self.pitch, self.guard, self.slot)
+        return (
+            "planes",
+            self.plane,
+            self.rows,
+            self.columns,
+            self.pitch,
+            self.guard,
+            self.slot,
+            self.element_bytes,
+        )
 
     @property
     def before(self) -> int:

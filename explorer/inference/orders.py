@@ -16,8 +16,9 @@ from explorer.inference.plan import NativeSegment
 from explorer.inference.step_builder import Row, StepBuilder
 
 LAYERS, BANDS = "layer by layer", "band by band"
+ROWS = "layer by layer, each thread with rows of its own"
 ALONE, ALONE_BY_BANDS = "each thread alone", "each thread alone, band by band"
-"""Layer by layer all threads take part in each step. Band by band one thread goes through neighbouring large layers with an image, see `explorer.inference.depth_first`. Alone, a thread
+"""Layer by layer all threads take part in each step, in some with rows of their own where these would be shared out by channels, see `explorer.inference.rows_apart`. Band by band one thread goes through neighbouring large layers with an image, see `explorer.inference.depth_first`. Alone, a thread
 takes an image of its own through all layers, and waits for nobody until it is through: threads that share caches, or a core with other work, are never equally fast.
 (ResNet-50 at 90 %, 16 images, two threads, Zen 4: 0.99 of the time of bands in quiet.)"""
 
@@ -49,19 +50,22 @@ class Rows:
     turns : sequence of (int, int or None)
         The step of each, and its turn, see `Plan.order`.
     gaps : mapping
-        Arguments for zeroing gaps, of the rows that need it before they begin.
+        Of the rows that need zeros in gaps before they begin: arguments for that, and its jobs for an image.
     zero : int
         The kernel that does so.
     """
 
     made: Sequence[tuple[Row, int]]
     turns: Sequence[tuple[int, int | None]]
-    gaps: Mapping[int, int]
+    gaps: Mapping[int, tuple[int, int]]
     zero: int
 
     def zeroing(self, row: int) -> list[Call]:
         """What comes before the first call of a row."""
-        return [(self.zero, self.gaps[row], 0, 1, 1, row)] if row in self.gaps else []
+        if row not in self.gaps:
+            return []
+        arguments, jobs = self.gaps[row]
+        return [(self.zero, arguments, 0, jobs, jobs, row)]
 
     def whole(self, row: int) -> list[Call]:
         """All jobs of an image."""

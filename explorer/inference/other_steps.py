@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -212,13 +213,20 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
         arguments = split.ARGUMENTS.filled(vectors=y.vectors, table=table, **common)
         mine = bands.ByChannel(builder.memory, split.ARGUMENTS, arguments, x, y)
 
-        def cut(_: int) -> Bands:
-            return mine.gathered(builder.tap_table(x, y, phases, stride), stride[0])
+        def cut(pieces: int) -> Bands:
+            table = builder.tap_table(x, y, phases, stride)
+            return replace(mine, pieces=pieces).gathered(table, stride[0])
 
     else:
         rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
         kernel = split.SplitKernel(
-            stride[1], tuple(columns), place.cell is not None, x.tile, y.is_cut, y.abreast
+            stride[1],
+            tuple(columns),
+            place.cell is not None,
+            x.tile,
+            y.is_cut,
+            y.abreast,
+            wide=x.element_bytes > y.element_bytes,
         )
         builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(x.vectors, builder.plan.isa))
         source = np.arange(y.rows)[:, None] * stride[0] + np.array(rows)
@@ -238,14 +246,15 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
             mask=builder.mask_of(inside),
             last_tile=x.vectors // x.tile if x.tile else 0,
             x_tile=x.tile_step(x.tile),
+            x_columns=x.columns,
             **common,
         )
         mine = bands.ByChannel(builder.memory, split.ARGUMENTS, arguments, x, y)
 
-        def cut(_: int) -> Bands:
-            return mine.shuffled(offsets, stride[0], chunks)
+        def cut(pieces: int) -> Bands:
+            return replace(mine, pieces=pieces).shuffled(offsets, stride[0], chunks)
 
-    return Row(builder.code(kernel), arguments, common["jobs"], "split", cut)
+    return Row(builder.code(kernel), arguments, common["jobs"], "split", lambda _: cut(0), cut)
 
 
 def pointwise_step(builder: StepBuilder, operation: Operation, places: list[Place], out: Place) -> Row:

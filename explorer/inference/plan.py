@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from explorer.inference.abreast import Abreast
 from explorer.inference.depth_first import Access, Bands, Step
 from explorer.inference.graph import Graph, Operation, Ref
-from explorer.inference.kernels.registers import MANY_REGISTERS, linear_room, pair_parts
+from explorer.inference.kernels.registers import LARGEST_SHUFFLED, MANY_REGISTERS, linear_room, pair_parts
 from explorer.inference.larger_kernels import SHORT, has_programs
 from explorer.inference.layout import (
-    MAX_TILE,
     Layout,
     PitchClasses,
     Planes,
@@ -45,6 +44,9 @@ _ELEMENTWISE = ("add", "mul", "affine", "clamp", "activation")
 
 _LARGE = 1.0
 """Operands and result of a step for one image, in level 2 caches, beyond which it may run band by band (0.5 to 1.5 alike within 2 %)."""
+
+_FEW_VECTORS = 4
+"""Vectors of pixels up to which programs of more than one tap read copies of their operands that lie at the beginning of cache lines."""
 
 _ALWAYS_DENSE, ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
@@ -507,10 +509,10 @@ class Plan:
                     classes.tie(place, out)
         self._borrowed = self._readable_in_place(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
-            sharing = self._threads_on_an_image(images)
+            sharing = self.threads_on_an_image(images)
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
-                layout = replace(layout, pitch=columns, plane=rows * columns, guard=0)
+                layout = replace(layout, pitch=columns, plane=rows * columns, guard=0, element_bytes=4)
             if self.abreast and self._is_late(place):
                 layout = replace(layout, abreast=self.abreast.images, slot=self.abreast.period)
                 assert layout.pitch == layout.abreast * layout.slot
@@ -527,7 +529,7 @@ class Plan:
             stride = -(-linear_room(-(-shape[1] // single)) * single // lanes) * lanes
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
 
-    def _threads_on_an_image(self, images: int) -> int:
+    def threads_on_an_image(self, images: int) -> int:
         """Threads that share an image of so many, unless each has images of its own."""
         return self.threads if images % self.threads else 1
 
@@ -552,17 +554,23 @@ class Plan:
         return taps.reach_over(x.columns, y.columns, x.pitch)
 
     def _readable_in_place(self, graph: Graph) -> set[str]:
-        """Inputs that kernels may read where the caller has them: in float32, by splits alone, which read whole rows and nothing behind their ends."""
-        if self.isa.precision != "fp32":
-            return set()
+        """Inputs that kernels may read where the caller has them: by splits alone, which read whole rows and nothing behind their ends."""
         found = {s.place for s in self.segments if isinstance(s, ImportSegment) and s.value in graph.inputs}
         for index in self.native:
             operation = graph.operations[index]
-            columns, phase_columns = graph.shapes[operation.inputs[0]][-1], graph.shapes[operation.output][-1]
-            whole = -(-phase_columns // self.isa.lanes) * self.isa.lanes
-            if operation.kind != "split" or whole * operation.attributes["stride"][1] > columns:
+            if operation.kind != "split" or not self._reads_rows_alone(graph, operation):
                 found -= {*self.operands(operation)}
         return found
+
+    def _reads_rows_alone(self, graph: Graph, operation: Operation) -> bool:
+        """Whether a split can read float32 rows, and nothing behind their ends."""
+        columns, phase_columns = graph.shapes[operation.inputs[0]][-1], graph.shapes[operation.output][-1]
+        stride = operation.attributes["stride"][1]
+        if self.isa.precision == "fp16":
+            return (
+                self.isa.name == "avx512" and stride <= LARGEST_SHUFFLED
+            )  # what lies behind is masked, for which other CPUs have no instruction
+        return -(-phase_columns // self.isa.lanes) * self.isa.lanes * stride <= columns
 
     # ---- tiles
 
@@ -580,7 +588,7 @@ class Plan:
             # Of tokens, one thread chooses other tiles for each layer.
             if self.threads == 1 and layout.tokens:
                 continue
-            candidate = layout.in_tiles(self._threads_on_an_image(layout.images))
+            candidate = layout.in_tiles(self.threads_on_an_image(layout.images))
             if candidate is not None and not layout.is_compactable and _writes_tiles(operation, candidate):
                 tiled[operation.output] = candidate
         for place in [*tiled]:
@@ -910,8 +918,9 @@ class Plan:
             sparse = [*(Choice(False, form, pairs=True) for form in fitting), sparse[0]]
         programs = []
         if code:
-            # Where operands are loaded so rarely, copying them so that no load crosses a line is worth it for few pixels only.
-            form = forms[0] if self.vectors_of(operation) <= MAX_TILE else "direct"
+            # Where operands are loaded so rarely, copying them so that no load crosses a line is worth it for few pixels only. (Intel Xeon, float16, 3 x 3: with 7 vectors
+            # 1.3 times as long as without, with 2 vectors 0.8 to 1.1 times.)
+            form = forms[0] if self.vectors_of(operation) <= _FEW_VECTORS else "direct"
             programs, sparse = [Choice(False, form, code=True)], sparse[: 1 + paired]
         if mode == "dense":
             return dense

@@ -31,15 +31,34 @@ def bits(value: float) -> int:
 
 @dataclass(slots=True)
 class Row:
-    """One step. `kernel` waits for the address of its machine code; `bands`, where it can be cut into them, makes them from the address of its arguments."""
+    """One step.
+
+    Attributes
+    ----------
+    kernel : callable
+        Waits for the address of its machine code.
+    arguments : ndarray
+    jobs : int
+        Of an image.
+    label : str
+    bands : callable, optional
+        Cuts the step into bands of rows, given the address of its arguments.
+    apart : callable, optional
+        Cuts a step whose jobs are channels into so many bands, each with all of these jobs, see `explorer.inference.rows_apart`.
+    images_per_job : int
+        Where a job takes several images: its arguments tell how many there are, and `jobs` counts the jobs of so many images.
+    fills : bool
+        Whether it writes each vector of the planes, with zeros between the rows.
+    """
 
     kernel: Callable[[], int]
     arguments: NDArray[np.int64]
-    jobs: int  # per image
+    jobs: int
     label: str
     bands: Callable[[int], Bands] | None = None
-    images_per_job: int = 0  # where a job takes several images: its arguments tell how many there are, and `jobs` counts the jobs of so many images
-    fills: bool = False  # whether it writes each vector of the planes, with zeros between the rows
+    apart: Callable[[int], Bands] | None = None
+    images_per_job: int = 0
+    fills: bool = False
 
 
 def block_bytes() -> int:

@@ -21,8 +21,9 @@ from explorer.inference.kernels import (
 from explorer.inference.layout import Planes
 from explorer.inference.memory import Memory, address
 from explorer.inference.native import Emitter
-from explorer.inference.orders import LAYERS, Chain, Rows, orders
+from explorer.inference.orders import LAYERS, ROWS, Chain, Rows, orders
 from explorer.inference.plan import Choice, Plan
+from explorer.inference.rows_apart import Apart, rows_apart
 from explorer.inference.step_builder import Row, StepBuilder
 
 
@@ -63,6 +64,8 @@ class Steps:
         The first row of the head, see `Plan`.
     moves : list of Move
         Where the vectors go that the head reads when all turns are over.
+    apart : list of Apart
+        What stands in the place of rows in the order `ROWS`.
     order : str
         Which of `chains` are run: one of its keys.
     """
@@ -84,6 +87,7 @@ class Steps:
     chains: Mapping[str, list[Chain]]
     head: int
     moves: list[Move]
+    apart: list[Apart]
     order: str = LAYERS
 
     def set_batch(self, images: int, total: int) -> None:
@@ -101,6 +105,12 @@ class Steps:
         )
         self.table[:] = self.plain
         self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
+        for row in self.apart if self.order == ROWS else ():
+            self.table[row.row, [jobs, kernel, arguments]] = (
+                row.jobs * each[row.row],
+                row.kernel,
+                row.arguments,
+            )
         for part in self.chains[self.order]:
             mine = follows[part.first]
             # Else threads share an image, or not all of those that go side by side are there.
@@ -148,13 +158,15 @@ def _step(builder: StepBuilder, operation: Operation, choice: Choice, turn: int 
     return other_steps.pool_step(builder, operation, places[0], out)
 
 
-def zeroing_arguments(y: Planes, start: int, *, fills: bool) -> NDArray[np.int64]:
-    """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`; `fills`: who writes them writes zeros between the rows, and to the end of the last vector."""
+def zeroing_arguments(y: Planes, start: int, pieces: int = 1, *, fills: bool) -> NDArray[np.int64]:
+    """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`, each image in so many `pieces`; `fills`: who writes them writes zeros between the rows, and to
+    the end of the last vector."""
     size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
     return zero_gaps.ARGUMENTS.filled(
         out=start,
         image=y.image_bytes,
         before=size * y.guard,  # the end of the image before has as much
+        pieces=pieces,
         channels=y.channels,
         plane=y.plane_bytes,
         pixels=size * (y.vectors * y.lanes if fills else last),
@@ -210,7 +222,7 @@ def _steps(
     rows: list[tuple[Row, int]] = []
     fixed, counts, moves = [], [], []
     labels, table_bytes = [""] * len(plan.native), [0] * len(plan.native)
-    gaps: dict[int, int] = {}  # row -> arguments for zeroing gaps
+    gaps: dict[int, tuple[int, int]] = {}  # row -> arguments for zeroing gaps, and the jobs of an image
     turns = plan.order(graph)
     for this, (step, turn) in enumerate(turns):
         before, operation = memory.n_bytes, graph.operations[plan.native[step]]
@@ -228,7 +240,9 @@ def _steps(
         rows.append((row, address(arguments)))
         if operation.output in plan.unclean:
             assert isinstance(out.layout, Planes)
-            gaps[this] = memory.put(zeroing_arguments(out.layout, out.address, fills=row.fills))
+            each = plan.threads_on_an_image(out.layout.images)
+            zeroing = zeroing_arguments(out.layout, out.address, each, fills=row.fills)
+            gaps[this] = memory.put(zeroing), each
         labels[step] = row.label
         table_bytes[step] += memory.n_bytes - before
         if row.images_per_job:
@@ -241,15 +255,19 @@ def _steps(
     zero = builder.code(zero_gaps.ZeroGapsKernel())() if gaps else 0
     head = len(rows) - (len(plan.native) - plan.head)
     chains: dict[str, list[Chain]] = {LAYERS: []}
+    apart: list[Apart] = []
     if other_orders:
         # Jobs for several images, or for all that there are, are nobody's own.
         is_shared = any(fixed[:head]) or any(row.images_per_job for row, _ in rows[:head])
         chains |= orders(builder, Rows(rows, turns, gaps, zero), 0 if is_shared else head)
+        if plan.images < plan.threads:
+            apart = rows_apart(builder, rows, [step for step, _ in turns])
+            chains |= {ROWS: []} if apart else {}
     table = [[0, row.kernel(), arguments, 0] for row, arguments in rows]
-    for this, zeroing in gaps.items():
+    for this, (where, each) in gaps.items():
         step, turn = turns[this]
         images = plan.seen(graph.operations[plan.native[step]].output, turn).layout.images
-        table[this][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=zeroing, images=images))
+        table[this][-1] = memory.put(driver.GAPS.filled(kernel=zero, arguments=where, pieces=images * each))
     plain = np.array(table, np.int64).reshape(-1, len(driver.STEP.fields))
     steps = Steps(
         memory,
@@ -269,6 +287,7 @@ def _steps(
         chains,
         head,
         moves,
+        apart,
     )
     steps.set_batch(plan.images, plan.images)
     memory.seal()

@@ -213,7 +213,7 @@ def check(
             "rows" not in name or mode != "dense" or precision == "fp16" or "winograd" in str(engine.choices)
         )
         borrows = any(place.cell is not None for place in engine._network.plan.places.values())
-        assert borrows or "borrowed" not in name or precision == "fp16"
+        assert borrows or "borrowed" not in name or (precision == "fp16" and engine.isa != "avx512")
         for images in {1, shape[0]}:
             got = engine(x[:images])
             for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (got, wanted)), strict=True):

@@ -68,6 +68,7 @@ def take_all_for_unclean(monkeypatch: pytest.MonkeyPatch) -> None:
     more=st.integers(0, 2),
     fills=st.booleans(),
     size=st.sampled_from([2, 4]),
+    pieces=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=50)
 def test_what_lies_around_pixels_is_zeroed_and_nothing_else(
@@ -80,6 +81,7 @@ def test_what_lies_around_pixels_is_zeroed_and_nothing_else(
     more: int,
     fills: bool,
     size: int,
+    pieces: int,
 ) -> None:
     isa = native.current_isa().single
     lanes, pitch = isa.lanes, columns + gap
@@ -92,11 +94,12 @@ def test_what_lies_around_pixels_is_zeroed_and_nothing_else(
             apart=y.before + y.image + (more - 1) * lanes,
         )  # fmt: skip
     memory = np.ones(y.elements, f"f{size}")
-    arguments = np.ascontiguousarray(zeroing_arguments(y, address(memory) + size * y.before, fills=fills))
+    first = address(memory) + size * y.before
+    arguments = np.ascontiguousarray(zeroing_arguments(y, first, pieces, fills=fills))
     code = native.machine_code(isa, zero_gaps.ZeroGapsKernel())
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(code)
-    for image in range(images):
-        run(address(arguments), image, None)
+    for job in range(images * pieces):
+        run(address(arguments), job, None)
     np.testing.assert_array_equal(memory, zero_gaps.reference(y, fills=fills))
 
 

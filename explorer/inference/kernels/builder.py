@@ -129,6 +129,17 @@ class Function:
         """A vector of a plane."""
         return self._computed(self.load(pointer, self._stored, offset, align or self.element_bytes))
 
+    def read_wide(self, pointer: Value, offset: int, count: Value) -> Value:
+        """The first `count` of as many float32 as a vector has lanes, as what is computed with; zeros in the place of the others, which are not read."""
+        wide, lanes = ir.VectorType(F32, self.lanes), ir.VectorType(I32, self.lanes)
+        most = self.minimum(count, I64(self.lanes))
+        numbers = ir.Constant(lanes, list(range(self.lanes)))
+        mask = self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(most, I32)))
+        zero = ir.Constant(wide, [0.0] * self.lanes)
+        arguments = [self.at(pointer, offset), I32(4), mask, zero]
+        value = self.call(f"llvm.masked.load.v{self.lanes}f32.p0", wide, arguments)
+        return value if self.vector == wide else self.b.fptrunc(value, self.vector)
+
     def read_one(self, pointer: Value, offset: int | Value = 0) -> Value:
         """One value of a plane, in all lanes."""
         value = self.load(pointer, self._element, offset, self.element_bytes)

@@ -37,8 +37,8 @@ bytes."""
 STEP = Record(("jobs", "kernel", "arguments", "gaps"))
 """`gaps`: a row of GAPS, or 0 where nothing has to be zeroed."""
 
-GAPS = Record(("kernel", "arguments", "images"))
-"""What whoever takes the first job of a step does besides: a job of this kernel for each image, see zero_gaps.py."""
+GAPS = Record(("kernel", "arguments", "pieces"))
+"""What whoever takes the first job of a thread's share does besides: its share of so many jobs of this kernel, see zero_gaps.py."""
 
 MOVE = Record(("cell", "n_bytes"))
 """An address that moves on, by so many bytes a turn; `cell` is where it stands."""
@@ -104,13 +104,17 @@ def _work(module: Value, isa: Isa) -> Value:
                 f.store(now, stamp, -8, 8)
         counters = f.at(tickets, b.mul(b.mul(index, threads), I64(_LINE)))
 
-        def zero_gaps(gaps: Value) -> None:
-            def one_image(image: Value) -> None:
+        def zero_gaps(gaps: Value, low: Value, high: Value) -> None:
+            """As much of it as jobs [low, high) are of all jobs."""
+
+            def one_piece(piece: Value) -> None:
                 kernel = b.inttoptr(f.field(gaps, GAPS, "kernel"), KERNEL.as_pointer())
-                b.call(kernel, [f.field(gaps, GAPS, "arguments", PTR), image, scratch])
+                b.call(kernel, [f.field(gaps, GAPS, "arguments", PTR), piece, scratch])
 
             with b.if_then(f.is_there(gaps)):
-                f.loop(f.field(gaps, GAPS, "images"), one_image)
+                pieces = f.field(gaps, GAPS, "pieces")
+                first, last = (b.sdiv(b.mul(pieces, bound), jobs) for bound in (low, high))
+                f.loop(last, one_piece, start=first)
 
         def one_share(k: Value) -> None:
             whose = b.srem(b.add(me, k), threads)
@@ -120,8 +124,8 @@ def _work(module: Value, isa: Isa) -> Value:
             with f.forever() as leave_if:
                 job = b.add(low, _add(f, ticket, 1))
                 leave_if(b.icmp_signed(">=", job, high))
-                with b.if_then(b.icmp_signed("==", job, I64(0))):
-                    zero_gaps(f.field(step, STEP, "gaps", PTR))
+                with b.if_then(b.icmp_signed("==", job, low)):
+                    zero_gaps(f.field(step, STEP, "gaps", PTR), low, high)
                 b.call(b.inttoptr(kernel, KERNEL.as_pointer()), [arguments, job, scratch])
                 _add(f, mine, 1)
 

@@ -26,7 +26,7 @@ ARGUMENTS = Record(
     (
         "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
         "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places", "skipped",
-        "x_next",
+        "x_next", "x_columns",
     )
 )  # fmt: skip
 """Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
@@ -35,7 +35,8 @@ Small strides: `table` holds for each of `rows` the byte offset of the input row
 of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
 hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
 Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table. `skipped`: bytes from where the
-caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own."""
+caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own. `x_columns`: of the image, beyond which nothing may be
+read where it is float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class SplitKernel:
         Whether the result lies in tiles.
     abreast : int
         Images whose phases lie side by side in the rows of the result, each of which is then one vector (small strides only).
+    wide : bool
+        Whether the image is float32 and the result float16: then nothing behind the ends of rows is read (small strides only, an image in planes).
     """
 
     stride: int
@@ -64,6 +67,7 @@ class SplitKernel:
     tile: int = 0
     tiled: bool = False
     abreast: int = 1
+    wide: bool = False
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
@@ -150,6 +154,18 @@ class SplitKernel:
         mask_row = b.mul(chunks, I64(width))
         places = field("places", PTR)
 
+        columns = field("x_columns")
+        read_bytes = f.lanes * (4 if self.wide else f.element_bytes)
+
+        def read(line: Value, chunk: Value, i: int) -> Value:
+            """Vector `i` of what a chunk needs of a row."""
+            first = b.mul(chunk, I64(self.stride))
+            pixels = f.at(line, b.mul(first, I64(read_bytes)))
+            if not self.wide:
+                return f.read(pixels, read_bytes * i)
+            start = b.add(b.mul(first, I64(f.lanes)), I64(f.lanes * i))
+            return f.read_wide(pixels, read_bytes * i, b.sub(columns, start))
+
         each = f.lanes // self.abreast  # elements of a vector of the result that belong to one image
         n_loaded = -(-self.stride * each // f.lanes)
 
@@ -166,8 +182,7 @@ class SplitKernel:
 
                 def one_chunk(c: Value) -> None:
                     at = b.mul(c, I64(width))
-                    pixels = [f.at(source, b.mul(at, I64(self.stride))) for source in sources]
-                    loaded = [f.read(line, width * i) for line in pixels for i in range(n_loaded)]
+                    loaded = [read(line, c, i) for line in sources for i in range(n_loaded)]
                     to = f.at(group, place_of(f, row, c)) if self.tiled else f.at(row, at)
                     for k, column in enumerate(self.columns):
                         wanted = [

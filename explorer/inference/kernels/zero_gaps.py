@@ -1,4 +1,4 @@
-"""Zeros what lies around the pixels of planes, where another tensor lay in the same memory before: a job is one image.
+"""Zeros what lies around the pixels of planes, where another tensor lay in the same memory before: a job is some channels of an image.
 
 Pixels are not touched, so that it may go on beside the kernel that writes them. Most kernels write whole vectors, with zeros between the rows; of what others write,
 the end of each row is zeroed too.
@@ -17,9 +17,9 @@ from explorer.inference.layout import Planes
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
-    ("out", "image", "before", "channels", "plane", "pixels", "rows", "pitch", "row", "gap"),
+    ("out", "image", "before", "pieces", "channels", "plane", "pixels", "rows", "pitch", "row", "gap"),
 )
-"""`out`: the first pixel of the first image, `image` and `plane`: bytes from one image and plane to the next; `before`: bytes in front of an image; `pixels`: bytes of a
+"""`pieces`: jobs that share the `channels` of an image. `out`: the first pixel of the first image, `image` and `plane`: bytes from one image and plane to the next; `before`: bytes in front of an image; `pixels`: bytes of a
 plane that are not touched, from its first pixel on, save the last `gap` bytes of each of `rows` rows of `row` bytes, `pitch` bytes apart."""
 
 _ZERO = ir.Constant(ir.IntType(8), 0)
@@ -33,7 +33,7 @@ class ZeroGapsKernel:
         """The IR module of this kernel and the name of its entry."""
         module = ir.Module("zero_gaps")
         f = Function(module, "zero_gaps", VOID, [PTR, I64, PTR], isa)
-        b, (args, image, _) = f.b, f.arguments
+        b, (args, job, _) = f.b, f.arguments
 
         def field(name: str, type_: Value = I64) -> Value:
             return f.field(args, ARGUMENTS, name, type_)
@@ -41,9 +41,13 @@ class ZeroGapsKernel:
         def zero(start: Value, n_bytes: Value) -> None:
             f.call("llvm.memset.p0.i64", VOID, [start, _ZERO, n_bytes, I1(0)])
 
+        pieces, channels = field("pieces"), field("channels")
+        image, piece = b.sdiv(job, pieces), b.srem(job, pieces)
+        low, high = (b.sdiv(b.mul(channels, p), pieces) for p in (piece, b.add(piece, I64(1))))
         first = f.at(field("out", PTR), b.mul(image, field("image")))
         before, pixels = field("before"), field("pixels")
-        zero(f.at(first, b.neg(before)), before)
+        with b.if_then(b.icmp_signed("==", piece, I64(0))):
+            zero(f.at(first, b.neg(before)), before)
 
         def one_plane(channel: Value) -> None:
             plane = f.at(first, b.mul(channel, field("plane")))
@@ -55,7 +59,7 @@ class ZeroGapsKernel:
 
             f.loop(field("rows"), one_row)
 
-        f.loop(field("channels"), one_plane)
+        f.loop(high, one_plane, start=low)
         b.ret_void()
         return module, "zero_gaps"
 

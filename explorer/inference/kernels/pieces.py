@@ -1,0 +1,41 @@
+"""Calls another kernel for one of several pieces of an image, each of which has arguments of its own: see `explorer.inference.rows_apart`.
+
+Jobs of one piece follow one another, so that threads, each of which first takes neighbouring jobs, take pieces of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.driver import KERNEL
+from explorer.inference.native import Isa
+
+ARGUMENTS = Record(("kernel", "arguments", "pieces", "jobs"))
+"""`arguments`: the addresses of those of each of so many `pieces`; `jobs`: of a piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class PiecesKernel:
+    """The machine code depends on nothing."""
+
+    def build(self, isa: Isa) -> tuple[Value, str]:
+        """The IR module of this kernel and the name of its entry."""
+        module = ir.Module("pieces")
+        f = Function(module, "pieces", VOID, [PTR, I64, PTR], isa)
+        b, (args, job, scratch) = f.b, f.arguments
+
+        def field(name: str, type_: Value = I64) -> Value:
+            return f.field(args, ARGUMENTS, name, type_)
+
+        jobs = field("jobs")
+        in_image = b.mul(jobs, field("pieces"))
+        image, rest = b.sdiv(job, in_image), b.srem(job, in_image)
+        piece, mine = b.sdiv(rest, jobs), b.srem(rest, jobs)
+        arguments = f.load(field("arguments", PTR), PTR, b.mul(piece, I64(8)), 8)
+        kernel = b.inttoptr(field("kernel"), KERNEL.as_pointer())
+        b.call(kernel, [arguments, b.add(b.mul(image, jobs), mine), scratch])
+        b.ret_void()
+        return module, "pieces"
