@@ -105,12 +105,9 @@ class Steps:
         )
         self.table[:] = self.plain
         self.table[:, jobs] = self.pieces * -(-each // self.images_per_job)
-        for row in self.apart if self.order == ROWS else ():
-            self.table[row.row, [jobs, kernel, arguments]] = (
-                row.jobs * each[row.row],
-                row.kernel,
-                row.arguments,
-            )
+        for cut in self.apart if self.order == ROWS else ():
+            anew = cut.jobs * each[cut.row], cut.kernel, cut.arguments
+            self.table[cut.row, [jobs, kernel, arguments]] = anew
         for part in self.chains[self.order]:
             mine = follows[part.first]
             # Else threads share an image, or not all of those that go side by side are there.
@@ -159,8 +156,10 @@ def _step(builder: StepBuilder, operation: Operation, choice: Choice, turn: int 
 
 
 def zeroing_arguments(y: Planes, start: int, pieces: int = 1, *, fills: bool) -> NDArray[np.int64]:
-    """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`, each image in so many `pieces`; `fills`: who writes them writes zeros between the rows, and to
-    the end of the last vector."""
+    """Arguments of `kernels.zero_gaps` for planes whose first pixel is at `start`, each image in so many `pieces`.
+
+    `fills`: who writes them writes zeros between the rows, and to the end of the last vector.
+    """
     size, last = y.element_bytes, (y.rows - 1) * y.pitch + y.columns
     return zero_gaps.ARGUMENTS.filled(
         out=start,
