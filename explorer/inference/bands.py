@@ -110,6 +110,8 @@ class ByChannel:
         The operand, and the result.
     pieces : int
         Bands, all of about the same size; 0: as many as keep to `BAND_VECTORS`.
+    tail : int
+        Elements of the last vector of a row that are stored, where not all are.
     """
 
     memory: Memory
@@ -118,6 +120,7 @@ class ByChannel:
     x: Planes
     y: Planes
     pieces: int = 0
+    tail: int = 0
 
     def _cut(self, count: int, size: int) -> Cuts:
         """Rows or vectors of each band: so many of `count`, or what makes the number of bands that is wanted."""
@@ -189,8 +192,9 @@ class ByChannel:
         return self._bands(reads, writes, new, to)
 
     def _rows(self, first: NDArray[np.int64], count: NDArray[np.int64], vectors: int) -> NDArray[np.int64]:
-        """What rows of so many vectors write: the last one reaches into the row after it, which is written later."""
-        last = (first + count - 1) * self.y.pitch + vectors * self.y.lanes
+        """What rows of so many vectors write: the last one may reach into the row after it, which is written later."""
+        beyond = self.y.lanes - self.tail if self.tail else 0
+        last = (first + count - 1) * self.y.pitch + vectors * self.y.lanes - beyond
         return np.stack([first * self.y.pitch, last], 1)
 
     def _bands(

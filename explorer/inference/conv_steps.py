@@ -406,8 +406,9 @@ def depthwise_step(
         masked = vectors * y.lanes != y.columns and not y.tile
         inside = np.arange(vectors * y.lanes) < y.columns
         mask = builder.mask_of(inside)
+    tail = builder.tail(y, vectors) if rows > 1 else 0
     kernel = depthwise.DepthwiseKernel(
-        taps, sx, masked, a.get("activation"), is_capped(operation), y.is_cut, pairs
+        taps, sx, masked, a.get("activation"), is_capped(operation), y.is_cut, pairs, tail
     )
     common = builder.by_channel(place, out) | builder.bounds(operation)
     arguments = depthwise.ARGUMENTS.filled(
@@ -422,7 +423,7 @@ def depthwise_step(
         places=builder.places(y) if y.is_cut else 0,
         **common,
     )
-    mine = bands.ByChannel(builder.memory, depthwise.ARGUMENTS, arguments, x, y)
+    mine = bands.ByChannel(builder.memory, depthwise.ARGUMENTS, arguments, x, y, tail=tail)
     # A kernel that reads nothing to the right of a pixel takes what is left of its first vector for padding.
     can = by_rows or depthwise.loads_taps(builder.plan.isa) or any(column > 0 for _, column in taps)
 

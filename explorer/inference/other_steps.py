@@ -219,6 +219,7 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
 
     else:
         rows, columns = (sorted({phase[axis] for phase in phases}) for axis in (0, 1))
+        tail = builder.tail(y, -(-y.columns // lanes))
         kernel = split.SplitKernel(
             stride[1],
             tuple(columns),
@@ -227,6 +228,7 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
             y.is_cut,
             y.abreast,
             wide=x.element_bytes > y.element_bytes,
+            tail=tail,
         )
         builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(x.vectors, builder.plan.isa))
         source = np.arange(y.rows)[:, None] * stride[0] + np.array(rows)
@@ -249,7 +251,7 @@ def split_step(builder: StepBuilder, operation: Operation, place: Place, out: Pl
             x_columns=x.columns,
             **common,
         )
-        mine = bands.ByChannel(builder.memory, split.ARGUMENTS, arguments, x, y)
+        mine = bands.ByChannel(builder.memory, split.ARGUMENTS, arguments, x, y, tail=tail)
 
         def cut(pieces: int) -> Bands:
             return replace(mine, pieces=pieces).shuffled(offsets, stride[0], chunks)

@@ -227,6 +227,12 @@ class StepBuilder:
         size = max(1, min(16, -(-channels // (2 * self.plan.threads))))
         return {"jobs": -(-channels // size), "channels": channels, "channels_per_job": size}
 
+    def tail(self, y: Planes, vectors: int) -> int:
+        """Elements of the last vector of a row of `y` that are stored, where threads that share an image must not write into each other's rows; 0: all."""
+        beyond = vectors * y.lanes - y.pitch
+        is_shared = self.plan.threads_on_an_image(y.images) > 1 and not y.is_cut
+        return y.lanes - beyond if is_shared and beyond > 0 else 0
+
     def by_channel(self, place: Place, out: Place) -> dict[str, int]:
         """What all kernels are told that go from planes to planes, or to one value each, channel by channel."""
         x, y = place.layout, out.layout

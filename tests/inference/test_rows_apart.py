@@ -109,18 +109,23 @@ def test_windows_of_all_sizes_too(
         assert relative_error(engine(x), network(x)) < 1e-5
 
 
-def test_rows_that_reach_into_those_of_another_thread_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [30, 42, 126])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_the_last_vector_of_a_row_covers_of_the_next_is_left_alone(
+    columns: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_all_for_unclean(monkeypatch)
     monkeypatch.setattr(rows_apart, "_LEAST_VECTORS", 1)
     torch.manual_seed(0)
-    found = []
-    for columns in (30, 42):
-        network = nn.Sequential(
-            nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
-        ).eval()  # fmt: skip
-        engine = explorer.compile(network, torch.randn(1, 3, 64, columns), threads=2)
-        found.append(in_rows(engine))
-    # 15 columns and their gap are whole vectors; of 21 the last vector of a row covers the first pixels of the next.
-    assert found == [1, 0]
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 64, columns)
+    engine = explorer.compile(network, x, threads=threads)
+    assert in_rows(engine) == (threads > 1)
+    assert fill_with_nan(engine)
+    for _ in range(3):
+        assert relative_error(engine(x), network(x)) < 1e-5
 
 
 def test_only_threads_that_share_an_image_take_rows_of_it() -> None:

@@ -166,6 +166,12 @@ class Function:
         value = self.b.bitcast(self._to_store(value), bits)
         self.call(name, VOID, [value, self.at(pointer, offset), I32(self.element_bytes), mask])
 
+    def write_first(self, count: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
+        """Store the first `count` lanes of a vector to a plane, and leave the memory of the others alone."""
+        numbers = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
+        mask = self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(count, I32)))
+        self.store_where(mask, value, pointer, offset)
+
     def store_first(self, count: int, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         """Store the first `count` lanes (a number known now) and leave the memory of the others alone."""
         self.store_where(

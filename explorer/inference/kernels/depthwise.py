@@ -60,6 +60,8 @@ class DepthwiseKernel:
     pairs : bool
         Whether rows are computed two at a time, so that what both need is loaded once (stride 1, where each tap is loaded, see `loads_taps`; two rows at least). Of an odd
         number the last but one is computed twice.
+    tail : int
+        Lanes of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is written later.
     """
 
     taps: tuple[tuple[int, int], ...]
@@ -69,6 +71,7 @@ class DepthwiseKernel:
     capped: bool = True
     tiled: bool = False
     pairs: bool = False
+    tail: int = 0
 
     @property
     def shifts(self) -> dict[int, int]:
@@ -109,6 +112,7 @@ class _Generator:
         out = f.at(field("out", PTR), b.mul(image, field("out_image")))
         self.low, self.high = (f.splat_float(f.to_float(field(n))) for n in ("low", "high"))
         self.mask, vectors = field("mask", PTR), field("vectors")
+        self.vectors = vectors
         weights, bias = field("weights", PTR), field("bias", PTR)
         rows, x_row, out_row = field("rows"), field("x_row"), field("out_row")
         pitch, places = field("x_pitch"), field("places", PTR)
@@ -263,10 +267,12 @@ class _Generator:
         at = f.b.mul(i, I64(self.width))
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))
-        if k.tiled:
-            f.write(total, f.at(self.channel, place_of(f, to, i)))
+        there = f.at(self.channel, place_of(f, to, i)) if k.tiled else f.at(to, at)
+        if k.tail:
+            is_last = f.b.icmp_signed("==", f.b.add(i, I64(1)), self.vectors)
+            f.write_first(f.b.select(is_last, I64(k.tail), I64(f.lanes)), total, there)
         else:
-            f.write(total, f.at(to, at))
+            f.write(total, there)
 
 
 def reference(

@@ -57,6 +57,8 @@ class SplitKernel:
         Whether the result lies in tiles.
     abreast : int
         Images whose phases lie side by side in the rows of the result, each of which is then one vector (small strides only).
+    tail : int
+        Elements of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is written later (small strides only).
     wide : bool
         Whether the image is float32 and the result float16: then nothing behind the ends of rows is read (small strides only, an image in planes).
     """
@@ -68,6 +70,7 @@ class SplitKernel:
     tiled: bool = False
     abreast: int = 1
     wide: bool = False
+    tail: int = 0
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
         """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
@@ -192,7 +195,12 @@ class SplitKernel:
                         [value] = f.pick(loaded, wanted, 1)
                         inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
-                        f.write(value, f.at(to, b.mul(I64(k), out_plane)))
+                        there = f.at(to, b.mul(I64(k), out_plane))
+                        if self.tail:
+                            is_last = b.icmp_signed("==", b.add(c, I64(1)), chunks)
+                            f.write_first(b.select(is_last, I64(self.tail), I64(f.lanes)), value, there)
+                        else:
+                            f.write(value, there)
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]
