@@ -18,9 +18,10 @@ from explorer.inference.step_builder import Row, StepBuilder
 LAYERS, BANDS = "layer by layer", "band by band"
 ROWS = "layer by layer, each thread with rows of its own"
 ALONE, ALONE_BY_BANDS = "each thread alone", "each thread alone, band by band"
-"""Layer by layer all threads take part in each step, in some with rows of their own where these would be shared out by channels, see `explorer.inference.rows_apart`. Band by band one thread goes through neighbouring large layers with an image, see `explorer.inference.depth_first`. Alone, a thread
-takes an image of its own through all layers, and waits for nobody until it is through: threads that share caches, or a core with other work, are never equally fast.
-(ResNet-50 at 90 %, 16 images, two threads, Zen 4: 0.99 of the time of bands in quiet.)"""
+"""Layer by layer all threads take part in each step; with rows of its own, each thread keeps to its part of large images also where a step would be shared out by channels, see
+`explorer.inference.rows_apart`. Band by band one thread goes through neighbouring large layers with an image, see `explorer.inference.depth_first`. Alone, a thread takes an image of its
+own through all layers, and waits for nobody until it is through: threads that share caches, or a core with other work, are never equally fast. (ResNet-50 at 90 %, 16 images, two
+threads, Zen 4: 0.99 of the time of bands in quiet.)"""
 
 Call = tuple[int, ...]
 """A row of `explorer.inference.kernels.chain.CALL`, with the row of the step table that it belongs to in the place of its counter."""
@@ -78,7 +79,7 @@ Bands = dict[int, tuple[int, list[Call]]]
 
 
 def orders(builder: StepBuilder, rows: Rows, head: int) -> dict[str, list[Chain]]:
-    """The chains of each order but `LAYERS` that a network could be run in.
+    """The chains of each order but `LAYERS` and `ROWS` that a network could be run in.
 
     Parameters
     ----------

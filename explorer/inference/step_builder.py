@@ -228,10 +228,13 @@ class StepBuilder:
         return {"jobs": -(-channels // size), "channels": channels, "channels_per_job": size}
 
     def tail(self, y: Planes, vectors: int) -> int:
-        """Elements of the last vector of a row of `y` that are stored, where threads that share an image must not write into each other's rows; 0: all."""
+        """Elements of the last vector of a row of `y` that are stored, where threads that share an image must not write into each other's rows; 0: all.
+
+        Only with AVX-512: elsewhere, storing a part of a vector takes longer than is gained (AVX2 on AMD's CPUs), or one instruction for each element (NEON).
+        """
         beyond = vectors * y.lanes - y.pitch
         is_shared = self.plan.threads_on_an_image(y.images) > 1 and not y.is_cut
-        return y.lanes - beyond if is_shared and beyond > 0 else 0
+        return y.lanes - beyond if is_shared and beyond > 0 and self.plan.isa.name == "avx512" else 0
 
     def by_channel(self, place: Place, out: Place) -> dict[str, int]:
         """What all kernels are told that go from planes to planes, or to one value each, channel by channel."""

@@ -122,7 +122,9 @@ def test_what_the_last_vector_of_a_row_covers_of_the_next_is_left_alone(
     ).eval()  # fmt: skip
     x = torch.randn(1, 3, 64, columns)
     engine = explorer.compile(network, x, threads=threads)
-    assert in_rows(engine) == (threads > 1)
+    # 15 columns and their gap are whole vectors. Of 21 and 63 not all of the last one is stored, where that costs nothing.
+    can = columns == 30 or engine.isa == "avx512"
+    assert in_rows(engine) == (threads > 1 and can)
     assert fill_with_nan(engine)
     for _ in range(3):
         assert relative_error(engine(x), network(x)) < 1e-5
