@@ -33,8 +33,9 @@ _PASSES_S = 0.12
 _MOST_PASSES, _CALM = 8, 1.1
 """While the second fastest times of a network's steps add up to more than `_CALM` of the fastest ones, something else is running, and there may be layers that it slowed down each
 time: then there are more passes, up to the first number. What is found is remembered, and one bad moment would be paid for ever after."""
-_ORDER_TURNS, _MOST_ORDER_TURNS = 2, 10
-"""Runs in each order: so many at least, and at most where they are short; more than the first number also while something else is running, as above."""
+_ORDER_TURNS, _MOST_ORDER_TURNS, _ORDERS_S = 2, 20, 0.06
+"""Runs in each order: so many at least, and at most where they are short, until so many seconds are over; more than the first number also while something else is running, as above. (With a quarter of
+the seconds, two threads of a busy machine took the slower order of MobileNetV1 in two of five compilations.)"""
 _WAITS_FOR_NOBODY = 0.97
 """What the fastest run of threads that go alone is taken to be worth. Where threads wait for each other in each layer, whatever slows one of them down slows all, of which the fastest runs show little:
 ResNet-50 with 16 images, layer by layer, had turns of 98 ms and a median of 109 (Zen 4, beside other work)."""
@@ -201,7 +202,7 @@ def _fastest_order(network: Execution, example: tuple[Any, ...], steps: Steps) -
         while (
             len(turns) < _ORDER_TURNS
             or (len(turns) < _MOST_PASSES and not _is_calm(turns))
-            or (len(turns) < _MOST_ORDER_TURNS and time.perf_counter() - start < _TURN_S)
+            or (len(turns) < _MOST_ORDER_TURNS and time.perf_counter() - start < _ORDERS_S)
         ):
             turns.append(np.array([_seconds(network, inputs, images, steps, name) for name in orders]))
     fastest = np.min(turns, axis=0)

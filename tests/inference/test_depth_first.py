@@ -317,7 +317,7 @@ def test_while_other_work_slows_runs_down_more_of_them_say_which_order_is_faster
     monkeypatch.undo()
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
     monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
-    monkeypatch.setattr(choosing, "_TURN_S", 0.0)
+    monkeypatch.setattr(choosing, "_ORDERS_S", 0.0)
     runs = dict.fromkeys((BANDS, LAYERS), 0)
 
     def seconds(*given: Any) -> float:
