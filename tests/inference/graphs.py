@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from explorer.inference import choosing
+from explorer.inference.execution import Execution
 from explorer.inference.graph import Graph, Operation, Ref
 from explorer.inference.larger_kernels import Larger, Weighed
 from explorer.inference.module import Mode, SparseModule
@@ -64,6 +67,17 @@ def conv_graph(
         {},
         lambda values: values[0],
     )
+
+
+def take_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Everything that can runs in this order, whichever is the fastest here."""
+    from explorer.inference.orders import LAYERS  # which needs llvmlite
+
+    def find_order(network: Execution, *_: Any) -> None:
+        assert network.steps is not None
+        network.use_order(network.steps, order if order in network.steps.chains else LAYERS)
+
+    monkeypatch.setattr(choosing, "_find_order", find_order)
 
 
 def run(graph: Graph, *inputs: torch.Tensor, mode: Mode, threads: int = 1) -> torch.Tensor:

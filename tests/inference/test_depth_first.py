@@ -21,7 +21,7 @@ from explorer.inference.execution import Execution
 from explorer.inference.kernels import depthwise
 from explorer.inference.module import SparseModule
 from explorer.inference.orders import ALONE, BANDS, LAYERS
-from tests.inference.graphs import relative_error
+from tests.inference.graphs import relative_error, take_order
 from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
 from tests.inference.test_shared_memory import Narrowing, fill_with_nan, take_all_for_unclean
@@ -98,14 +98,8 @@ def test_who_reads_only_zeros_waits_for_the_first_band_with_which_they_are_made(
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that can runs band by band, whichever order is faster here."""
     monkeypatch.setattr(plan_module, "l2_bytes", lambda: 0)
-
-    def by_bands(network: Execution, *_: Any) -> None:
-        assert network.steps is not None
-        network.use_order(network.steps, BANDS if BANDS in network.steps.chains else LAYERS)
-
-    monkeypatch.setattr(choosing, "_find_order", by_bands)
+    take_order(monkeypatch, BANDS)
 
 
 def in_chains(engine: SparseModule) -> int:

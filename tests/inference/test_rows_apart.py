@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,11 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import explorer
-from explorer.inference import choosing, rows_apart
-from explorer.inference.execution import Execution
+from explorer.inference import rows_apart
 from explorer.inference.module import SparseModule
 from explorer.inference.orders import LAYERS, ROWS
-from tests.inference.graphs import relative_error
+from tests.inference.graphs import relative_error, take_order
 from tests.inference.test_kernels import ISAS, compute_in
 from tests.inference.test_networks import pruned
 from tests.inference.test_shared_memory import fill_with_nan, take_all_for_unclean
@@ -24,13 +21,7 @@ from tests.inference.test_tiles import Separable
 
 @pytest.fixture(autouse=True)
 def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that can runs by rows, whichever order is faster here."""
-
-    def find_order(network: Execution, *_: Any) -> None:
-        assert network.steps is not None
-        network.use_order(network.steps, ROWS if ROWS in network.steps.chains else LAYERS)
-
-    monkeypatch.setattr(choosing, "_find_order", find_order)
+    take_order(monkeypatch, ROWS)
 
 
 def in_rows(engine: SparseModule) -> int:
