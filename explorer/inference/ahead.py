@@ -38,7 +38,7 @@ def code_ahead(isa: Isa, *, sparse: bool) -> Iterator[None]:
                     emitter.code(isa.single, place_entries.PlaceEntriesKernel(which))
             if has_programs(isa):
                 emitter.code(isa.single, write_programs.OrderColumnsKernel())
-                emitter.code(isa.single, write_programs.WriteProgramsKernel(isa.precision))
+                emitter.code(isa.single, write_programs.WriteProgramsKernel(isa.element_bytes))
         for entry in driver.ENTRIES:
             emitter.code(isa, driver.DriverKernel(entry))
         emitter.code(isa, chain.ChainKernel())

@@ -567,9 +567,8 @@ class Plan:
         columns, phase_columns = graph.shapes[operation.inputs[0]][-1], graph.shapes[operation.output][-1]
         stride = operation.attributes["stride"][1]
         if self.isa.precision == "fp16":
-            return (
-                self.isa.name == "avx512" and stride <= LARGEST_SHUFFLED
-            )  # what lies behind is masked, for which other CPUs have no instruction
+            # What lies behind is masked, for which other CPUs have no instruction.
+            return self.isa.name == "avx512" and stride <= LARGEST_SHUFFLED
         return -(-phase_columns // self.isa.lanes) * self.isa.lanes * stride <= columns
 
     # ---- tiles

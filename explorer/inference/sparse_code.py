@@ -139,7 +139,7 @@ def programs(
         "out": out,
         "programs": table,
     }
-    kernel = write_programs.WriteProgramsKernel(isa.precision)
+    kernel = write_programs.WriteProgramsKernel(isa.element_bytes)
     run_kernel(kernel, write_programs.WRITE, isa, tables, count=len(table), fetch_after=fetch_after)
     groups = np.zeros((len(table), len(GROUP.fields)), np.int64)
     for name in ("code", "weights", "next", "lines"):

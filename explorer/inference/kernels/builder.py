@@ -131,10 +131,8 @@ class Function:
 
     def read_wide(self, pointer: Value, offset: int, count: Value) -> Value:
         """The first `count` of as many float32 as a vector has lanes, as what is computed with; zeros in the place of the others, which are not read."""
-        wide, lanes = ir.VectorType(F32, self.lanes), ir.VectorType(I32, self.lanes)
-        most = self.minimum(count, I64(self.lanes))
-        numbers = ir.Constant(lanes, list(range(self.lanes)))
-        mask = self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(most, I32)))
+        wide = ir.VectorType(F32, self.lanes)
+        mask = self._first(self.minimum(count, I64(self.lanes)))
         zero = ir.Constant(wide, [0.0] * self.lanes)
         arguments = [self.at(pointer, offset), I32(4), mask, zero]
         value = self.call(f"llvm.masked.load.v{self.lanes}f32.p0", wide, arguments)
@@ -168,9 +166,12 @@ class Function:
 
     def write_first(self, count: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         """Store the first `count` lanes of a vector to a plane, and leave the memory of the others alone."""
+        self.store_where(self._first(count), value, pointer, offset)
+
+    def _first(self, count: Value) -> Value:
+        """The mask (a vector of i1) of the first `count` lanes."""
         numbers = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
-        mask = self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(count, I32)))
-        self.store_where(mask, value, pointer, offset)
+        return self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(count, I32)))
 
     def store_first(self, count: int, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         """Store the first `count` lanes (a number known now) and leave the memory of the others alone."""

@@ -120,10 +120,11 @@ class WriteProgramsKernel:
 
     Attributes
     ----------
-    precision : {"fp32", "fp16"}
+    value_bytes : int
+        Of a weight.
     """
 
-    precision: str = "fp32"
+    value_bytes: int
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -131,7 +132,6 @@ class WriteProgramsKernel:
         f = Function(module, "write_programs", VOID, [PTR], isa)
         b, (args,) = f.b, f.arguments
         table = {name: f.field(args, WRITE, name, PTR) for name in WRITE.fields[:-2]}
-        value_bytes = 2 if self.precision == "fp16" else 4
         fetch_after = f.field(args, WRITE, "fetch_after")
         out = table["out"]
 
@@ -140,7 +140,7 @@ class WriteProgramsKernel:
 
         def of_values(count: Value) -> Value:
             """The bytes of so many values."""
-            return b.mul(count, I64(value_bytes))
+            return b.mul(count, I64(self.value_bytes))
 
         def copy(source: Value, n_bytes: Value, to: Value) -> Value:
             f.call("llvm.memcpy.p0.p0.i64", VOID, [to, source, n_bytes, I1(0)])
@@ -204,7 +204,8 @@ class WriteProgramsKernel:
                     at = b.add(b.sub(entry, first), biases)
                     near = b.and_(at, I64(NEAR_WEIGHTS - 1))
                     is_far = b.and_(b.icmp_signed("==", near, I64(0)), b.icmp_signed(">", at, I64(0)))
-                    to = where_if(is_far, known(avx512.advance(avx512.RSI, value_bytes * NEAR_WEIGHTS)), to)
+                    further = known(avx512.advance(avx512.RSI, self.value_bytes * NEAR_WEIGHTS))
+                    to = where_if(is_far, further, to)
                     is_due = b.icmp_signed("==", left, I64(0))
                     line = b.shl(b.mul(lines, I64(_LINE)), I64(24))
                     to = where_if(is_due, b.or_(line, known(avx512.fetch(avx512.RAX, 0))), to)
