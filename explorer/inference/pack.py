@@ -484,7 +484,7 @@ def conv_dense(
                 depth=len(ks),
                 offsets=n_offsets,
                 weights=n_weights,
-                rows=int(len(rows) % step != 0),
+                has_remainder=int(len(rows) % step != 0),
                 n_groups=full,
                 first_channel=part.low,
             )
@@ -562,7 +562,7 @@ def conv_winograd(
                     depth=depth,
                     offsets=n_offsets,
                     weights=n_weights,
-                    rows=int(mine.shape[1] % step != 0),
+                    has_remainder=int(mine.shape[1] % step != 0),
                     n_groups=mine.shape[1] // step,
                 )
                 rows.append(row)

@@ -337,7 +337,7 @@ class ConvGenerator:
         depth, offsets = f.field(block, BLOCK, "depth"), f.field(block, BLOCK, "offsets", PTR)
         weights = f.field(block, BLOCK, "weights", PTR)
         is_rest = n_rows == k.remainder and n_rows != k.dense_rows
-        groups = f.field(block, BLOCK, "rows" if is_rest else "n_groups")
+        groups = f.field(block, BLOCK, "has_remainder" if is_rest else "n_groups")
         first_channel = f.field(block, BLOCK, "first_channel")
         parts = self._parts(n_rows)
         if is_rest:

@@ -10,8 +10,20 @@ ARGUMENTS = Record(
         "residual_plane", "bias", "low", "high", "tiles", "parts", "back", "mask", "edges", "blocks", "n_blocks",
     )
 )  # fmt: skip
-"""One convolution. `..._tile`: bytes from one tile to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
-evenly. `residual`, `mask`: 0 for none. `edges`: all ones where a tap may read, zero where it would reach the row before or after, for each vector of a plane; one table after another."""
+"""One convolution of x (images, C, plane) to out (images, M, plane); planes are those of layout.py. Job = (image, part, tile), the tile changes fastest.
+
+x, out, residual    addresses of pixel 0 of channel 0 of image 0; residual (images, M, plane): 0 for none
+.._image            bytes from one image to the next
+.._plane            bytes from one output channel to the next; where an input channel lies, the offsets of a block tell
+.._tile             bytes from one tile of T vectors to the next
+tiles, parts        of an image: tiles of its pixels, parts of its output channels
+back                bytes by which the last tile lies over its neighbour, where tiles do not divide the plane
+bias                (M,) numbers of four bytes, see `Function.weight`
+low, high           bounds of the result: the bits of a float32 in the lower half of the field
+mask                (pixels of the plane,) integers as wide as a value: -1 keeps a result, 0 makes it zero (gaps between image rows); 0 for none
+edges               the same of what a tap reads, where it would reach the image row before or after: one table after another
+blocks              (parts, n_blocks) rows of BLOCK
+"""
 
 SOURCE, MASKED_SOURCE = 2, 3
 """Numbers that tell what to copy, and with a mask."""
@@ -19,16 +31,25 @@ SOURCE, MASKED_SOURCE = 2, 3
 BLOCK = Record(
     (
         "stage", "n_sources", "sources", "depth", "offsets", "weights", "rows", "groups", "n_groups", "n_pair_groups",
-        "first_channel", "first_operand",
+        "has_remainder", "first_channel", "first_operand",
     )
 )  # fmt: skip
-"""One K block of one part. `stage`: FIRST_BLOCK and LAST_BLOCK, added. `sources`: {byte offset from the pixel, vectors beyond T} pairs, what to copy into
-the buffer, with {bytes from `edges` to the table} where it is masked; where there are none, operands are read where they lie. `offsets`: bytes from the tile (or the buffer) to each operand, int32; where they are
-short, elements from the `first_operand` of the block, which is so many bytes from there, in 16 bits. `weights`: four bytes each, see `Function.weight`.
-Sparse: `rows` (channels, or the first of each pair), `groups` and `n_pair_groups` of them that follow the first `n_groups`; offsets and weights of the
-nonzeros, row by row; all as `explorer.inference.sparse_rows.Entries` tells.
-Code: `n_groups` rows of `conv_code.GROUP` from `groups`.
-Dense: `n_groups` full groups of R channels from `first_channel`, `rows` is 1 when a remainder group follows; weights [group][k][R]."""
+"""One K block of one part of the output channels. Offsets count from its *base*: the buffer that operands were copied to, or, where nothing is, the tile's first pixel in x.
+
+all     stage                FIRST_BLOCK + LAST_BLOCK
+        sources              (n_sources, 2) int64 {bytes from the tile's first pixel, vectors beyond T}: what is copied to the buffer, one after the other;
+                             (n_sources, 3) where it is masked, with {bytes into `edges`}
+        offsets              int32, bytes from the base to each operand; where they are short uint16, elements from the base + `first_operand` bytes
+        weights              numbers of four bytes, see `Function.weight`
+sparse  rows                 (R,) int32, the output channel of each row of weights (the first of two, where two have one pattern)
+        groups               (n_groups + n_pair_groups, 3) int32 {columns that two rows share, turns, rows or pairs of rows}: runs of rows of one length; the
+                             pairs are partners, see conv_sparse.py, whose `reference` reads these tables
+        offsets, weights     of the nonzeros, row by row; of partners as `explorer.inference.sparse_rows.Entries` tells
+code    groups               (n_groups,) rows of `conv_code.GROUP`
+dense   offsets              (depth,)
+        weights              (n_groups, depth, R), then (depth, channels that are left over), which there are if `has_remainder` is 1
+        first_channel        of the first group
+"""
 
 FIRST_BLOCK, LAST_BLOCK = 1, 2
 
