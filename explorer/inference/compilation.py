@@ -82,7 +82,7 @@ def compile(
     `SparseModule.fallbacks`.
 
     The sizes of the example are part of what is captured. Where forward reads the size of the batch, so that a smaller one would get another answer than the
-    module's, smaller batches are refused; the module is asked once for one and for two samples to know that.
+    module's, such batches are refused; the module is asked once for one, two and three samples to know that, and is taken to answer larger batches like three.
 
     A sparse kernel never looks at what a zero weight would multiply. Where that is infinite or NaN, torch's dense arithmetic gives NaN (0 * inf is NaN) and
     the engine may give the sum of the other products instead. With finite operands, and in dense kernels, there is no such difference; an

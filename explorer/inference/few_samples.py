@@ -19,6 +19,12 @@ from explorer.inference.capture import are_close, run_aside
 from explorer.inference.execution import Execution
 from explorer.inference.graph import Ref
 
+_ASKED = 3
+"""Samples for which the module is asked at most: one, two and some are what forward may tell apart."""
+
+_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1}
+"""Of the largest number of an answer. Rounding alone stays below a tenth of it."""
+
 
 class FewSamples:
     """What is known of a network's smaller batches.
@@ -33,21 +39,22 @@ class FewSamples:
 
     Attributes
     ----------
-    least : int
-        The smallest batch that is known to be answered rightly.
+    takes : list of bool
+        For each number of samples, from 0 on, whether it is known to be answered rightly.
     """
 
     def __init__(self, example: tuple[Any, ...], images: int, network: Execution) -> None:
         self._example, self._images, self._network = example, images, network
-        self._full = self.least = network.batch_size
+        self._full = network.batch_size
+        self.takes = [images == self._full for images in range(self._full + 1)]
         self._answers: list[tuple[tuple[Any, ...], Any]] = []
         self._is_known, self._mixes_samples = False, False
 
     def ask(self, module: nn.Module) -> None:
-        """Have `module` answer for one sample and for two, to be compared with when a small batch comes."""
+        """Have `module` answer for one sample, for two and for three, to be compared with when a small batch comes."""
         arguments = self._network.captured.arguments
         self._answers = []
-        for images in range(1, min(3, self._full)):
+        for images in range(1, min(_ASKED + 1, self._images + 1, self._full)):
             some = tuple(value[:images] if self._has_batch(value) else value for value in self._varied())
             try:
                 answer = run_aside(module, some if arguments is None else arguments.rebuilt(some))
@@ -56,18 +63,21 @@ class FewSamples:
             self._answers.append((some, answer))
 
     def learn(self) -> None:
-        """Find `least`, unless it is known."""
+        """Find out which batches are taken, unless it is known."""
         if self._is_known or self._full == 1:
             return
         if not self._network.plan.is_dynamic and not self._is_separable():
             self._mixes_samples = True
         else:
-            self.least = self._smallest_alike()
+            asked = self._answered_alike()
+            # What the module was not asked for it is taken to answer as the largest batch that it was asked for.
+            asked += asked[-1:] * (self._full - 1 - len(asked))
+            self.takes[1 : self._full] = asked
         self._answers, self._is_known = [], True
 
     def check(self, images: int) -> None:
         """Raise an EngineError for a batch that would not be answered rightly, as far as `learn` has found out."""
-        if images >= self.least:
+        if self.takes[images]:
             return
         if self._mixes_samples:
             raise EngineError(
@@ -79,20 +89,18 @@ class FewSamples:
             "another size (its forward may use x.shape[0], or reshape by a fixed number). Compile it again with an example input of that size."
         )
 
-    def _smallest_alike(self) -> int:
-        """The smallest batch that is answered as the module answers it; 1 when it was not asked."""
+    def _answered_alike(self) -> list[bool]:
+        """Of each batch that the module answered, from one sample on: whether the network gives the same answer. True for all when it was not asked."""
         if not self._answers:
-            return 1
-        tolerance = 0.01 if self._network.isa.precision == "fp32" else 0.1
+            return [True] * (self._full - 1)
+        alike = []
         for images, (some, answer) in enumerate(self._answers, 1):
-            try:
-                with torch.no_grad():
-                    found = self._network.run(some, images)
-            except RuntimeError:
-                continue
-            if answer is not None and are_close(found, answer, tolerance):
-                return images
-        return self._full
+            found = None
+            with contextlib.suppress(RuntimeError), torch.no_grad():
+                found = self._network.run(some, images)
+            tolerance = _TOLERANCE[self._network.isa.precision]
+            alike.append(found is not None and answer is not None and are_close(found, answer, tolerance))
+        return alike
 
     def _has_batch(self, value: Any) -> bool:
         """Whether the first axis of a value of the example, or of the answer to it, counts its samples."""

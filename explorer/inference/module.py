@@ -154,7 +154,7 @@ class SparseModule:
             if (
                 x.__class__ is Tensor
                 and (x.shape == straight.shape or straight.divides(x, self.batch_size))
-                and (self._few.least == 1 or x.shape[0] >= self._few.least)
+                and self._few.takes[x.shape[0]]
                 and x.dtype is torch.float32
                 and x.is_cpu
                 and x.layout is torch.strided
@@ -222,7 +222,7 @@ class SparseModule:
                     f"Input {position} has no values in memory: its storage was freed, or torch.export, torch.func or a mode of torch's put a stand-in in its "
                     "place. Compiled code reads memory: call the network outside of them, on a tensor with values."
                 )
-        if images < self._few.least:
+        if not self._few.takes[images]:
             with self._lock.inside():
                 self._few.learn()
             self._few.check(images)

@@ -86,6 +86,38 @@ def test_of_smaller_batches_only_those_are_refused_that_differ() -> None:
         fast(rows(1))
 
 
+@pytest.mark.parametrize("special", [1, 2, 3])
+def test_one_size_that_forward_treats_apart_is_refused_alone(special: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Any:
+        return m.b(x) if x.shape[0] == special else m.a(x)
+
+    module = Calls(forward, a=nn.Linear(8, 4), b=nn.Linear(8, 4))
+    fast = explorer.compile(module, rows(4))
+    for n in {1, 2, 3, 4} - {special}:
+        assert_same(fast, module, rows(n))
+    with pytest.raises(EngineError, match="another size"):
+        fast(rows(special))
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_what_three_samples_get_all_larger_batches_are_taken_to_get(size: int) -> None:
+    module = Calls(
+        lambda m, x: m.a(x) if x.shape[0] in {1, 2, size} else m.b(x), a=nn.Linear(8, 4), b=nn.Linear(8, 4)
+    )
+    fast = explorer.compile(module, rows(size))
+    for n in (1, 2, size):
+        assert_same(fast, module, rows(n))
+    for n in range(3, size):
+        with pytest.raises(EngineError, match="another size"):
+            fast(rows(n))
+
+
+def test_a_small_dependence_on_the_size_of_the_batch_is_noticed() -> None:
+    module = Calls(lambda m, x: m.a(x) * (1 + 1 / 512 * x.shape[0]), a=nn.Linear(8, 4))
+    with pytest.raises(EngineError, match="another size"):
+        explorer.compile(module, rows(4))(rows(3))
+
+
 def test_a_smaller_batch_is_refused_in_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     module = Calls(lambda m, x: functional.relu(m.a(x)) / x.shape[0], a=nn.Conv2d(8, 4, 3))
