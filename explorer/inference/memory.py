@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,15 @@ class Memory:
         mine[:] = array.reshape(-1)
         return address(mine)
 
+    def trim(self) -> None:
+        """Give back what a huge page holds beyond the last array: the system counts all of a page as soon as one byte of it is used.
+
+        More can be taken later, on small pages.
+        """
+        for chunk, taken in zip(self._chunks, self._taken, strict=True):
+            _advise(chunk[taken // _HUGE * _HUGE :], "MADV_NOHUGEPAGE")
+            _advise(chunk[-(-taken // mmap.PAGESIZE) * mmap.PAGESIZE :], "MADV_DONTNEED")
+
     def put_code(self, code: NDArray[np.uint8]) -> int:
         """Copy machine code here, or data that stands among it; its address. It can be run after `seal`."""
         if self._code is None:
@@ -60,14 +70,16 @@ class Memory:
         return self._code.put(code)
 
     def seal(self) -> None:
-        """Make the machine code runnable, and no longer writable. More can be put here, and sealed, later.
+        """Give back what is left over, and make the machine code runnable, and no longer writable. More can be put here, and sealed, later.
 
         Raises
         ------
         EngineError
             When the system forbids it, see `can_run_code`.
         """
+        self.trim()
         if self._code is not None:
+            self._code.trim()
             self._code.make_runnable()
 
 
@@ -76,6 +88,14 @@ class _CodeMemory(Memory):
         for chunk in self._chunks:
             _make_runnable(chunk)
         self._taken = [len(chunk) for chunk in self._chunks]  # what follows goes to other pages
+
+
+def _advise(pages: NDArray[np.uint8], advice: str) -> None:
+    """Tell Linux what becomes of whole pages. Where it does not listen, as without huge pages, they stay as they are."""
+    if sys.platform == "linux" and len(pages):
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(address(pages), len(pages), getattr(mmap, advice))
 
 
 def _make_runnable(chunk: NDArray[np.uint8]) -> None:

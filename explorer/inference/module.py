@@ -119,7 +119,7 @@ class SparseModule:
     def n_bytes(self) -> int:
         """Bytes of packed weights and activation buffers, of weights that torch's part reads, and of the example.
 
-        What a compiled network occupies besides: its machine code, each thread's scratch, and what is lost where memory is taken in large pages.
+        What a compiled network occupies besides: its machine code, each thread's scratch, and what is lost where memory is taken in pages.
         """
         network = self._network
         tensors = [*network.captured.constants.values(), *network.graph.constants.values(), *self._example]

@@ -668,6 +668,7 @@ class Plan:
         for place in self._borrowed:
             self.places[place].cell = self.memory.zeros(1, np.int64)
             self.places[place].borrow(torch.empty(0))
+        self.memory.trim()
 
     def _sharing(
         self, graph: Graph, lives: Mapping[str, tuple[float, float]], takes_over: Mapping[str, str]

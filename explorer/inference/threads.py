@@ -154,6 +154,7 @@ class Runner:
         tickets = state.memory.zeros((n_steps + 1) * threads * 8, np.int64)
         done = state.memory.zeros((n_steps + 2) * 8, np.int64)
         scratch = [state.memory.zeros(-(-scratch_bytes // 8), np.int64, 4096) for _ in range(threads)]
+        state.memory.trim()
         state.scratch = [address(array) for array in scratch]
         self._scratch = scratch[0]
         for name, array in (("stamps", self.stamps), ("tickets", tickets), ("done", done)):
