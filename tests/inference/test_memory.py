@@ -58,7 +58,16 @@ class Separable(nn.Sequential):
     def __init__(self) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()]
         channels = 8
-        for more, stride in [(16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), *[(128, 1)] * 5, (256, 2)]:
+        for more, stride in [
+            (16, 1),
+            (32, 2),
+            (32, 1),
+            (64, 2),
+            (64, 1),
+            (128, 2),
+            *[(128, 1)] * 5,
+            (256, 2),
+        ]:
             layers += [nn.Conv2d(channels, channels, 3, stride, 1, groups=channels), nn.ReLU()]
             layers += [nn.Conv2d(channels, more, 1), nn.ReLU()]
             channels = more
