@@ -268,6 +268,8 @@ class Execution:
             # An interrupt between the two must not leave the table of one batch under the number of another.
             self._batch = (0, 0)
             if self.steps is not None:
+                assert self._runner is not None
+                self._runner.settle()
                 self.steps.set_batch(images, total)
             self._batch = images, total
 

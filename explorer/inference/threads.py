@@ -203,8 +203,15 @@ class Runner:
         """Run these steps from now on."""
         if steps.scratch_bytes > self.scratch_bytes:
             raise ValueError("these steps need more scratch memory than the runner has")
+        self.settle()
         self._steps = steps  # keeps their memory alive
         self._state.set("steps", address(steps.table))
+
+    def settle(self) -> None:
+        """Wait until no helper is left in the last run: one that was held up may still read the table of its steps. Then this may be changed, or freed."""
+        active = self._state.flags[8:9]
+        while active[0]:
+            time.sleep(1e-4)
 
     def forget_cycles(self) -> None:
         """Begin to count anew what the layers of chains take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 import explorer
-from explorer.inference import threads
+from explorer.inference import native, threads
+from explorer.inference.kernels import driver
+from explorer.inference.memory import address
 from explorer.inference.module import SparseModule
 
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system lets nobody choose CPUs")
@@ -103,3 +106,71 @@ def test_a_helper_that_was_called_while_it_gave_up_looks_again() -> None:
     helper.join(timeout=20)
     assert not helper.is_alive(), "it slept through the call"
     assert looks == [False, False]
+
+
+def test_a_call_waits_for_no_helper_that_holds_no_job(network: nn.Module) -> None:
+    x = torch.randn(4, 3, 16, 16)
+    engine = explorer.compile(network, x, threads=2)
+    runner = engine._network._runner
+    assert runner is not None
+    wanted = network(x)
+    asleep(engine)
+    held_up = runner._state.flags[8:9]
+    held_up += 1  # as a helper would leave it that lost its CPU between two jobs
+    torch.testing.assert_close(engine(x), wanted, rtol=1e-5, atol=1e-5)
+    # Who changes what it may still read waits for it.
+    fewer: list[torch.Tensor] = []
+    other = threading.Thread(target=lambda: fewer.append(engine(x[:2])))
+    other.start()
+    other.join(timeout=0.3)
+    assert other.is_alive()
+    held_up -= 1
+    other.join(timeout=30)
+    torch.testing.assert_close(fewer[0], wanted[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_helper_that_comes_late_takes_nothing_of_another_run(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, 3, 16, 16)
+    engine = explorer.compile(network, x, threads=2)
+    runner, steps = engine._network._runner, engine._network.steps
+    assert runner is not None
+    assert steps is not None
+    asleep(engine)
+    monkeypatch.setattr(runner, "_wake", lambda: None)
+    engine(x)
+    state, n_steps = runner._state, len(steps.table)
+    jobs = steps.table[:, driver.STEP.index("jobs")]
+
+    def counters(name: str, count: int) -> np.ndarray:
+        """One a cache line."""
+        place = int(state.record[driver.STATE.index(name)])
+        return np.ctypeslib.as_array((ctypes.c_int64 * (8 * count)).from_address(place))[::8]
+
+    tickets, done, gate = counters("tickets", 2 * n_steps), counters("done", n_steps + 1), state.flags[:1]
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(
+        native.machine_code(native.current_isa(), driver.DriverKernel("work"))
+    )
+
+    def help_with(run: int) -> None:
+        work(address(state.record), state.scratch[1], 1, run)
+
+    over = int(gate[0]) - 1  # the number of the run that is over
+    assert over % 2 == 1
+    assert (tickets >> driver.COUNT_BITS == over).all()
+    before = tickets.copy(), done.copy()
+    help_with(over)
+    assert (tickets == before[0]).all()
+    assert (done == before[1]).all()
+
+    gate[0] = new = over + 2
+    tickets[:] = new << driver.COUNT_BITS
+    done[1:] = 0
+    help_with(over)
+    assert (tickets == new << driver.COUNT_BITS).all()
+    assert (done[1:] == 0).all()
+    help_with(new)
+    assert (done[1:] == jobs).all()
+    gate[0] += 1
+    torch.testing.assert_close(engine(x), network(x), rtol=1e-5, atol=1e-5)

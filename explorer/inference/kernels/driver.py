@@ -2,7 +2,8 @@
 
 A step is `jobs` independent pieces of one kernel. Every thread first takes the jobs of its own share (whose data are in its core's cache),
 then steals from the others' shares, by atomic tickets. A step may start when the previous one's count of finished jobs is full. **No barrier
-waits for a helper**: one that is late or asleep only means that the caller does more of the work itself.
+waits for a helper that holds no job**: one that is late, asleep or interrupted only means that the caller does more of the work itself. A ticket
+says of which run it is, so that a helper that wakes up when its run is over, and another one is on, takes nothing.
 
     run(state, scratch)             the caller: opens the gate, works, waits for the last job, closes the gate
     answer(state, scratch, input, result)
@@ -30,8 +31,8 @@ STATE = Record(
         "cell", "output", "n_bytes",
     ),
 )  # fmt: skip
-"""`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread). `done`: one per step, from step -1. `gate` is odd while a run is on.
-`stamps`: two counters per step, its start and its end. `cell`: where kernels find the address of the input, or 0; `output`: where the steps leave the answer, of so many
+"""`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread), see `COUNT_BITS`. `done`: one per step, from step -1. `gate` is odd while a run is on, and is then
+its number. `active`: helpers that may read the steps, which must not be changed or freed before it is zero. `stamps`: two counters per step, its start and its end. `cell`: where kernels find the address of the input, or 0; `output`: where the steps leave the answer, of so many
 bytes."""
 
 STEP = Record(("jobs", "kernel", "arguments", "gaps"))
@@ -45,6 +46,9 @@ MOVE = Record(("cell", "n_bytes"))
 
 KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
 _LINE = 64  # each counter has a cache line of its own
+
+COUNT_BITS = 24
+"""The lower bits of a ticket count the jobs of a share that are taken, the others hold the number of the run."""
 
 
 def _pause(f: Function) -> None:
@@ -71,10 +75,10 @@ def _add(f: Function, pointer: Value, amount: int) -> Value:
 
 
 def _work(module: Value, isa: Isa) -> Value:
-    """work(state, scratch, me): take part in the run that is on."""
-    f = Function(module, "work", VOID, [PTR, PTR, I64], isa)
+    """work(state, scratch, me, run): take part in the run of this number, as long as it is on."""
+    f = Function(module, "work", VOID, [PTR, PTR, I64, I64], isa)
     f.native.linkage = "internal"
-    b, (state, scratch, me) = f.b, f.arguments
+    b, (state, scratch, me, run) = f.b, f.arguments
 
     def get(name: str, type_: Value = I64) -> Value:
         return f.field(state, STATE, name, type_)
@@ -86,7 +90,7 @@ def _work(module: Value, isa: Isa) -> Value:
         get("threads"),
         get("stamps", PTR),
     )
-    first = get("first")
+    first, gate = get("first"), get("gate", PTR)
 
     def one_step(index: Value, before: Value) -> list[Value]:
         step = f.row(steps, STEP, index)
@@ -96,6 +100,7 @@ def _work(module: Value, isa: Isa) -> Value:
         previous = f.at(mine, -_LINE)
         with f.forever() as leave_if:
             leave_if(b.icmp_signed(">=", _read(f, previous), before))
+            leave_if(b.icmp_signed("!=", _read(f, gate), run))
             _pause(f)
         with b.if_then(b.icmp_signed("==", me, I64(0))):
             now, stamp = cycles(f), f.at(stamps, b.mul(index, I64(16)))
@@ -122,12 +127,16 @@ def _work(module: Value, isa: Isa) -> Value:
             high = b.sdiv(b.mul(jobs, b.add(whose, I64(1))), threads)
             ticket = f.at(counters, b.mul(whose, I64(_LINE)))
             with f.forever() as leave_if:
-                job = b.add(low, _add(f, ticket, 1))
+                now = _read(f, ticket)
+                leave_if(b.icmp_signed("!=", b.lshr(now, I64(COUNT_BITS)), run))
+                job = b.add(low, b.and_(now, I64((1 << COUNT_BITS) - 1)))
                 leave_if(b.icmp_signed(">=", job, high))
-                with b.if_then(b.icmp_signed("==", job, low)):
-                    zero_gaps(f.field(step, STEP, "gaps", PTR), low, high)
-                b.call(b.inttoptr(kernel, KERNEL.as_pointer()), [arguments, job, scratch])
-                _add(f, mine, 1)
+                taken = b.cmpxchg(ticket, now, b.add(now, I64(1)), "seq_cst")
+                with b.if_then(b.extract_value(taken, 1)):
+                    with b.if_then(b.icmp_signed("==", job, low)):
+                        zero_gaps(f.field(step, STEP, "gaps", PTR), low, high)
+                    b.call(b.inttoptr(kernel, KERNEL.as_pointer()), [arguments, job, scratch])
+                    _add(f, mine, 1)
 
         f.loop(threads, one_share)
         return [jobs]
@@ -151,20 +160,22 @@ def _run(module: Value, work: Value, isa: Isa) -> Value:
         get("done", PTR),
         get("tickets", PTR),
     )
+    gate = get("gate", PTR)
+    number = b.add(_read(f, gate), I64(1))
     f.store(I64(0), f.at(done, b.mul(first, I64(_LINE))), 0, 8)
 
     def clear(index: Value) -> None:
         f.store(I64(0), f.at(done, b.mul(b.add(index, I64(1)), I64(_LINE))), 0, 8)
 
         def clear_ticket(k: Value) -> None:
-            f.store(I64(0), f.at(tickets, b.mul(b.add(b.mul(index, threads), k), I64(_LINE))), 0, 8)
+            ticket = f.at(tickets, b.mul(b.add(b.mul(index, threads), k), I64(_LINE)))
+            f.store(b.shl(number, I64(COUNT_BITS)), ticket, 0, 8)
 
         f.loop(threads, clear_ticket)
 
     f.loop(last, clear, start=first)
-    gate, active = get("gate", PTR), get("active", PTR)
     _add(f, gate, 1)
-    b.call(work, [state, scratch, I64(0)])
+    b.call(work, [state, scratch, I64(0), number])
     final = f.row(get("steps", PTR), STEP, b.sub(last, I64(1)))
     jobs = f.field(final, STEP, "jobs")
     with f.forever() as leave_if:
@@ -172,9 +183,6 @@ def _run(module: Value, work: Value, isa: Isa) -> Value:
         _pause(f)
     f.store(cycles(f), f.at(get("stamps", PTR), b.mul(last, I64(16))), -8, 8)
     _add(f, gate, 1)
-    with f.forever() as leave_if:
-        leave_if(b.icmp_signed("==", _read(f, active), I64(0)))
-        _pause(f)
     b.ret_void()
     return f.native
 
@@ -229,9 +237,9 @@ def _help(module: Value, work: Value, isa: Isa) -> None:
         with b.if_else(b.and_(is_open, is_new)) as (yes, no):
             with yes:
                 _add(f, active, 1)
-                # The caller waits for `active` to be zero after it closed the gate: look again before touching the run.
+                # Who changes or frees steps waits for `active` to be zero while the gate is closed: look again before reading them.
                 with b.if_then(b.icmp_signed("==", _read(f, gate), now)):
-                    b.call(work, [state, scratch, me])
+                    b.call(work, [state, scratch, me, now])
                 _add(f, active, -1)
                 b.store(now, seen)
                 b.store(spin, left)
@@ -252,7 +260,7 @@ ENTRIES = ("run", "answer", "run_turns", "help", "clock")
 
 @dataclass(frozen=True, slots=True)
 class DriverKernel:
-    """One of `ENTRIES`; the machine code depends on nothing else but the CPU."""
+    """One of `ENTRIES`, or "work", which they call; the machine code depends on nothing else but the CPU."""
 
     entry: str
 
@@ -263,7 +271,9 @@ class DriverKernel:
             _clock(module, isa)
             return module, self.entry
         work = _work(module, isa)
-        if self.entry == "help":
+        if self.entry == "work":
+            work.linkage = ""
+        elif self.entry == "help":
             _help(module, work, isa)
         else:
             run = _run(module, work, isa)
