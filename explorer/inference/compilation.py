@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from explorer.inference.capture import CAPTURING, capture
 from explorer.inference.choices import choice_cache
 from explorer.inference.execution import APART, SHARED
 from explorer.inference.graph import Graph
+from explorer.inference.keywords import Keywords
 from explorer.inference.module import Mode, SparseModule
 from explorer.inference.native import Isa, current_isa, half_isa, why_torch
 from explorer.inference.timing import CompileTimes, compare_latency
@@ -36,6 +38,7 @@ def compile(
     threads: int | Literal["auto"] | None = None,
     sparse: Mode = "auto",
     precision: Precision = "fp32",
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> SparseModule:
     """Compile a module for fast inference on this CPU, skipping the zeros in its weights.
 
@@ -56,6 +59,8 @@ def compile(
         (layer norm, softmax, smooth activations, averages, and everything after the pooling) is still computed in float32, and inputs and outputs stay
         float32. Twice as many numbers fit a register and a cache. See `SparseModule.compare` for what it costs in accuracy; activations beyond 65504 become
         infinite.
+    example_kwargs : mapping, optional
+        Forward arguments by name, beside those of `example_input` (an empty tuple when there are none). The network may be called with names, too.
 
     Returns
     -------
@@ -64,8 +69,8 @@ def compile(
     Raises
     ------
     EngineError
-        When torch.export cannot capture the module, it is not float32 on the CPU, a weight is too large for float16 that was asked for, or forward
-        changes a buffer that the next call reads: a compiled network keeps nothing from call to call.
+        When torch.export cannot capture the module, it is not float32 on the CPU, a weight is too large for float16 that was asked for, forward
+        takes an argument that was given by name only, or it changes a buffer that the next call reads: a compiled network keeps nothing from call to call.
 
     Warns
     -----
@@ -118,6 +123,10 @@ def compile(
                 "Compile a copy: copy.deepcopy(module).float().cpu()."
             )
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    keywords = Keywords(module)
+    if example_kwargs:
+        arguments = keywords.positional(arguments, example_kwargs)
+    keywords.compiled_with(arguments)
     reason = why_torch()
     if reason is not None:
         warnings.warn(
@@ -146,6 +155,7 @@ def compile(
         if threads == "auto"
         else _divided(graph, inputs, threads or 1, sparse, isa)
     )
+    compiled.keywords = keywords
     compiled.ask_for_few(module)
     with CAPTURING.inside():
         compiled.remember(module)

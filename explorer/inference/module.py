@@ -21,6 +21,7 @@ from explorer.inference.deviation import Deviation, Source, deviation
 from explorer.inference.execution import Execution
 from explorer.inference.few_samples import FewSamples
 from explorer.inference.graph import Graph
+from explorer.inference.keywords import Keywords
 from explorer.inference.native import Isa, current_isa
 from explorer.inference.plan import TorchSegment
 from explorer.inference.profiling import layer_timings, operator_name
@@ -58,6 +59,8 @@ class SparseModule:
         Layer name -> kernel chosen.
     compile_times : CompileTimes
         What `compile` took, zeros before it has ended.
+    keywords : Keywords or None
+        What its arguments are called; None before `compile` has ended.
     division : str or None
         Of a batch whose images do not fit the caches, one a thread: what the better way to divide it depends on, see `explorer.inference.choices`.
     """
@@ -77,6 +80,7 @@ class SparseModule:
         self.threads, self.batch_size, self.division = threads, network.batch_size, network.division
         self.isa, self.precision = network.isa.name, network.isa.precision
         self.compile_times = CompileTimes(0.0, 0.0)
+        self.keywords: Keywords | None = None
         self._lock = fork.EngineLock()
         self._source: Source | None = None
         # Of a batch that goes through in turns, as each of its tensors then does, no more than is looked at again: for few samples, and when kernels are chosen.
@@ -135,19 +139,24 @@ class SparseModule:
 
     # ---- running
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the network.
 
         Parameters
         ----------
         inputs : Tensor, or whatever the example input had in their place
             As the module's forward takes them; batches may be smaller than the compiled one. They are never written to, also where the module would.
+        named : the same
+            By the names that forward gives them.
 
         Raises
         ------
         EngineError
             When a shape or dtype does not fit what was compiled.
         """
+        if named:
+            assert self.keywords is not None
+            inputs = self.keywords.positional(inputs, named)
         straight = self._network.straight
         if straight is not None and len(inputs) == 1:
             x = inputs[0]
