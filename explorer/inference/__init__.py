@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from explorer.inference.compilation import compile
 from explorer.inference.deviation import Deviation
+from explorer.inference.explanation import KernelChoice
 from explorer.inference.module import SparseModule
 from explorer.inference.timing import Benchmark, EngineCall, LayerTiming, compare_latency, dense_contestants
 
@@ -21,6 +22,7 @@ __all__ = [
     "Benchmark",
     "Deviation",
     "EngineCall",
+    "KernelChoice",
     "LayerTiming",
     "MachinePeak",
     "SparseModule",

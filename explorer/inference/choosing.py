@@ -17,6 +17,8 @@ from torch import Tensor
 
 from explorer.inference.choices import choice_cache
 from explorer.inference.execution import Execution
+from explorer.inference.explanation import read as read_times
+from explorer.inference.explanation import written as written_times
 from explorer.inference.larger_kernels import Larger, Weighed, larger_kernels
 from explorer.inference.pairs import in_pairs
 from explorer.inference.plan import Choice
@@ -70,14 +72,20 @@ def choose(network: Execution, example: tuple[Any, ...]) -> None:
         for i, several in candidates.items()
         if len(several) > 1 and network.mode == "auto"
     }
+    network.tried = {i: (len(several), {}) for i, several in candidates.items()}
     for i, question in questions.items():
         answer = cache.get(question)
-        candidates[i] = [c for c in candidates[i] if c.label == answer] or candidates[i]
+        known = [c for c in candidates[i] if c.label == answer]
+        if known:
+            network.tried[i][1].update(read_times(cache.get(_times_of(question))))
+        candidates[i] = known or candidates[i]
     packed: dict[tuple[str, Choice], Any] = {}
     network.choices = {i: c[0] for i, c in candidates.items()}
     if any(len(several) > 1 for several in candidates.values()):
         _time_candidates(network, example, candidates, packed)
-        cache.put({question: network.choices[i].label for i, question in questions.items()})
+        answers = {question: network.choices[i].label for i, question in questions.items()}
+        times = {_times_of(question): written_times(network.tried[i][1]) for i, question in questions.items()}
+        cache.put(answers | times)
     # Where whole layers are known to be faster nothing is cut into bands, which takes time too.
     question = f"fastest order {network.mode} {network.plan.network(network.graph, network.densities)}"
     other_orders = cache.get(question) != LAYERS
@@ -85,6 +93,11 @@ def choose(network: Execution, example: tuple[Any, ...]) -> None:
         build_steps(network.plan, network.graph, network.choices, packed, other_orders=other_orders)
     )
     _find_order(network, example, question)
+
+
+def _times_of(question: str) -> str:
+    """Where the times of a question's candidates are remembered, beside the answer."""
+    return f"ms of {question}"
 
 
 def keep(network: Execution) -> None:
@@ -148,7 +161,12 @@ def _time_candidates(
         passes.append(np.array(these_ms))
     fastest = np.min(passes, axis=0)
     for step, index in enumerate(network.plan.native):
-        if index in candidates:
+        several = candidates.get(index, [])
+        if len(several) > 1:
+            network.tried[index][1].update(
+                zip((c.label for c in several), np.round(fastest[:, step], 6).tolist(), strict=False)
+            )
+        if several:
             network.choices[index] = tried[int(np.argmin(fastest[:, step]))][index]
 
 

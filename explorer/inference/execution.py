@@ -75,6 +75,8 @@ class Execution:
     straight : StraightPath or None
     choices, densities : dict
         Of each layer with weights, by its index in the graph: its kernel, and nonzeros / weights.
+    tried : dict
+        Of the same: how many kernels came into question when it was last chosen, and the milliseconds of each that was timed, then or earlier.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Execution:
         self.straight: StraightPath | None = None
         self.choices: dict[int, Choice] = {}
         self.densities: dict[int, float] = {}
+        self.tried: dict[int, tuple[int, dict[str, float]]] = {}
 
     def _lowered(self) -> Graph:
         self.captured.derive()
@@ -212,11 +215,11 @@ class Execution:
 
     def state(self) -> tuple[Any, ...]:
         """What `adopt` and new steps change, for `restore`."""
-        return dict(self.captured.constants), self.graph, self.choices, self.densities, self.steps
+        return dict(self.captured.constants), self.graph, self.choices, self.densities, self.tried, self.steps
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Be as `state` found it."""
-        self.captured.constants, self.graph, self.choices, self.densities, steps = state
+        self.captured.constants, self.graph, self.choices, self.densities, self.tried, steps = state
         if steps is not None:
             self.install(steps)
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from explorer.errors import EngineError, EngineWarning
-from explorer.inference import choosing, fork
+from explorer.inference import choosing, explanation, fork
 from explorer.inference.capture import CAPTURING, run_aside, tensor_attribute
 from explorer.inference.deviation import Deviation, Source, deviation
 from explorer.inference.execution import Execution
+from explorer.inference.explanation import KernelChoice
 from explorer.inference.few_samples import FewSamples
 from explorer.inference.graph import Graph
 from explorer.inference.keywords import Keywords
@@ -113,11 +114,31 @@ class SparseModule:
     def choices(self) -> dict[str, str]:
         """The kernel of each convolution and linear layer: name -> kernel, as a profile has them (see `explorer.inference.LayerTiming`).
 
-        Measured inside the network, and remembered on disk; where hardly any weight is zero, or most are, only dense or only sparse kernels are tried. Of a
+        Measured inside the network, and remembered on disk, see `explain`; where hardly any weight is zero, or most are, only dense or only sparse kernels are tried. Of a
         module that is called several times, the kernel of its last call.
         """
         network = self._network
         return {network.graph.operations[i].name or "model": c.label for i, c in network.choices.items()}
+
+    def explain(self) -> tuple[KernelChoice, ...]:
+        """Why each convolution and linear layer has its kernel: what the others took, in execution order.
+
+        Examples
+        --------
+        >>> import torch, explorer
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)).eval()
+        >>> for layer in explorer.compile(net, torch.ones(1, 3, 8, 8)).explain():
+        ...     print(layer.name, layer.sparsity)
+        0 0.0
+        """
+        network, found = self._network, []
+        for i, choice in network.choices.items():
+            tried, times = network.tried[i]
+            density = network.densities[i]
+            why = explanation.reason(network.mode, choice.label, density, tried, times)
+            name = network.graph.operations[i].name or "model"
+            found.append(explanation.KernelChoice(name, choice.label, 1 - density, why, dict(times)))
+        return tuple(found)
 
     @property
     def n_bytes(self) -> int:

@@ -48,7 +48,7 @@ _LARGE = 1.0
 _FEW_VECTORS = 4
 """Vectors of pixels up to which programs of more than one tap read copies of their operands that lie at the beginning of cache lines."""
 
-_ALWAYS_DENSE, ALWAYS_SPARSE = 0.75, 0.2
+ALWAYS_DENSE, ALWAYS_SPARSE = 0.75, 0.2
 """Densities (nonzeros / weights) beyond which one kind of kernel is not timed: no sparse kernel has been seen to win above the first, no dense one
 below the second (the closest was a tie at 0.3)."""
 
@@ -927,9 +927,7 @@ class Plan:
         if mode == "sparse":
             return programs + sparse
         return (
-            programs
-            + (sparse if density < _ALWAYS_DENSE else [])
-            + (dense if density > ALWAYS_SPARSE else [])
+            programs + (sparse if density < ALWAYS_DENSE else []) + (dense if density > ALWAYS_SPARSE else [])
         )
 
     def may_be_code(self, graph: Graph, index: int) -> bool:
