@@ -83,7 +83,8 @@ def compile(
     Native operators: convolutions over images and lines (any kernel, stride, padding, dilation and groups), linear layers, batch norm, layer norm,
     attention without a mask whose heads are ranges of features, addition and multiplication (of equal shapes, with one value per channel, and with
     constants), ReLU, ReLU6, clamp, LeakyReLU, ELU, Hardswish, Hardsigmoid, SiLU, GELU, sigmoid, tanh, maximum, average and adaptive average pooling over
-    images, nearest-neighbour upsampling by powers of two, concatenation and slices of channels, and flattening. Every other operator runs through torch, as does an activation between two of them: see
+    images, nearest-neighbour upsampling by powers of two, concatenation and slices of channels, flattening, and permutations that make tokens of pixels, or
+    pixels of tokens. Every other operator runs through torch, as does an activation between two of them: see
     `SparseModule.fallbacks`.
 
     The sizes of the example are part of what is captured. Where forward reads the size of the batch, so that a smaller one would get another answer than the

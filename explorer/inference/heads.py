@@ -332,7 +332,7 @@ class _Followed:
                 with_values(part, new) for part in (operation.args, operation.kwargs)
             )
         graph.outputs = with_values(graph.outputs, new)
-        _drop_unread_moves(graph)
+        drop_unread_moves(graph)
 
     def _rewritten(self, operation: Operation) -> Operation:
         out = operation.output
@@ -372,7 +372,7 @@ def _axis(size: int, step: int) -> tuple[tuple[int, int], ...]:
     return ((size, step),) if size > 1 else ()
 
 
-def _drop_unread_moves(graph: Graph) -> None:
+def drop_unread_moves(graph: Graph) -> None:
     """Views that nobody reads any more."""
     kept: list[Operation] = []
     read = {output.name for output in graph.outputs if isinstance(output, Ref)}

@@ -10,6 +10,7 @@ import torch
 
 from explorer.inference.graph import Graph, Operation, Ref, base_name, with_values
 from explorer.inference.heads import find_attention
+from explorer.inference.rearrange import find_rearrangements
 
 
 def lower(graph: Graph) -> Graph:
@@ -20,7 +21,8 @@ def lower(graph: Graph) -> Graph:
     - an addition whose other operand is ready, and then a clamp or another activation, ride on the convolution before them; a depthwise one takes no
       addition, and no convolution a second,
     - a convolution with a stride (that is not depthwise) reads the phases of its input instead,
-    - attention over heads that are ranges of features becomes one operation.
+    - attention over heads that are ranges of features becomes one operation,
+    - so does what only moves pixels to tokens, or tokens to pixels.
 
     The captured graph is left as it was, so that it can be lowered again with new weights.
     """
@@ -35,6 +37,7 @@ def lower(graph: Graph) -> Graph:
     _drop_same(lowered)
     _fold_pads(lowered)
     find_attention(lowered)
+    find_rearrangements(lowered)
     _fold_batch_norm(lowered)
     _compute_affine(lowered)
     _drop_unread(lowered)

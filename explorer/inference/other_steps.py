@@ -19,6 +19,7 @@ from explorer.inference.kernels import (
     layer_norm,
     pointwise,
     pool,
+    rearrange,
     registers,
     split,
     upsample,
@@ -27,6 +28,7 @@ from explorer.inference.kernels import (
 from explorer.inference.layout import Planes, Vectors
 from explorer.inference.memory import address
 from explorer.inference.plan import Place
+from explorer.inference.rearrange import Rearrangement
 from explorer.inference.step_builder import Row, StepBuilder, bits
 
 
@@ -356,6 +358,35 @@ def flatten_step(builder: StepBuilder, place: Place, out: Place) -> Row:
         table=builder.memory.put(table),
     )
     return Row(builder.code(flatten.FlattenKernel()), arguments, jobs, "copy")
+
+
+def rearrange_step(builder: StepBuilder, operation: Operation, place: Place, out: Place) -> Row:
+    """Pixels as tokens, or tokens as pixels."""
+    x, y, added = place.layout, out.layout, operation.attributes["added"]
+    assert isinstance(x, Planes)
+    assert isinstance(y, Planes)
+    moved = Rearrangement.of(operation.attributes["pixels"], x, y)
+    more: dict[str, int] = {}
+    if added is not None:
+        tokens, _ = added.shape
+        numbers = np.full(y.vectors * y.lanes, -1, np.int32)
+        numbers[y.inside.reshape(-1)] = np.arange(y.columns) % tokens
+        values = builder.fitting(operation, np.ascontiguousarray(added.T)).astype(builder.plan.isa.dtype)
+        # Of float16, the element after one that is gathered is read as well.
+        more = {
+            "added": builder.memory.put(np.append(values.reshape(-1), np.zeros(2, values.dtype))),
+            "added_plane": values.strides[0],
+            "added_table": builder.memory.put(numbers),
+        }
+    arguments = rearrange.ARGUMENTS.filled(
+        vectors=y.vectors,
+        table=builder.memory.put(moved.table),
+        starts=builder.memory.put(moved.starts),
+        **builder.by_channel(place, out),
+        **more,
+    )
+    kernel = rearrange.RearrangeKernel(added is not None)
+    return Row(builder.code(kernel), arguments, builder.channel_jobs(x.channels)["jobs"], "copy", fills=True)
 
 
 def _adaptive(builder: StepBuilder, x: Planes, y: Planes) -> tuple[int, int, int]:

@@ -169,6 +169,9 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
     return not operation.attributes.get("depthwise") and _writes_tiles(operation, tiled)
 
 
+_REARRANGED = {"to_tokens": "tokens", "to_planes": "planes"}
+"""Operations that change the family of their operand, and what they make of it."""
+
 VECTOR_MAKERS = ("plane_average", "flatten")
 """Operations that turn planes into vectors."""
 
@@ -263,9 +266,16 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
-        if operation.kind in ("layer_norm", "attention"):
+        if operation.kind in ("layer_norm", "attention", "to_planes"):
             return "tokens"
-        if operation.kind in ("max_pool", "average_pool", "adaptive_average", "plane_average", "split"):
+        if operation.kind in (
+            "max_pool",
+            "average_pool",
+            "adaptive_average",
+            "plane_average",
+            "split",
+            "to_tokens",
+        ):
             return "planes"
         if operation.kind == "upsample":
             return None if self.isa.lanes % operation.attributes["scale"][1] else "planes"
@@ -332,6 +342,8 @@ class Plan:
 
     @staticmethod
     def _output_family(operation: Operation, family: str) -> str:
+        if operation.kind in _REARRANGED:
+            return _REARRANGED[operation.kind]
         return "vectors" if operation.kind in VECTOR_MAKERS else family
 
     def _operands(self, operation: Operation, family: str) -> list[tuple[str, str]]:
@@ -409,8 +421,9 @@ class Plan:
 
     def step_family(self, operation: Operation) -> str:
         """The layout family of the operands of a native operation."""
-        out = self._family[operation.output]
-        return "planes" if operation.kind in VECTOR_MAKERS else out
+        if operation.kind in VECTOR_MAKERS or operation.kind == "to_tokens":
+            return "planes"
+        return "tokens" if operation.kind == "to_planes" else self._family[operation.output]
 
     # ---- concatenations and slices
 

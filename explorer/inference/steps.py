@@ -148,6 +148,8 @@ def _step(builder: StepBuilder, operation: Operation, choice: Choice, turn: int 
         return other_steps.norm_step(builder, operation, places[0], out)
     if operation.kind == "attention":
         return other_steps.attention_step(builder, operation, places, out)
+    if operation.kind in ("to_tokens", "to_planes"):
+        return other_steps.rearrange_step(builder, operation, places[0], out)
     if operation.kind == "split":
         return other_steps.split_step(builder, operation, places[0], out)
     if operation.kind == "upsample":
