@@ -256,7 +256,7 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
     profile : sequence of LayerTiming
         From `SparseModule.profile`. What has no multiply-adds, or ran through torch, is not drawn.
     peak : MachinePeak, optional
-        One core's best; measured now when not given. The roofs are those of as many cores as the profile's network used.
+        This machine's best, with as many threads as the profile's network has; measured now when not given.
 
     Returns
     -------
@@ -276,10 +276,9 @@ def roofline(profile: Sequence[LayerTiming], peak: MachinePeak | None = None) ->
 
     from explorer.inference import machine_peak
 
-    peak = machine_peak(rows[0].precision) if peak is None else peak
-    level = rows[0].peak_gflops
-    threads = max(1, round(level / peak.gflops))
-    slope = peak.gigabytes_per_s * threads
+    peak = machine_peak(rows[0].precision, rows[0].threads) if peak is None else peak
+    threads = peak.threads
+    level, slope = peak.gflops, peak.gigabytes_per_s
     intensity = np.array([row.gflops * row.ms * 1e6 / row.n_bytes for row in rows])
     speed = np.array([row.gflops for row in rows])
     ms = np.array([row.ms for row in rows])

@@ -65,7 +65,7 @@ ROWS = (
 
 
 def test_the_roofline_places_each_layer_by_useful_operations_per_byte_and_second() -> None:
-    figure = plots.roofline(ROWS, MachinePeak(50.0, 10.0, "avx2"))
+    figure = plots.roofline(ROWS, MachinePeak(100.0, 20.0, "avx2", threads=2))
     roof, *kernels = figure.data
     assert "100 GFLOP/s, 20 GB/s (2 threads, avx2)" in roof.name
     np.testing.assert_allclose(roof.y, np.minimum(100.0, 20 * np.asarray(roof.x)))

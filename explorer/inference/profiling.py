@@ -44,7 +44,7 @@ def layer_timings(
         from explorer.inference.peak import peak_of
         from explorer.inference.threads import cycles_per_ms
 
-        peak_gflops = float(peak_of(network.isa).gflops * network.threads)
+        peak_gflops = peak_of(network.isa, network.threads).gflops
         step_ms = np.median(cycles, axis=0) / cycles_per_ms(network.isa)
     segment_ms = np.zeros(1) if enters_once else np.median(seconds, axis=0) * 1e3
     rows = []
@@ -117,6 +117,7 @@ def _native_row(network: Execution, step: int, ms: float, images: int, peak_gflo
         network.steps.table_bytes[step] + touched,
         peak_gflops,
         network.isa.precision,
+        network.threads,
     )
 
 

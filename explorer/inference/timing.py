@@ -52,9 +52,11 @@ class LayerTiming:
         Bytes that the step touches, each counted once: its packed weights and tables, the values that it reads and those that it writes, for the whole batch, without the gaps
         between them. They may well be in a cache. 0 when unknown (torch).
     peak_gflops : float
-        What this machine's cores can do at best, as many as the network was compiled for, see `explorer.inference.machine_peak`. 0 when unknown.
+        What this machine can do at best with as many threads as the network was compiled for, see `explorer.inference.machine_peak`. 0 when unknown.
     precision : str
         What the network computes in.
+    threads : int
+        That the network was compiled for.
     """
 
     name: str
@@ -67,6 +69,7 @@ class LayerTiming:
     n_bytes: int = 0
     peak_gflops: float = 0.0
     precision: str = "fp32"
+    threads: int = 1
 
     @property
     def gflops(self) -> float:
