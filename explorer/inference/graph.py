@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,6 +220,30 @@ class Graph:
             if isinstance(output, Ref):
                 count[output.name] = count.get(output.name, 0) + 1
         return count
+
+
+def is_pure(operation: Operation) -> bool:
+    """Whether its operator yields the same each time, and changes nothing: who does not need its value need not run it."""
+    target = operation.target
+    if target is operator.getitem:
+        return True
+    return (
+        isinstance(target, torch._ops.OpOverload)  # noqa: SLF001 - its only name
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and not target._schema.is_mutable  # noqa: SLF001 - the only way to ask
+        and bool(target._schema.returns)  # noqa: SLF001 - what returns nothing is there to complain
+    )
+
+
+def drop_unread(graph: Graph) -> None:
+    """Drop what was only needed for values that are now made in another way, and what nobody ever read."""
+    kept: list[Operation] = []
+    read = {output.name for output in graph.outputs if isinstance(output, Ref)}
+    for operation in reversed(graph.operations):
+        if operation.output in read or not is_pure(operation):
+            kept.append(operation)
+            read.update(operation.references(), operation.inputs)
+    graph.operations = kept[::-1]
 
 
 def with_values(item: Any, value_of: Callable[[Ref], Any]) -> Any:

@@ -15,8 +15,17 @@ from math import prod
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref, base_name, bound_arguments, with_values
+from explorer.inference.graph import (
+    Graph,
+    Operation,
+    Ref,
+    base_name,
+    bound_arguments,
+    drop_unread,
+    with_values,
+)
 from explorer.inference.moves import Moved, Source, is_move, move
+from explorer.inference.without_inputs import WithoutInputs, lets_all_through
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +92,8 @@ def find_attention(graph: Graph) -> None:
     The result of one is (samples, tokens, heads * features), and torch's must not be needed in any other form. The same holds for linear layers whose rows
     are moved before them.
     """
-    attentions = _attentions(graph)
+    known = WithoutInputs(graph)
+    attentions = _attentions(graph, known)
     layers = {operation.output for operation in graph.operations if operation.kind == "linear"}
     while True:
         followed = _Followed(graph, attentions, layers)
@@ -94,7 +104,7 @@ def find_attention(graph: Graph) -> None:
         layers -= followed.failed
 
 
-def _attentions(graph: Graph) -> dict[str, _Attention]:
+def _attentions(graph: Graph, known: WithoutInputs) -> dict[str, _Attention]:
     """Attention without anything unusual, by its result."""
     users, producer = graph.users(), {o.output: o for o in graph.operations}
     inner = {name: operation for name, operation in producer.items() if users.get(name) == 1}
@@ -102,7 +112,7 @@ def _attentions(graph: Graph) -> dict[str, _Attention]:
     for operation in graph.operations:
         name, one = base_name(operation.target), None
         if operation.kind == "torch" and name == "scaled_dot_product_attention":
-            one = _plain(operation, graph)
+            one = _plain(operation, graph, known)
         elif operation.kind == "torch" and name == "matmul":
             one = _spelled_out(operation, inner, graph)
         if one is not None:
@@ -110,12 +120,16 @@ def _attentions(graph: Graph) -> dict[str, _Attention]:
     return found
 
 
-def _plain(operation: Operation, graph: Graph) -> _Attention | None:
-    """Attention as one operator, if there is no mask, no dropout and nothing else unusual."""
+def _plain(operation: Operation, graph: Graph, known: WithoutInputs) -> _Attention | None:
+    """Attention as one operator, if there is no mask but one that lets all through, no dropout and nothing else unusual."""
     bound = bound_arguments(operation.target, operation.args, operation.kwargs)
     unusual = any(bound.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
     operands = [bound["query"], bound["key"], bound["value"]]
-    if unusual or bound.get("attn_mask") is not None or not all(isinstance(o, Ref) for o in operands):
+    mask = bound.get("attn_mask")
+    if isinstance(mask, Ref) and not unusual:
+        value = known.value(mask.name)
+        mask = None if value is not None and lets_all_through(value) else mask
+    if unusual or mask is not None or not all(isinstance(o, Ref) for o in operands):
         return None
     q, k, v = (o.name for o in operands)
     shape = _shape(*(graph.shapes.get(name, ()) for name in (q, k, v)))
@@ -332,7 +346,7 @@ class _Followed:
                 with_values(part, new) for part in (operation.args, operation.kwargs)
             )
         graph.outputs = with_values(graph.outputs, new)
-        drop_unread_moves(graph)
+        drop_unread(graph)
 
     def _rewritten(self, operation: Operation) -> Operation:
         out = operation.output
@@ -370,14 +384,3 @@ _TOKENS = 3
 def _axis(size: int, step: int) -> tuple[tuple[int, int], ...]:
     """An axis that is one range."""
     return ((size, step),) if size > 1 else ()
-
-
-def drop_unread_moves(graph: Graph) -> None:
-    """Views that nobody reads any more."""
-    kept: list[Operation] = []
-    read = {output.name for output in graph.outputs if isinstance(output, Ref)}
-    for operation in reversed(graph.operations):
-        if operation.output in read or not is_move(operation):
-            kept.append(operation)
-            read.update(operation.references(), operation.inputs)
-    graph.operations = kept[::-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from explorer.inference.graph import Graph, Operation, Ref, base_name, with_values
+from explorer.inference.graph import Graph, Operation, Ref, drop_unread, with_values
 from explorer.inference.heads import find_attention
 from explorer.inference.rearrange import find_rearrangements
 
@@ -40,7 +40,7 @@ def lower(graph: Graph) -> Graph:
     find_rearrangements(lowered)
     _fold_batch_norm(lowered)
     _compute_affine(lowered)
-    _drop_unread(lowered)
+    drop_unread(lowered)
     _mark_depthwise(lowered)
     _ride(lowered, "add")
     _ride(lowered, "clamp")
@@ -105,22 +105,6 @@ def _fold_pads(graph: Graph) -> None:
         readers[source] = [o for o in readers[source] if o is not pad] + mine
         folded.add(id(pad))
     graph.operations = [o for o in graph.operations if id(o) not in folded]
-
-
-_WITHOUT_EFFECT = {
-    "chunk", "split", "split_with_sizes", "expand", "expand_as", "slice", "_native_batch_norm_legit_no_training",
-}  # fmt: skip
-
-
-def _drop_unread(graph: Graph) -> None:
-    """Drop what was only needed for values that are now made in another way: a split whose parts are slices, an expansion, a tuple."""
-    kept: list[Operation] = []
-    read = {output.name for output in graph.outputs if isinstance(output, Ref)}
-    for operation in reversed(graph.operations):
-        if operation.output in read or base_name(operation.target) not in _WITHOUT_EFFECT:
-            kept.append(operation)
-            read.update(operation.references(), operation.inputs)
-    graph.operations = kept[::-1]
 
 
 def _compute_affine(graph: Graph) -> None:

@@ -16,8 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from explorer.inference.graph import Graph, Operation, Ref, base_name, bound_arguments, with_values
-from explorer.inference.heads import drop_unread_moves
+from explorer.inference.graph import (
+    Graph,
+    Operation,
+    Ref,
+    base_name,
+    bound_arguments,
+    drop_unread,
+    with_values,
+)
 from explorer.inference.moves import Moved, Source, is_move, move
 
 _IMAGES = {"conv", "max_pool", "average_pool", "adaptive_average", "upsample", "concat", "to_planes"}
@@ -57,7 +64,7 @@ def find_rearrangements(graph: Graph) -> None:
         last.args, last.kwargs = (Ref(source),), {}
         last.attributes = {"pixels": pixels, "added": added}
         graph.operations = [o for o in graph.operations if o.output not in inside]
-    drop_unread_moves(graph)
+    drop_unread(graph)
 
 
 def _moved(
@@ -185,7 +192,7 @@ def _constant(name: str, graph: Graph, producer: dict[str, Operation]) -> Tensor
 
 def is_spread(operation: Operation) -> bool:
     """Whether an operation gives each sample the same."""
-    return is_move(operation) or base_name(operation.target) in ("expand", "expand_as", "repeat")
+    return is_move(operation) or base_name(operation.target) in ("expand", "expand_as")
 
 
 def _same_for_all(value: Tensor | None, samples: int, features: int) -> NDArray[np.float32] | None:
@@ -194,7 +201,8 @@ def _same_for_all(value: Tensor | None, samples: int, features: int) -> NDArray[
         return None
     value = value.detach()
     value = value.reshape(*[1] * (3 - value.dim()), *value.shape)
-    if value.shape[0] not in (1, samples) or not torch.equal(value, value[:1].expand_as(value)):
+    # Equal numbers are not enough: new weights may bring others.
+    if value.shape[0] != 1 and (value.shape[0] != samples or value.stride(0)):
         return None
     found: NDArray[np.float32] = value[0].contiguous().numpy()
     return found

@@ -177,6 +177,7 @@ def test_on_every_instruction_set(isa: str, precision: str, monkeypatch: pytest.
     [
         lambda _, y: torch.cat([y.mean(1, keepdim=True), y], 1),  # a token that is no constant
         lambda m, y: torch.cat([m.first.expand(len(y), -1, -1), y], 1) + y.sum(),
+        lambda m, y: y + m.first.detach().repeat(len(y), 1, 1),
         lambda _, y: y + torch.arange(len(y)).float().reshape(-1, 1, 1),  # another constant for each sample
         lambda m, y: torch.add(y, m.first[:, :1], alpha=2),
         lambda m, y: y + torch.cat([m.first.expand(3, -1, -1), y], 1)[:, : y.shape[1]],  # read twice
