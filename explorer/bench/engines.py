@@ -224,7 +224,12 @@ def time_engines(
     with contextlib.ExitStack() as processes:
         contestants: dict[str, Callable[[], Any]] = {}
         try:
-            contestants |= dense_contestants(module, example_input, threads)
+            contestants |= dense_contestants(
+                module,
+                example_input,
+                threads,
+                left_out=lambda name, error: absences.append(Absence(name, _reason(error), failed=True)),
+            )
             sparse = EngineCall(compile_module(module, example_input, threads=threads), example_input)
         except EngineError as error:
             absences.append(Absence(ALL, _reason(error), failed=True))
@@ -239,7 +244,7 @@ def time_engines(
             )
             contestants[SPARSE] = sparse
             _add_half(contestants, absences, module, example_input, threads)
-            others = _add_pairs(contestants, model, sparsity, layers, example_input, threads)
+            others = _add_pairs(contestants, absences, model, sparsity, layers, example_input, threads)
             _keep_right(contestants, absences, module, example_input, named, others)
         if contestants:
             fastest_ms = min(fastest_ms, *before_ms)
@@ -283,6 +288,7 @@ def _add_half(
 
 def _add_pairs(
     contestants: dict[str, Callable[[], Any]],
+    absences: list[Absence],
     model: LoadedModel,
     sparsity: float,
     layers: Sequence[PrunableLayer] | None,
@@ -294,9 +300,12 @@ def _add_pairs(
         return {}
     module = pruned_copy(model, sparsity, layers, pairs=True)
     calibrate(module, example_input)
-    contestants[SPARSE_PAIRS] = EngineCall(
-        compile_module(module, example_input, threads=threads), example_input
-    )
+    try:
+        compiled = compile_module(module, example_input, threads=threads)
+    except EngineError as error:
+        absences.append(Absence(SPARSE_PAIRS, _reason(error), failed=True))
+        return {}
+    contestants[SPARSE_PAIRS] = EngineCall(compiled, example_input)
     return {SPARSE_PAIRS: module}
 
 

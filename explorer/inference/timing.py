@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import statistics
 import time
@@ -266,9 +265,23 @@ def _seconds(call: Callable[[], object], calls: int, warm_s: float = 0.0) -> flo
 
 
 def dense_contestants(
-    module: nn.Module, example_input: torch.Tensor, threads: int = 1
+    module: nn.Module,
+    example_input: torch.Tensor,
+    threads: int = 1,
+    *,
+    left_out: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """The dense ways to run `module` that a speed-up must be measured against.
+
+    Parameters
+    ----------
+    module : nn.Module
+    example_input : Tensor, (batch, ...)
+        What each call runs on.
+    threads : int
+        Of this engine.
+    left_out : callable, optional
+        Is given the name of a contestant that torch cannot make of this module, and what it raised.
 
     Returns
     -------
@@ -287,10 +300,15 @@ def dense_contestants(
         last, x_last = model, x
         contestants["torch channels_last"] = lambda: last(x_last)
     # Many modules cannot be traced, and each fails in its own way; eager remains as the contestant.
-    with contextlib.suppress(Exception), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
-        traced(x)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
+            traced(x)
+    except Exception as error:  # noqa: BLE001
+        if left_out is not None:
+            left_out("torch jit", error)
+    else:
         contestants["torch jit"] = lambda: traced(x)
     engine = compile_module(module, example_input, threads=threads, sparse="dense")
     contestants["engine dense"] = EngineCall(engine, example_input)

@@ -150,6 +150,58 @@ def test_torch_compile_that_cannot_run_is_left_out_with_its_reason(
     assert engines.SPARSE in [one.contestant for one in compared.timings]
 
 
+class Untraceable(nn.Module):
+    """Torch's eager mode and torch.export run it, its tracer does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_tracing():
+            raise RuntimeError("this cannot be traced\nand here is why")
+        return self.layers(x)
+
+
+def test_torch_jit_that_cannot_trace_the_network_is_named_with_its_reason() -> None:
+    model = load_model(Untraceable().eval(), torch.randn(1, 8))
+    compared = engines.time_engines(
+        model, model.example_input, sparsity=0.5, seconds=0.1, torch_compile=False
+    )
+    (said,) = (one for one in compared.absences if one.contestant == "torch jit")
+    assert said == engines.Absence("torch jit", "RuntimeError: this cannot be traced", failed=True)
+    timed = {one.contestant for one in compared.timings}
+    assert {"torch eager", "engine dense", engines.SPARSE} <= timed
+    assert "torch jit" not in timed
+
+
+def test_a_network_in_pairs_that_this_engine_cannot_take_does_not_end_the_run(
+    small: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pairs: list[nn.Module] = []
+    pruned_copy, compile_module = engines.pruned_copy, engines.compile_module
+
+    def pruned(*given: object, pairs: bool = False) -> nn.Module:
+        copied = pruned_copy(*given, pairs=pairs)
+        in_pairs.extend([copied] * pairs)
+        return copied
+
+    def compiled(module: nn.Module, *given: object, **options: object) -> object:
+        if module in in_pairs:
+            raise EngineError("no such pairs")
+        return compile_module(module, *given, **options)
+
+    monkeypatch.setattr(engines, "pruned_copy", pruned)
+    monkeypatch.setattr(engines, "compile_module", compiled)
+    compared = engines.time_engines(
+        small, small.example_input, sparsity=0.5, seconds=0.1, torch_compile=False
+    )
+    assert engines.Absence(engines.SPARSE_PAIRS, "no such pairs", failed=True) in compared.absences
+    timed = {one.contestant for one in compared.timings}
+    assert {"torch eager", engines.SPARSE} <= timed
+    assert engines.SPARSE_PAIRS not in timed
+
+
 def test_onnxruntime_gives_torch_s_numbers(small: LoadedModel) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -163,7 +215,7 @@ def test_an_engine_with_another_output_is_not_timed_but_named(
 ) -> None:
     right = engines.pruned_copy(small, 0.5)
 
-    def contestants(*_: object) -> dict[str, Callable[[], torch.Tensor]]:
+    def contestants(*_: object, **__: object) -> dict[str, Callable[[], torch.Tensor]]:
         return {
             "right": lambda: right(small.example_input),
             "liar": lambda: torch.zeros(1, 5),
