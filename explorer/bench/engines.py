@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from explorer.bench.foreign import FOREIGN, HALF_TOLERANCE, TIMEOUT_S, TOLERANCE, ForeignEngine, export
+from explorer.bench.outputs import check_output
 from explorer.bench.patience import Patience
 from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
 from explorer.errors import EngineError, EngineWarning
@@ -396,14 +397,15 @@ def _keep_right(
     named: Sequence[str],
     others: Mapping[str, nn.Module],
 ) -> None:
-    """Drop the contestants that do not give torch's output; `others` have weights of their own."""
+    """Drop the contestants that do not give torch's output, sample by sample; `others` have weights of their own."""
     with torch.inference_mode():
         usual_output = module(example_input)
         for name, call in list(contestants.items()):
             expected = others[name](example_input) if name in others else usual_output
             try:
                 usual = HALF_TOLERANCE if name == SPARSE_HALF else TOLERANCE
-                _check_output(name, call(), expected, FOREIGN[name].tolerance if name in named else usual)
+                accepted = FOREIGN[name].tolerance if name in named else usual
+                check_output(name, call(), expected, accepted=accepted, n_samples=len(example_input))
             except EngineError as error:
                 absences.append(Absence(name, _reason(error), failed=True))
                 del contestants[name]
@@ -452,22 +454,6 @@ def _reason(error: BaseException) -> str:
     text = str(error).strip()
     first = text.splitlines()[0].strip() if text else ""
     return first if isinstance(error, EngineError) else f"{type(error).__name__}: {first}"
-
-
-def _check_output(name: str, output: Any, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    given = torch.as_tensor(output)
-    if given.shape != expected.shape:
-        raise EngineError(
-            f"{name} gives another output than torch: its shape is {tuple(given.shape)}, {tuple(expected.shape)} is right. "
-            "Its time would mean nothing; please report this with the network."
-        )
-    scale = max(float(expected.abs().max()), 1e-12)
-    difference = float((given - expected).abs().max()) / scale
-    if not difference <= tolerance:
-        raise EngineError(
-            f"{name} gives another output than torch: relative difference {difference:.2g}, {tolerance:g} is accepted. "
-            "Its time would mean nothing; please report this with the network."
-        )
 
 
 def _onnxruntime(module: nn.Module, example_input: Tensor, threads: int) -> Callable[[], Tensor]:

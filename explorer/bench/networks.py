@@ -86,6 +86,17 @@ def load_network(name: str) -> tuple[LoadedModel, BenchNetwork]:
 
 
 def example_batch(model: LoadedModel, batch_size: int) -> torch.Tensor:
-    """The first sample of the model's example input, so many times: (batch_size, ...)."""
+    """A batch of samples that differ, so that their outputs tell whether an engine has mixed them up: (batch_size, ...), of the example input's type.
+
+    The first is the first of the model's example input. The others are noise with its mean and standard deviation; where it holds whole numbers, such as
+    the ids of tokens, its own entries in other orders. They are the same at every call.
+    """
     sample = model.example_input[:1]
-    return sample.repeat(batch_size, *[1] * (sample.dim() - 1))
+    n_others = batch_size - 1
+    generator = torch.Generator().manual_seed(1)  # not the noise of `calibrate`
+    if sample.is_floating_point():
+        noise = torch.randn(n_others, *sample.shape[1:], generator=generator, dtype=sample.dtype)
+        deviation = float(sample.std(correction=0)) or 1.0
+        return torch.cat([sample, noise * deviation + sample.mean()])
+    orders = [torch.randperm(sample.numel(), generator=generator) for _ in range(n_others)]
+    return torch.cat([sample, *(sample.flatten()[order].reshape(sample.shape) for order in orders)])

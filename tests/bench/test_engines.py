@@ -245,6 +245,24 @@ def test_a_network_that_this_engine_cannot_take_is_a_result_too(
     assert compared.absences == (engines.Absence(engines.ALL, "no such operator", failed=True),)
 
 
-def test_an_engine_that_gives_nan_is_not_timed() -> None:
-    with pytest.raises(EngineError, match="relative difference nan"):
-        engines._check_output("nan", torch.full((2,), torch.nan), torch.ones(2))
+def test_an_engine_that_mixes_up_samples_or_leaves_them_out_is_not_timed(
+    small: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = networks.example_batch(small, 4)
+    with torch.inference_mode():
+        right = engines.pruned_copy(small, 0.5)(x)
+    wrong = {
+        "mixed": right[[0, 2, 1, 3]],
+        "first only": right[:1].repeat(4, 1),
+        "without last": torch.cat([right[:3], torch.zeros(1, 5)]),
+    }
+
+    def contestants(*_: object, **__: object) -> dict[str, Callable[[], torch.Tensor]]:
+        return {"right": lambda: right} | {
+            name: lambda output=output: output for name, output in wrong.items()
+        }
+
+    monkeypatch.setattr(engines, "dense_contestants", contestants)
+    compared = engines.time_engines(small, x, sparsity=0.5, seconds=0.1, torch_compile=False)
+    assert {one.contestant for one in compared.absences if one.failed} == wrong.keys()
+    assert {"right", engines.SPARSE} <= {one.contestant for one in compared.timings}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
 
-from explorer.bench.networks import DEMO, NETWORKS, load_network
-from explorer.models import prunable_layers
+from explorer.bench.networks import DEMO, NETWORKS, example_batch, load_network
+from explorer.models import LoadedModel, prunable_layers
 
 
 @pytest.mark.parametrize(
@@ -43,3 +45,39 @@ def test_a_name_loads_the_same_network_and_input_each_time() -> None:
     demo, rule = load_network("demo:fashion-resnet")
     assert rule is DEMO
     assert demo.name == "fashion-resnet"
+
+
+def with_example(example: torch.Tensor) -> LoadedModel:
+    return LoadedModel("any", nn.Identity(), example, ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_of_a_batch_differ_and_are_alike_in_size(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 3, 32, 32) * 5 + 20).to(dtype)
+    batch = example_batch(with_example(example), 4)
+    assert batch.shape == (4, 3, 32, 32)
+    assert batch.dtype == dtype
+    assert torch.equal(batch[0], example[0])
+    assert all(float((one - two).abs().mean()) > 3 for one, two in combinations(batch, 2))
+    for sample in batch:
+        assert float(sample.mean()) == pytest.approx(20, abs=0.5)
+        assert float(sample.std()) == pytest.approx(5, abs=0.5)
+    assert torch.equal(batch, example_batch(with_example(example), 4))
+    assert torch.equal(example_batch(with_example(example), 1), example[:1])
+
+
+def test_an_example_of_zeros_has_other_samples_beside_it() -> None:
+    batch = example_batch(with_example(torch.zeros(1, 8)), 3)
+    assert torch.equal(batch[0], torch.zeros(8))
+    assert not torch.equal(batch[1], batch[2])
+    assert bool((batch[1:] != 0).all())
+
+
+def test_token_ids_stay_those_of_the_example() -> None:
+    example = torch.tensor([[101, 7592, 2088, 999, 17, 102]])
+    batch = example_batch(with_example(example), 5)
+    assert batch.dtype == torch.int64
+    assert torch.equal(batch[0], example[0])
+    assert all(sorted(sample.tolist()) == sorted(example[0].tolist()) for sample in batch)
+    assert len({tuple(sample.tolist()) for sample in batch}) > 3
