@@ -62,12 +62,17 @@ class EngineTiming:
         Median, spread, threads and batch.
     speedup : float
         Time of the fastest dense contestant in the same run / time of this one.
+    accepted, difference : float, optional
+        The largest difference from torch's output that was accepted and that was found, see `explorer.bench.outputs.check_output`. None where a file does not
+        tell, as those from before they were kept.
     """
 
     contestant: str
     sparsity: float
     benchmark: Benchmark
     speedup: float
+    accepted: float | None = None
+    difference: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,13 @@ class Comparison:
     versions: dict[str, str]
     probe: Probe
     usable_cpus: int
+
+
+def accepted_difference(contestant: str) -> float:
+    """Return the largest difference from torch's output that is accepted of a contestant, see `explorer.bench.outputs.check_output`."""
+    if contestant in FOREIGN:
+        return FOREIGN[contestant].tolerance
+    return HALF_TOLERANCE if contestant == SPARSE_HALF else TOLERANCE
 
 
 def pruned_copy(
@@ -221,6 +233,7 @@ def time_engines(
     versions = {name: version(name) for name in ("sparsity-explorer", "torch", "llvmlite")}
     before_ms = probe_ms(threads)
     timed: dict[str, Benchmark] = {}
+    differences: dict[str, float] = {}
     kept = None
     with contextlib.ExitStack() as processes:
         contestants: dict[str, Callable[[], Any]] = {}
@@ -246,7 +259,7 @@ def time_engines(
             contestants[SPARSE] = sparse
             _add_half(contestants, absences, module, example_input, threads)
             others = _add_pairs(contestants, absences, model, sparsity, layers, example_input, threads)
-            _keep_right(contestants, absences, module, example_input, named, others)
+            differences = _keep_right(contestants, absences, module, example_input, others)
         if contestants:
             fastest_ms = min(fastest_ms, *before_ms)
             timed, kept = _timed(
@@ -257,7 +270,14 @@ def time_engines(
     best_dense_ms = min((timed[name].latency_ms for name in dense), default=0.0)
     return Comparison(
         tuple(
-            EngineTiming(name, sparsity, benchmark, best_dense_ms / benchmark.latency_ms)
+            EngineTiming(
+                name,
+                sparsity,
+                benchmark,
+                best_dense_ms / benchmark.latency_ms,
+                accepted_difference(name),
+                differences[name],
+            )
             for name, benchmark in timed.items()
         ),
         tuple(absences),
@@ -394,21 +414,26 @@ def _keep_right(
     absences: list[Absence],
     module: nn.Module,
     example_input: Tensor,
-    named: Sequence[str],
     others: Mapping[str, nn.Module],
-) -> None:
-    """Drop the contestants that do not give torch's output, sample by sample; `others` have weights of their own."""
+) -> dict[str, float]:
+    """Drop the contestants that do not give torch's output, sample by sample, and return how far the rest is from it; `others` have weights of their own."""
+    differences = {}
     with torch.inference_mode():
         usual_output = module(example_input)
         for name, call in list(contestants.items()):
             expected = others[name](example_input) if name in others else usual_output
             try:
-                usual = HALF_TOLERANCE if name == SPARSE_HALF else TOLERANCE
-                accepted = FOREIGN[name].tolerance if name in named else usual
-                check_output(name, call(), expected, accepted=accepted, n_samples=len(example_input))
+                differences[name] = check_output(
+                    name,
+                    call(),
+                    expected,
+                    accepted=accepted_difference(name),
+                    n_samples=len(example_input),
+                )
             except EngineError as error:
                 absences.append(Absence(name, _reason(error), failed=True))
                 del contestants[name]
+    return differences
 
 
 def _timed(

@@ -40,7 +40,7 @@ TIMEOUT_S = 600.0
 """An engine may take so long to compile a network, or to run a slice of a few milliseconds, before it is given up."""
 
 TOLERANCE = 1e-3
-"""Largest difference to torch's output that is accepted of float32 engines, relative to its largest entry."""
+"""Largest difference to torch's output that is accepted of float32 engines, relative to its largest entry, in each sample."""
 
 HALF_TOLERANCE = 0.15
 """The same for float16. With random weights and recomputed BatchNorm statistics a network amplifies each rounding a hundredfold: ResNet-50 is off by 9 %

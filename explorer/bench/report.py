@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from explorer.bench.engines import ALL, SPARSE
+from explorer.bench.engines import ALL, SPARSE, accepted_difference
 from explorer.bench.foreign import FOREIGN
 from explorer.bench.records import Record, Results
 from explorer.bench.surroundings import BUSY
@@ -217,6 +217,12 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
             "With `--patience S` the product was timed before and after each turn of an engine: where it took so much longer, the turn was put off, or measured "
             "again, until S seconds of the combination were lost in that way; a combination is called busy when more than a tenth of its probes were slow."
         )
+    blocks.append(
+        "An engine was timed only when no entry of its output differed from torch's by more than is accepted of it, relative to the largest entry of torch's output of that "
+        "sample; random weights amplify each rounding, and some engines compute in less than float32 where the processor does:"
+    )
+    head = ["engine", "accepted difference", "largest found"]
+    blocks.append(_table(head, _difference_rows(records), left=1))
     blocks.append(_table(["machine", ""], _machine_rows(results), left=2))
     blocks.append(_table(["engine", "version", "measured on"], _version_rows(records), left=3))
     rules = {one.combination.network: one.rule for one in records}
@@ -280,6 +286,25 @@ def _version_rows(records: Sequence[Record]) -> list[list[str]]:
         [name, version, ", ".join(sorted(set(days)))]
         for name, versions in found.items()
         for version, days in versions.items()
+    ]
+
+
+def _difference_rows(records: Sequence[Record]) -> list[list[str]]:
+    """A row for each engine that was timed. What earlier files do not tell is what this version accepts."""
+    accepted: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
+    for timing in (timing for one in records for timing in one.timings):
+        name = timing.contestant
+        limit = accepted_difference(name) if timing.accepted is None else timing.accepted
+        accepted.setdefault(name, []).append(limit)
+        found.setdefault(name, []).extend([] if timing.difference is None else [timing.difference])
+    return [
+        [
+            name,
+            ", ".join(f"{limit:g}" for limit in sorted(set(limits))),
+            f"{max(found[name]):.2g}" if found[name] else "not recorded",
+        ]
+        for name, limits in accepted.items()
     ]
 
 

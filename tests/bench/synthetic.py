@@ -21,8 +21,9 @@ def comparison(
     probe: Probe = QUIET,
     versions: Mapping[str, str] | None = None,
     usable_cpus: int = 8,
+    differences: Mapping[str, tuple[float, float]] | None = None,
 ) -> Comparison:
-    """The medians, in milliseconds, as a comparison in which only torch and ONNX Runtime are dense."""
+    """The medians, in milliseconds, as a comparison in which only torch and ONNX Runtime are dense; of `differences`, the accepted one and what was found."""
     dense = min(
         (ms for name, ms in medians.items() if name.startswith(("torch", "onnxruntime"))), default=0.0
     )
@@ -41,6 +42,7 @@ def comparison(
                 "avx512" if name == SPARSE else "foreign",
             ),
             dense / ms,
+            *(differences or {}).get(name, ()),
         )
         for name, ms in medians.items()
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from explorer.bench import engines, networks
+from explorer.bench.foreign import HALF_TOLERANCE
 from explorer.errors import EngineError
 from explorer.inference import compilation, native
 from explorer.masks import n_zeros
@@ -88,6 +89,12 @@ def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     best = min(one.benchmark.latency_ms for one in dense)
     assert max(one.speedup for one in dense) == 1.0
     assert here[engines.SPARSE].speedup == pytest.approx(best / here[engines.SPARSE].benchmark.latency_ms)
+    for one in here.values():
+        assert one.accepted == (
+            HALF_TOLERANCE if one.contestant == engines.SPARSE_HALF else engines.TOLERANCE
+        )
+        assert one.difference is not None
+        assert 0 <= one.difference <= one.accepted
     assert compared.versions["torch"] == torch.__version__
     assert not any(one.failed for one in compared.absences)
 
@@ -217,7 +224,7 @@ def test_an_engine_with_another_output_is_not_timed_but_named(
 
     def contestants(*_: object, **__: object) -> dict[str, Callable[[], torch.Tensor]]:
         return {
-            "right": lambda: right(small.example_input),
+            "right": lambda: right(small.example_input) * 1.0005,
             "liar": lambda: torch.zeros(1, 5),
             "shapeless": lambda: torch.zeros(5),
         }
@@ -230,7 +237,9 @@ def test_an_engine_with_another_output_is_not_timed_but_named(
     assert said.keys() == {"liar", "shapeless"}
     assert "liar gives another output than torch: relative difference" in said["liar"]
     assert "its shape is (5,), (1, 5) is right" in said["shapeless"]
-    assert {"right", engines.SPARSE} <= {one.contestant for one in compared.timings}
+    differences = {one.contestant: one.difference for one in compared.timings}
+    assert {"right", engines.SPARSE} <= differences.keys()
+    assert differences["right"] == pytest.approx(5e-4, rel=0.01)
 
 
 def test_a_network_that_this_engine_cannot_take_is_a_result_too(

@@ -9,13 +9,18 @@ import pytest
 
 from explorer.bench.engines import SPARSE, Absence
 from explorer.bench.records import Combination, Record, Results
+from explorer.bench.report import markdown
 from explorer.bench.surroundings import Probe
 from explorer.errors import FormatError
 from tests.bench.synthetic import BUSY, comparison, record
 
 A = Combination("resnet18", 0.9, 1, 1)
 GIVEN = comparison(
-    A, {"torch eager": 3.0, SPARSE: 1.0}, absences=(Absence("mnn", "gone", failed=True),), probe=BUSY
+    A,
+    {"torch eager": 3.0, SPARSE: 1.0},
+    absences=(Absence("mnn", "gone", failed=True),),
+    probe=BUSY,
+    differences={SPARSE: (1e-3, 2e-6)},
 )
 
 
@@ -24,6 +29,17 @@ def test_results_read_back_are_the_results_that_were_written(tmp_path: Path) -> 
     path = tmp_path / "r.json"
     path.write_text(results.to_json())
     assert Results.read(path) == results
+
+
+def test_a_file_from_before_differences_were_kept_is_read(tmp_path: Path) -> None:
+    document = json.loads(Results({"cpu": "c"}, (record(A, GIVEN),)).to_json())
+    for timing in document["records"][0]["comparison"]["timings"]:
+        del timing["accepted"], timing["difference"]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(document))
+    read = Results.read(path)
+    assert [(one.accepted, one.difference) for one in read.records[0].timings] == [(None, None)] * 2
+    assert "| not recorded |" in markdown(read)
 
 
 def test_a_combination_counts_as_measured_only_with_all_engines_that_are_asked_for() -> None:

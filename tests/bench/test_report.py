@@ -89,6 +89,24 @@ def test_the_document_names_machine_versions_and_command() -> None:
     assert "runs**" not in text
 
 
+def test_the_document_says_for_each_engine_what_difference_was_accepted_and_found() -> None:
+    medians = {"torch eager": 40.0, "openvino": 30.0, "mnn": 25.0, SPARSE: 10.0}
+    kept = {"torch eager": (0.001, 0.0), "openvino": (0.3, 0.12), SPARSE: (0.001, 2.34e-6)}
+    more = {"torch eager": (0.001, 1e-7), "openvino": (0.3, 0.07), SPARSE: (0.002, 1e-6)}
+    given = [
+        record(one, comparison(one, medians, differences=found)) for one, found in ((A, kept), (B, more))
+    ]
+    text = report.markdown(Results(MACHINE, tuple(given)))
+    told = text[text.index("## How it was measured") : text.index("## resnet18")]
+    rows = next(table for table in tables(told) if "accepted difference" in table[0])
+    assert [tuple(row.values()) for row in rows] == [
+        ("torch eager", "0.001", "1e-07"),
+        ("openvino", "0.3", "0.12"),
+        ("mnn", "0.01", "not recorded"),  # what this version accepts
+        (SPARSE, "0.001, 0.002", "2.3e-06"),
+    ]
+
+
 def test_results_of_several_runs_say_so_and_name_their_dates_and_versions() -> None:
     later = {"date": "2026-01-05 10:00:00 UTC", "run": "2026-01-05 09:00:00 UTC"}
     one = record(A, comparison(A, MEDIANS, versions={"torch": "2.12"}))
