@@ -250,29 +250,31 @@ class ForeignEngine:
         self.isa = "foreign"
         self.failure: str | None = None
         self._worker = _Worker(name, python, timeout_s)
-        output = model.with_name(f"{name}.npy")
+        self._output = model.with_name(f"{name}.npy")
         what = FOREIGN[name]
         request = {"do": "load", "engine": what.engine, "precision": what.precision, "threads": threads}
-        paths = {"model": str(model), "input": str(model.with_name("input.npy")), "output": str(output)}
+        paths = {"model": str(model), "input": str(model.with_name("input.npy"))}
         try:
             self.version = str(self._worker.ask(request | paths)["version"])
-            self.output = torch.from_numpy(np.load(output))
         except BaseException:  # an interrupt too must not leave a process behind
             self.close()
             raise
 
     def seconds(self, calls: int, warm_s: float = 0.0) -> float:
         """Return what `calls` inferences after one another took, on the clock of the engine's process, after a warm-up of at least one."""
+        return float(self._ask({"do": "run", "calls": calls, "warm_s": warm_s})["seconds"])
+
+    def __call__(self) -> Tensor:
+        """Run once, and return what the engine gave."""
+        self._ask({"do": "output", "output": str(self._output)})
+        return torch.from_numpy(np.load(self._output))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return float(self._worker.ask({"do": "run", "calls": calls, "warm_s": warm_s})["seconds"])
+            return self._worker.ask(request)
         except EngineError as error:
             self.failure = str(error)
             raise
-
-    def __call__(self) -> Tensor:
-        """Run once, and return what the engine gave when it was loaded."""
-        self.seconds(1)
-        return self.output
 
     def close(self) -> None:
         """End the process."""

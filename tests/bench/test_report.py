@@ -105,6 +105,12 @@ def test_the_document_says_for_each_engine_what_difference_was_accepted_and_foun
         ("mnn", "0.01", "not recorded"),  # what this version accepts
         (SPARSE, "0.001, 0.002", "2.3e-06"),
     ]
+    assert "compared with torch's before." in told  # nothing more is known of mnn
+    del medians["mnn"]
+    later = report.markdown(Results(MACHINE, (record(A, comparison(A, medians, differences=kept)),)))
+    assert (
+        "compared with torch's, sample by sample, before its engine's first turn and after the last." in later
+    )
 
 
 def test_results_of_several_runs_say_so_and_name_their_dates_and_versions() -> None:
