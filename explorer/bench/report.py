@@ -206,11 +206,12 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
         )
     if any("_PYTHON" in command for command in commands):
         blocks.append("`$…_PYTHON` is the Python of an environment in which that engine is installed.")
-    compared = "Every output was compared with torch's before."
+    first, compared = "", "Every output was compared with torch's before."
     if all(timing.difference is not None for one in records for timing in one.timings):
+        first = ", each time another one first"
         compared = "Every output was compared with torch's, sample by sample, before its engine's first turn and after the last."
     blocks.append(
-        "Each engine warms up for 20 ms (at least one inference), is timed for 20 ms more, and then, once its threads have stopped spinning, the next one does the same, many turns long; a time is "
+        f"Each engine warms up for 20 ms (at least one inference), is timed for 20 ms more, and then, once its threads have stopped spinning, the next one does the same, many turns long{first}; a time is "
         f"the median over turns, ± half the distance between its quartiles. {compared} Before and after each combination a fixed product of two "
         f"matrices was timed, on as many threads, by each for itself: where a turn of it took more than {BUSY:.0%} longer than the fastest of all, something else was running, and the "
         "combination says so."

@@ -177,7 +177,7 @@ def compare_latency(
     warm_s: float = 0.0,
     take: Callable[[Callable[[], float]], float] | None = None,
 ) -> dict[str, Benchmark]:
-    """Time several callables in one run, slice by slice in turn.
+    """Time several callables in one run, slice by slice in turn; each time another one is the first.
 
     Parameters
     ----------
@@ -215,10 +215,13 @@ def compare_latency(
         one_turn = sum(n * once + max(once, warm_s) for n, once in calls.values())
         turns = max(5, min(repeats, int(seconds / one_turn)))
         times: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(turns):
-            for name, call in contestants.items():
+        names = list(contestants)
+        for turn in range(turns):
+            # A machine that becomes slower during each turn, for instance, would favour whoever is always first.
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
                 n = calls[name][0]
-                measure = partial(_one_turn, call, n, warm_s)
+                measure = partial(_one_turn, contestants[name], n, warm_s)
                 times[name].append((measure() if take is None else take(measure)) / n * 1e3)
     return {
         name: summarise(

@@ -106,6 +106,7 @@ def test_the_document_says_for_each_engine_what_difference_was_accepted_and_foun
         (SPARSE, "0.001, 0.002", "2.3e-06"),
     ]
     assert "compared with torch's before." in told  # nothing more is known of mnn
+    assert "another one first" not in told
     del medians["mnn"]
     later = report.markdown(Results(MACHINE, (record(A, comparison(A, medians, differences=kept)),)))
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import time
 from contextlib import nullcontext
@@ -217,9 +218,38 @@ def test_contestants_alternate_and_the_slow_one_is_seen_to_be_slow() -> None:
         {"slow": lambda: work("slow", 400_000), "quick": lambda: work("quick", 10)}, repeats=6, seconds=1
     )
     assert result["slow"].latency_ms > 5 * result["quick"].latency_ms
-    turns = "".join(c[0] for c in calls)
-    assert turns.count("sq") >= 5
-    assert turns.count("qs") >= 5
+    # Who has ended a turn begins the next one: after the first calls of both, slow, quick, quick, slow, slow, quick, ...
+    turns = [name for name, _ in itertools.groupby(calls)]
+    assert turns[:4] == ["slow", "quick"] * 2
+    assert len(turns) == 3 + result["slow"].repeats
+    assert result["slow"].repeats == result["quick"].repeats >= 5
+
+
+class Named:
+    """A contestant that writes its name down for each of its turns, with the warm-up that it was asked for, and takes no time."""
+
+    def __init__(self, name: str, turns: list[tuple[str, float]]) -> None:
+        self.name, self.turns = name, turns
+
+    def __call__(self) -> None: ...
+
+    def seconds(self, calls: int, warm_s: float) -> float:
+        self.turns.append((self.name, warm_s))
+        return 1e-4 * calls
+
+
+def test_each_turn_begins_with_another_contestant_and_all_have_as_many_turns() -> None:
+    turns: list[tuple[str, float]] = []
+    names = ["a", "b", "c"]
+    result = compare_latency({name: Named(name, turns) for name in names}, repeats=7, warm_s=1e-6)
+    said = "".join(name for name, _ in turns)
+    assert said[:3] == "abc"  # how long one call takes
+    assert [said[i : i + 3] for i in range(3, len(said), 3)] == [
+        "abc", "bca", "cab", "abc", "bca", "cab", "abc",
+    ]  # fmt: skip
+    assert {warm_s for _, warm_s in turns[3:]} == {1e-6}
+    assert [result[name].repeats for name in result] == [7, 7, 7]
+    assert list(result) == names
 
 
 def test_a_contestant_warms_up_before_each_of_its_turns() -> None:
