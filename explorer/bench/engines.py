@@ -32,6 +32,7 @@ from explorer.inference.timing import Benchmark, EngineCall, compare_latency, de
 from explorer.masks import magnitude_mask, pair_mask
 from explorer.models import LoadedModel, PrunableLayer
 
+DENSE = "engine dense"
 SPARSE = "engine sparse"
 SPARSE_HALF = "engine sparse fp16"
 SPARSE_PAIRS = "engine sparse pairs"

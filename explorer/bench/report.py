@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from explorer.bench.engines import ALL, SPARSE, accepted_difference
+from explorer.bench.engines import ALL, DENSE, SPARSE, SPARSE_HALF, SPARSE_PAIRS, accepted_difference
 from explorer.bench.foreign import FOREIGN
 from explorer.bench.records import Record, Results
 from explorer.bench.surroundings import BUSY
+from explorer.inference.timing import Benchmark
 
 __all__ = ["markdown", "text"]
 
@@ -30,7 +31,7 @@ def text(record: Record, noise: float) -> str:
         lines.append(
             f"  {one.contestant:<20} {b.latency_ms:>10.3f} {b.spread_ms:>8.3f} {b.min_ms:>10.3f} {one.speedup:>8.2f}x {ratio}"
         )
-    return "\n".join([*lines, *(f"  {note}" for note in _notes(record, noise))])
+    return "\n".join([*lines, *(f"  {note}" for note in (*_slower(record), *_notes(record, noise)))])
 
 
 def markdown(results: Results) -> str:
@@ -53,6 +54,7 @@ def markdown(results: Results) -> str:
         "## Summary",
         _RATIO,
         _summary(results, records),
+        *_all_slower(records),
         "## How it was measured",
         *_circumstances(results, records),
     ]
@@ -131,6 +133,30 @@ def _summary(results: Results, records: Sequence[Record]) -> str:
         rows.append([*cells, "busy" if results.noise(one) > BUSY else "", one.date])
     head = ["network", "sparsity", "batch", "threads", "ours, ms", *names, "noise", "date"]
     return _table(head, rows, left=1)
+
+
+def _all_slower(records: Sequence[Record]) -> list[str]:
+    """A list of all that `_slower` says."""
+    said = [f"- {line}" for one in records for line in _slower(one)]
+    return ["\n".join(said)] if said else []
+
+
+def _slower(record: Record) -> list[str]:
+    """Name the sparse runs of this engine that were slower than its dense one, by more than the spread of both."""
+    timed = {one.contestant: one.benchmark for one in record.timings}
+    dense = timed.get(DENSE)
+    if dense is None:
+        return []
+    return [
+        f"{name} was slower than {DENSE}, by more than both vary: {_time(sparse)} against {_time(dense)} ms, {record.combination}"
+        for name in (SPARSE, SPARSE_HALF, SPARSE_PAIRS)
+        if (sparse := timed.get(name)) is not None
+        and sparse.latency_ms - dense.latency_ms > sparse.spread_ms + dense.spread_ms
+    ]
+
+
+def _time(benchmark: Benchmark) -> str:
+    return f"{benchmark.latency_ms:.3f} ± {benchmark.spread_ms:.3f}"
 
 
 def _ratio(theirs: float | None, ours: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from explorer.bench import report
-from explorer.bench.engines import ALL, SPARSE, Absence
+from explorer.bench.engines import ALL, DENSE, SPARSE, SPARSE_PAIRS, Absence
 from explorer.bench.records import Combination, Results
 from tests.bench.synthetic import BUSY, comparison, record
 
@@ -156,6 +156,25 @@ def test_failures_absences_and_noise_are_in_the_document_and_on_the_terminal() -
     assert row["onnxruntime"] == "3.00 ×"
     assert tables(text)[0][1]["noise"] == ""
     assert all(row["deepsparse / this"] == "–" for row in tables(text)[-2])
+
+
+def test_a_sparse_run_that_is_slower_than_the_dense_one_is_named_where_it_cannot_be_noise() -> None:
+    # Each spread is a hundredth of the median.
+    slower = record(A, comparison(A, {**MEDIANS, DENSE: 10.0, SPARSE: 10.21, SPARSE_PAIRS: 12.0}))
+    within = record(B, comparison(B, {**MEDIANS, DENSE: 10.0, SPARSE: 10.20, SPARSE_PAIRS: 9.0}))
+    alone = record(C, comparison(C, {"torch eager": 1.0, SPARSE: 20.0}))
+    said = [
+        f"engine sparse was slower than engine dense, by more than both vary: 10.210 ± 0.102 against 10.000 ± 0.100 ms, {A}",
+        f"engine sparse pairs was slower than engine dense, by more than both vary: 12.000 ± 0.120 against 10.000 ± 0.100 ms, {A}",
+    ]
+    terminal = report.text(slower, 0.0).splitlines()
+    assert [line.strip() for line in terminal if "slower than engine" in line] == said
+    document = report.markdown(Results(MACHINE, (slower, within, alone)))
+    summary = document[: document.index("## How it was measured")].splitlines()
+    assert [line for line in summary if "slower than engine" in line] == [f"- {line}" for line in said]
+    for quick in (within, alone):
+        assert "slower than engine" not in report.text(quick, 0.0)
+    assert "slower than engine" not in report.markdown(Results(MACHINE, (within, alone)))
 
 
 def test_a_combination_that_nothing_could_run_keeps_its_line() -> None:
