@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="engines",
         help="engines: time networks in every engine (default); "
         "kernels: how near the loop over nonzeros comes to the peak of a core; "
-        "compile: how long compiling takes, with an empty cache and a full one, and new weights; "
+        "compile: how long compiling takes, with an empty cache and a full one, and new weights, beside this project's limits; "
         "prediction: compare predicted with measured speed-ups of many distributions; "
         "scan: the sensitivity scan against a naive one; "
         "distributions: solved ones against those of the literature, after training",
@@ -412,7 +412,10 @@ def _compile(options: argparse.Namespace) -> int:
     for name in options.model:
         if name not in NETWORKS:
             load_network(name)
-    print(f"{summary()}; seconds: median (fastest to slowest)", flush=True)
+    print(
+        f"{summary()}; seconds: median (fastest to slowest, and this project's limit where it has one)",
+        flush=True,
+    )
     sparsities = options.sparsity or [0.9]
     try:
         for name, batch_size, threads, sparsity in itertools.product(
