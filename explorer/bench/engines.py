@@ -26,6 +26,7 @@ from explorer.bench.foreign import FOREIGN, HALF_TOLERANCE, TIMEOUT_S, TOLERANCE
 from explorer.bench.outputs import check_output
 from explorer.bench.patience import Patience
 from explorer.bench.surroundings import Probe, probe_ms, usable_cpus, version
+from explorer.bench.usage import Metered
 from explorer.errors import EngineError, EngineWarning
 from explorer.inference import compile as compile_module
 from explorer.inference.timing import Benchmark, EngineCall, compare_latency, dense_contestants, torch_threads
@@ -66,6 +67,8 @@ class EngineTiming:
     accepted, difference : float, optional
         The largest difference from torch's output that was accepted and that was found, see `explorer.bench.outputs.check_output`. None where a file does not
         tell, as those from before they were kept.
+    cpus : float, optional
+        How many CPUs its process kept busy while it was timed, on average: CPU time / time. Threads that wait for work in a loop count, too.
     """
 
     contestant: str
@@ -74,6 +77,7 @@ class EngineTiming:
     speedup: float
     accepted: float | None = None
     difference: float | None = None
+    cpus: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +238,7 @@ def time_engines(
     versions = {name: version(name) for name in ("sparsity-explorer", "torch", "llvmlite")}
     before_ms = probe_ms(threads)
     timed: dict[str, Benchmark] = {}
+    cpus: dict[str, float | None] = {}
     differences: dict[str, float] = {}
     others: dict[str, nn.Module] = {}
     kept = None
@@ -265,7 +270,7 @@ def time_engines(
         after: dict[str, float] = {}
         if contestants:
             fastest_ms = min(fastest_ms, *before_ms)
-            timed, kept = _timed(
+            timed, cpus, kept = _timed(
                 contestants, absences, threads, example_input.shape[0], seconds, patience_s, fastest_ms
             )
         # Engines whose threads look out for work after a call would disturb the probe: it comes before the last calls.
@@ -286,6 +291,7 @@ def time_engines(
                 best_dense_ms / benchmark.latency_ms,
                 accepted_difference(name),
                 max(differences[name], after[name]),
+                cpus[name],
             )
             for name, benchmark in timed.items()
         ),
@@ -454,13 +460,17 @@ def _timed(
     seconds: float,
     patience_s: float,
     fastest_ms: float,
-) -> tuple[dict[str, Benchmark], Probe | None]:
-    """Time the contestants in turn; when a process ends or falls silent, begin again with the others. With patience also what the probe took around each turn."""
+) -> tuple[dict[str, Benchmark], dict[str, float | None], Probe | None]:
+    """Time the contestants in turn; when a process ends or falls silent, begin again with the others. Also how many CPUs each kept busy, and with patience what the probe took around each turn."""
     while True:
         patience = Patience(patience_s, threads, fastest_ms) if patience_s > 0 else None
+        metered = {
+            name: call if isinstance(call, ForeignEngine) else Metered(call)
+            for name, call in contestants.items()
+        }
         try:
             timed = compare_latency(
-                contestants,
+                metered,
                 threads=threads,
                 batch_size=batch_size,
                 seconds=seconds,
@@ -481,7 +491,8 @@ def _timed(
                 absences.append(Absence(name, failure, failed=True))
                 del contestants[name]
         else:
-            return timed, patience.kept if patience else None
+            cpus = {name: call.usage.cpus for name, call in metered.items()}
+            return timed, cpus, patience.kept if patience else None
 
 
 def _reason(error: BaseException) -> str:

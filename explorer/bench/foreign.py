@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from explorer.bench.usage import Usage
 from explorer.errors import EngineError
 
 __all__ = [
@@ -236,6 +237,8 @@ class ForeignEngine:
         Of the engine.
     failure : str, optional
         Why it can no longer be asked.
+    usage : Usage
+        CPU time of its process while it was timed after a warm-up.
 
     Raises
     ------
@@ -249,6 +252,7 @@ class ForeignEngine:
         self.name = name
         self.isa = "foreign"
         self.failure: str | None = None
+        self.usage = Usage()
         self._worker = _Worker(name, python, timeout_s)
         self._output = model.with_name(f"{name}.npy")
         what = FOREIGN[name]
@@ -262,7 +266,10 @@ class ForeignEngine:
 
     def seconds(self, calls: int, warm_s: float = 0.0) -> float:
         """Return what `calls` inferences after one another took, on the clock of the engine's process, after a warm-up of at least one."""
-        return float(self._ask({"do": "run", "calls": calls, "warm_s": warm_s})["seconds"])
+        answer = self._ask({"do": "run", "calls": calls, "warm_s": warm_s})
+        if warm_s > 0:
+            self.usage.add(float(answer["seconds"]), float(answer["cpu_s"]))
+        return float(answer["seconds"])
 
     def __call__(self) -> Tensor:
         """Run once, and return what the engine gave."""

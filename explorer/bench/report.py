@@ -8,6 +8,7 @@ from explorer.bench.engines import ALL, DENSE, SPARSE, SPARSE_HALF, SPARSE_PAIRS
 from explorer.bench.foreign import FOREIGN
 from explorer.bench.records import Record, Results
 from explorer.bench.surroundings import BUSY
+from explorer.bench.usage import TOO_MANY
 from explorer.inference.timing import Benchmark
 
 __all__ = ["markdown", "text"]
@@ -163,9 +164,16 @@ def _ratio(theirs: float | None, ours: float | None) -> str:
     return "–" if theirs is None or ours is None else f"{theirs / ours:.2f} ×"
 
 
+def _is_metered(records: Sequence[Record]) -> bool:
+    """Whether the CPU time of any contestant is known; earlier files do not tell."""
+    return any(timing.cpus is not None for one in records for timing in one.timings)
+
+
 def _section(results: Results, records: Sequence[Record]) -> list[str]:
     c = records[0].combination
     head = ["sparsity", "engine", "median ms", "± ms", "fastest ms", "turns"]
+    metered = _is_metered(records)
+    head += ["CPUs busy"] if metered else []
     head += [f"{name} / this" for name in REFERENCES] + ["fastest dense / this"]
     rows = []
     for one in records:
@@ -180,6 +188,8 @@ def _section(results: Results, records: Sequence[Record]) -> list[str]:
                 f"{b.min_ms:.3f}",
                 str(b.repeats),
             ]
+            if metered:
+                row.append("–" if timing.cpus is None else f"{timing.cpus:.2f}")
             row += [_ratio(one.median_ms(reference), b.latency_ms) for reference in REFERENCES]
             rows.append([*row, f"{timing.speedup:.2f} ×"])
     said = []
@@ -205,13 +215,19 @@ def _notes(record: Record, noise: float) -> list[str]:
         f"{one.contestant} {'failed' if one.failed else 'was left out'}: {one.reason}"
         for one in record.absences
     ]
+    threads = record.combination.threads
+    notes += [
+        f"warning: {one.contestant} kept {one.cpus:.2f} CPUs busy, but was given {threads} thread(s)"
+        for one in record.timings
+        if one.cpus is not None and one.cpus > threads + TOO_MANY
+    ]
     if noise > BUSY:
         notes.append(
             f"warning: this machine was busy: the probe was up to {noise:.0%} slower than at its fastest, {BUSY:.0%} is accepted; measure again"
         )
-    if record.comparison.usable_cpus < record.combination.threads:
+    if record.comparison.usable_cpus < threads:
         notes.append(
-            f"warning: {record.combination.threads} threads on {record.comparison.usable_cpus} usable CPU(s) take turns instead of working together"
+            f"warning: {threads} threads on {record.comparison.usable_cpus} usable CPU(s) take turns instead of working together"
         )
     return notes
 
@@ -246,6 +262,11 @@ def _circumstances(results: Results, records: Sequence[Record]) -> list[str]:
         blocks.append(
             "With `--patience S` the product was timed before and after each turn of an engine: where it took so much longer, the turn was put off, or measured "
             "again, until S seconds of the combination were lost in that way; a combination is called busy when more than a tenth of its probes were slow."
+        )
+    if _is_metered(records):
+        blocks.append(
+            "`CPUs busy` is the CPU time of the engine's process during its turns / their time. Threads that wait for work in a loop count too, and other work on the machine makes it less; "
+            f"an engine for which it is more than {TOO_MANY:g} above the number of threads that it was given is named."
         )
     blocks.append(
         "An engine was timed only when no entry of its output differed from torch's by more than is accepted of it, relative to the largest entry of torch's output of that "

@@ -252,15 +252,20 @@ def wait_until_idle(limit_s: float = 0.5) -> None:
             return
 
 
+def warm_up(call: Callable[[], object], warm_s: float) -> None:
+    """Call once, and then as often as begins within `warm_s` seconds."""
+    warm = time.perf_counter() + warm_s
+    call()
+    while time.perf_counter() < warm:
+        call()
+
+
 def _seconds(call: Callable[[], object], calls: int, warm_s: float = 0.0) -> float:
     """Time of so many calls after some that wake this contestant's threads and caches and are not counted: one, and as many as fit into `warm_s`."""
     own_clock = getattr(call, "seconds", None)
     if own_clock is not None:
         return float(own_clock(calls, warm_s))
-    warm = time.perf_counter() + warm_s
-    call()
-    while time.perf_counter() < warm:
-        call()
+    warm_up(call, warm_s)
     start = time.perf_counter()
     for _ in range(calls):
         call()

@@ -22,6 +22,7 @@ def comparison(
     versions: Mapping[str, str] | None = None,
     usable_cpus: int = 8,
     differences: Mapping[str, tuple[float, float]] | None = None,
+    cpus: Mapping[str, float] | None = None,
 ) -> Comparison:
     """The medians, in milliseconds, as a comparison in which only torch and ONNX Runtime are dense; of `differences`, the accepted one and what was found."""
     dense = min(
@@ -42,7 +43,8 @@ def comparison(
                 "avx512" if name == SPARSE else "foreign",
             ),
             dense / ms,
-            *(differences or {}).get(name, ()),
+            *(differences or {}).get(name, (None, None)),
+            (cpus or {}).get(name),
         )
         for name, ms in medians.items()
     )
@@ -58,3 +60,22 @@ def record(
 ) -> Record:
     """A record that was made by the command of its run."""
     return Record(combination, "all layers", date, run, f"sparsity-explorer bench engines # {run}", given)
+
+
+class Clock:
+    """Stands for `time`, in a process whose work takes 1 ms a call and keeps so many CPUs busy."""
+
+    def __init__(self, cpus: float) -> None:
+        self.cpus, self.calls = cpus, 0
+
+    def work(self) -> None:
+        """One call."""
+        self.calls += 1
+
+    def perf_counter(self) -> float:
+        """Seconds."""
+        return self.calls * 1e-3
+
+    def process_time(self) -> float:
+        """CPU seconds."""
+        return self.calls * 1e-3 * self.cpus

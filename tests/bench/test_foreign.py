@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from explorer.bench import engines
+from explorer.bench import engines, foreign_worker
 from explorer.bench.foreign import FOREIGN, ForeignEngine, export, installed_version, parse
+from explorer.bench.usage import TOO_MANY, Usage
 from explorer.errors import EngineError
 from explorer.inference.timing import compare_latency
 from explorer.models import LoadedModel, load_model
+from tests.bench.synthetic import Clock
 
 NET = nn.Sequential(
     nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
@@ -47,10 +49,23 @@ def test_an_engine_in_another_process_computes_the_same_network_and_keeps_its_ow
         start = time.perf_counter()
         assert engine.seconds(1, warm_s=0.2) < 0.1
         assert time.perf_counter() - start > 0.2
+        assert engine.usage.cpus is not None
+        engine.seconds(2000, warm_s=0.001)
+        assert 0 < engine.usage.cpus < 1 + TOO_MANY
         timed = compare_latency({"here": lambda: NET(x), "there": engine}, seconds=0.1, batch_size=2)
     assert 0 < timed["there"].latency_ms < 1000
     with pytest.raises(EngineError, match="onnxruntime ended"):
         engine.seconds(1)
+
+
+def test_the_cpu_time_of_a_process_is_that_of_the_calls_that_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(cpus=2.5)
+    monkeypatch.setattr(foreign_worker, "time", clock)
+    seconds, cpu_s = foreign_worker.timed(clock.work, 4, 0.02)
+    assert clock.calls > 4 + 1
+    assert (seconds, cpu_s) == pytest.approx((0.004, 0.01))
 
 
 def test_a_missing_engine_is_named(exported: Path) -> None:
@@ -81,6 +96,7 @@ def test_a_speedup_refers_to_dense_float32_engines_only(monkeypatch: pytest.Monk
     class Instant:
         isa = "foreign"
         version = "1.0"
+        usage = Usage()
 
         def __init__(self, name: str, *_: object) -> None:
             self.name = name
@@ -143,6 +159,7 @@ BEHAVIOURS = {
     "dies": "print('out of luck', file=sys.stderr, flush=True); os._exit(3)",
     "dies later": "answer if request['do'] == 'load' or (turns := turns + 1) < 3 else os._exit(3)",
     "hangs": "time.sleep(600)",
+    "greedy": "answer | {'cpu_s': 2.5 * answer['seconds']}",
     "raises": "{'error': 'RuntimeError: unknown operator'}",
 }
 
@@ -162,7 +179,8 @@ turns = 0
 right = np.tile(np.arange(1.0, 6.0, dtype=np.float32), (2, 1))
 for line in sys.stdin:
     request = json.loads(line)
-    answer = {{"version": "1.0", "seconds": 1e-4 * request.get("calls", 0)}}
+    seconds = 1e-4 * request.get("calls", 0)
+    answer = {{"version": "1.0", "seconds": seconds, "cpu_s": seconds}}
     if request["do"] == "load":
         {"; ".join(first) or "pass"}
     if request["do"] == "output":
@@ -213,6 +231,25 @@ def test_an_engine_that_fails_is_named_and_the_others_are_timed(
     assert {"torch eager", "mnn", engines.SPARSE} <= timed
     assert "deepsparse" not in timed
     assert found.versions["mnn"] == "1.0"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the pretended Python is a shell script")
+def test_cpu_time_is_that_which_an_engine_s_process_tells(
+    constant: LoadedModel, pretender: Callable[[str], str]
+) -> None:
+    found = engines.time_engines(
+        constant,
+        constant.example_input,
+        sparsity=0.5,
+        seconds=0.05,
+        foreign=[("deepsparse", pretender("greedy")), ("mnn", pretender("good"))],
+        torch_compile=False,
+    )
+    cpus = {one.contestant: one.cpus for one in found.timings}
+    assert cpus["deepsparse"] == pytest.approx(2.5)
+    assert cpus["mnn"] == pytest.approx(1.0)
+    for name in cpus.keys() - {"deepsparse", "mnn"}:  # on one thread of this process
+        assert 0 < cpus[name] < 1 + TOO_MANY
 
 
 def test_the_version_of_an_engine_is_asked_of_its_own_python() -> None:

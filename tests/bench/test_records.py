@@ -21,6 +21,7 @@ GIVEN = comparison(
     absences=(Absence("mnn", "gone", failed=True),),
     probe=BUSY,
     differences={SPARSE: (1e-3, 2e-6)},
+    cpus={"torch eager": 1.01, SPARSE: 0.99},
 )
 
 
@@ -31,15 +32,17 @@ def test_results_read_back_are_the_results_that_were_written(tmp_path: Path) -> 
     assert Results.read(path) == results
 
 
-def test_a_file_from_before_differences_were_kept_is_read(tmp_path: Path) -> None:
+def test_a_file_from_before_differences_and_cpu_time_were_kept_is_read(tmp_path: Path) -> None:
     document = json.loads(Results({"cpu": "c"}, (record(A, GIVEN),)).to_json())
     for timing in document["records"][0]["comparison"]["timings"]:
-        del timing["accepted"], timing["difference"]
+        del timing["accepted"], timing["difference"], timing["cpus"]
     path = tmp_path / "r.json"
     path.write_text(json.dumps(document))
     read = Results.read(path)
-    assert [(one.accepted, one.difference) for one in read.records[0].timings] == [(None, None)] * 2
-    assert "| not recorded |" in markdown(read)
+    assert [(one.accepted, one.difference, one.cpus) for one in read.records[0].timings] == [(None,) * 3] * 2
+    text = markdown(read)
+    assert "| not recorded |" in text
+    assert "CPUs busy" not in text
 
 
 def test_a_combination_counts_as_measured_only_with_all_engines_that_are_asked_for() -> None:

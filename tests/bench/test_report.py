@@ -177,6 +177,19 @@ def test_a_sparse_run_that_is_slower_than_the_dense_one_is_named_where_it_cannot
     assert "slower than engine" not in report.markdown(Results(MACHINE, (within, alone)))
 
 
+def test_an_engine_that_keeps_more_cpus_busy_than_it_was_given_is_named() -> None:
+    cpus = {"torch eager": 2.3, "onnxruntime": 1.0, "mnn": 2.31, SPARSE: 1.98}
+    given = record(C, comparison(C, MEDIANS, cpus=cpus))
+    text = report.markdown(Results(MACHINE, (given,)))
+    for said in (text, report.text(given, 0.0)):
+        assert "warning: mnn kept 2.31 CPUs busy, but was given 2 thread(s)" in said
+        assert said.count(" CPUs busy, but") == 1
+    assert {row["engine"].strip("*"): row["CPUs busy"] for row in tables(text)[-1]} == {
+        "torch eager": "2.30", "onnxruntime": "1.00", "deepsparse": "–", "mnn": "2.31", SPARSE: "1.98",
+    }  # fmt: skip
+    assert "more than 0.3 above the number of threads" in text
+
+
 def test_a_combination_that_nothing_could_run_keeps_its_line() -> None:
     given = record(A, comparison(A, {}, absences=(Absence(ALL, "cannot capture this", failed=True),)))
     text = report.markdown(Results(MACHINE, (given, record(B, comparison(B, MEDIANS)))))
