@@ -22,7 +22,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels.activation import exponential
-from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.registers import exponential_parts
 from explorer.inference.native import Isa
 
@@ -204,14 +204,8 @@ class _Generator:
     def _inside(self, position: Value) -> list[Value]:
         """Which lanes of each vector hold a query of this sample."""
         f, b = self.f, self.f.b
-        lanes = ir.Constant(f.int_vector, list(range(f.lanes)))
-        left = b.trunc(
-            b.sub(self.field("queries"), b.sdiv(position, I64(f.element_bytes))), f.int_vector.element
-        )
-        return [
-            b.icmp_signed("<", lanes, f.splat(b.sub(left, left.type(i * f.lanes))))
-            for i in range(self.k.tile)
-        ]
+        left = b.trunc(b.sub(self.field("queries"), b.sdiv(position, I64(f.element_bytes))), I32)
+        return [f.first_lanes(b.sub(left, I32(i * f.lanes))) for i in range(self.k.tile)]
 
 
 def reference(

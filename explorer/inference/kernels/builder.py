@@ -1,10 +1,17 @@
 """A thin layer over llvmlite's IR builder, so that a kernel reads like a description of the kernel.
 
-It adds three things: structured loops that carry values, vectors of the machine's own width, and records (rows of 64-bit fields) by
-which Python hands addresses and sizes to native code. It knows no kernel.
+It adds three things: structured loops that carry values, vectors of the machine's own width, and records (rows
+of 64-bit fields) by which Python hands addresses and sizes to native code. It knows no kernel.
 
-Planes hold float32 or, on request, float16 values (`Isa.precision`). A kernel reads and writes them by `read` and `write`, and computes with what they
-hold, or, where that would lose digits (`wide`), with float32.
+Planes hold float32 or, on request, float16 values (`Isa.precision`). A kernel reads and writes them by `read` and
+`write`, and computes with what they hold, or, where that would lose digits (`wide`), with float32.
+
+How to read a generator, for who knows numpy and no LLVM
+  A generator is Python that runs once and writes the kernel: each call of `Function` adds an instruction, and
+  yields a name for its result (a `Value`), not a number. A Python ``for`` or ``if`` is therefore gone when the
+  kernel runs: a loop over the vectors of a tile is so many instructions, one after the other. A loop that the
+  kernel runs itself is `Function.loop`, and a choice that it makes is `Function.either` or ``b.if_then``. A
+  `Value` is a 64-bit integer, an address, or a vector: one register, `lanes` numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +30,9 @@ from explorer.inference.native import Isa
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, PTR, VOID = ir.HalfType(), ir.FloatType(), ir.PointerType(), ir.VoidType()
 NULL = ir.Constant(PTR, None)
+
+CACHE_LINE = 64
+"""Bytes, of nearly all CPUs: what a prefetch brings, and what two threads had better not write to at once."""
 
 Value = Any  # an llvmlite value; llvmlite ships no types
 
@@ -130,9 +140,12 @@ class Function:
         return self._computed(self.load(pointer, self._stored, offset, align or self.element_bytes))
 
     def read_wide(self, pointer: Value, offset: int, count: Value) -> Value:
-        """The first `count` of as many float32 as a vector has lanes, as what is computed with; zeros in the place of the others, which are not read."""
+        """The first `count` of as many float32 as a vector has lanes, as what is computed with.
+
+        The others are not read; zeros stand in their place.
+        """
         wide = ir.VectorType(F32, self.lanes)
-        mask = self._first(self.minimum(count, I64(self.lanes)))
+        mask = self.first_lanes(self.minimum(count, I64(self.lanes)))
         zero = ir.Constant(wide, [0.0] * self.lanes)
         arguments = [self.at(pointer, offset), I32(4), mask, zero]
         value = self.call(f"llvm.masked.load.v{self.lanes}f32.p0", wide, arguments)
@@ -166,21 +179,22 @@ class Function:
 
     def write_first(self, count: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
         """Store the first `count` lanes of a vector to a plane, and leave the memory of the others alone."""
-        self.store_where(self._first(count), value, pointer, offset)
+        self.store_where(self.first_lanes(count), value, pointer, offset)
 
-    def _first(self, count: Value) -> Value:
-        """The mask (a vector of i1) of the first `count` lanes."""
+    def write_in_row(self, value: Value, pointer: Value, index: Value, vectors: Value, tail: int) -> None:
+        """Store vector `index` of a row of so many `vectors`; of the last one only the first `tail` lanes, unless that is 0."""
+        if not tail:
+            self.write(value, pointer)
+            return
+        is_last = self.b.icmp_signed("==", self.b.add(index, I64(1)), vectors)
+        self.write_first(self.b.select(is_last, I64(tail), I64(self.lanes)), value, pointer)
+
+    def first_lanes(self, count: int | Value) -> Value:
+        """The mask (a vector of i1) of the first `count` lanes, of 64 or 32 bits; of none where that is negative."""
+        if isinstance(count, int):
+            return ir.Constant(ir.VectorType(I1, self.lanes), [int(i < count) for i in range(self.lanes)])
         numbers = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
         return self.b.icmp_signed("<", numbers, self.splat(self.b.trunc(count, I32)))
-
-    def store_first(self, count: int, value: Value, pointer: Value, offset: int | Value = 0) -> None:
-        """Store the first `count` lanes (a number known now) and leave the memory of the others alone."""
-        self.store_where(
-            ir.Constant(ir.VectorType(I1, self.lanes), [int(i < count) for i in range(self.lanes)]),
-            value,
-            pointer,
-            offset,
-        )
 
     def field(self, row: Value, record: Record, name: str, type_: Value = I64) -> Value:
         """Field `name` of the record at `row`."""
@@ -195,7 +209,10 @@ class Function:
         return self.b.bitcast(self.b.trunc(field, I32), F32)
 
     def weight(self, pointer: Value, offset: int | Value = 0) -> Value:
-        """A weight of four bytes, in all lanes. A float16 stands there twice: broadcasting 32 bits takes a load, 16 bits an arithmetic unit as well."""
+        """A weight of four bytes, in all lanes: a float32, or the same float16 twice.
+
+        Broadcasting 32 bits takes a load, 16 bits an arithmetic unit as well.
+        """
         if self.vector.element == F32:
             return self.splat(self.load(pointer, F32, offset))
         return self.b.bitcast(self.splat(self.load(pointer, I32, offset), self.lanes // 2), self.vector)
@@ -242,7 +259,8 @@ class Function:
     ) -> list[Value]:
         """``sums[r * S + i] + scalar(r) * vector(i)`` of R scalars (in all lanes) and S vectors, `counts`.
 
-        The smaller of the two sets of operands is held in registers, the other streamed, as `explorer.inference.kernels.registers` counts them.
+        The smaller of the two sets of operands is held in registers, the other streamed, as registers.py counts
+        them.
         """
         (rows, size), new = counts, list(sums)
 
@@ -270,8 +288,17 @@ class Function:
             value = self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
         return value
 
+    def larger(self, value: Value, total: Value) -> Value:
+        """The larger of each lane; a NaN is taken, and then never given up, as in torch."""
+        b = self.b
+        larger = b.select(b.fcmp_ordered(">", value, total), value, total)  # a NaN in `total` stays
+        return b.select(b.fcmp_unordered("uno", value, value), value, larger)
+
     def keep(self, value: Value, mask: Value) -> Value:
-        """`value` where the integer mask (as wide as its elements) is all ones, 0.0 where it is zero (an AND: masked loads scalarise on NEON)."""
+        """`value` where the integer mask (as wide as its elements) is all ones, 0.0 where it is zero.
+
+        An AND: masked loads become one instruction for each element on NEON.
+        """
         return self.b.bitcast(self.b.and_(self.b.bitcast(value, self.mask_type), mask), value.type)
 
     @property
@@ -280,7 +307,7 @@ class Function:
         return ir.VectorType(I32 if self.vector.element == F32 else I16, self.lanes)
 
     def read_mask(self, pointer: Value, offset: int | Value = 0) -> Value:
-        """A vector of a mask in memory, of integers as wide as the elements of planes."""
+        """A vector of a mask in memory: integers as wide as a value of a plane, -1 or 0."""
         stored = ir.VectorType(ir.IntType(8 * self.element_bytes), self.lanes)
         mask = self.load(pointer, stored, offset, self.width)
         return mask if stored == self.mask_type else self.b.sext(mask, self.mask_type)
@@ -335,7 +362,8 @@ class Function:
         n, vectors = self.lanes, list(rows)
         size = n // 2
         while size:
-            # The lower vector of a pair keeps its lanes whose block number is even, and takes the upper vector's in their place for the odd ones.
+            # The lower vector of a pair keeps its lanes whose block number is even, and takes the upper
+            # vector's in their place for the odd ones.
             low = [lane if not lane & size else n + lane - size for lane in range(n)]
             high = [lane + size if not lane & size else n + lane for lane in range(n)]
             masks = [ir.Constant(ir.VectorType(I32, n), take) for take in (low, high)]
@@ -377,11 +405,17 @@ class Function:
         return self.call(f"llvm.{name}.{suffix}", type_, arguments)
 
     def prefetch(self, pointer: Value, offset: int, locality: int = 3) -> None:
-        """Fetch a cache line without waiting for it; never faults. `locality`: 3 into the L1 cache, 2 into the L2 cache."""
+        """Fetch a cache line without waiting for it; never faults.
+
+        `locality`: 3 into the L1 cache, 2 into the L2 cache.
+        """
         self.call("llvm.prefetch.p0", VOID, [self.at(pointer, offset), I32(0), I32(locality), I32(1)])
 
     def opaque(self, pointer: Value) -> Value:
-        """The same pointer, behind a wall: keeps LLVM from merging offsets, so that each load stays one [register + constant]."""
+        """The same pointer, behind a wall that LLVM does not look through.
+
+        It would merge offsets otherwise; each load is to stay one [register + constant].
+        """
         return self.b.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [pointer], False)
 
     # ---- control flow
@@ -441,7 +475,10 @@ class Function:
     def either(
         self, condition: Value, yes: Callable[[], Sequence[Value]], no: Callable[[], Sequence[Value]]
     ) -> list[Value]:
-        """The values of ``yes()`` where the condition holds, else those of ``no()``: a branch, for what is too dear to compute both ways."""
+        """The values of ``yes()`` where the condition holds, else those of ``no()``: a branch.
+
+        For what is too dear to compute both ways.
+        """
         b = self.b
         blocks = [self.native.append_basic_block() for _ in range(2)]
         done = self.native.append_basic_block()

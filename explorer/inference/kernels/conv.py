@@ -39,13 +39,22 @@ from numpy.typing import NDArray
 from explorer.inference.activations import Activation
 from explorer.inference.kernels import conv_code
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Value
+from explorer.inference.kernels.builder import (
+    CACHE_LINE,
+    F32,
+    I32,
+    I64,
+    NULL,
+    PTR,
+    VOID,
+    Function,
+    Value,
+)
 from explorer.inference.kernels.conv_sparse import SparseLoops, loads_two_weights
 from explorer.inference.kernels.conv_tables import (
     ARGUMENTS,
     BLOCK,
     BUFFER_BYTES,
-    CACHE_LINE,
     FIRST_BLOCK,
     LAST_BLOCK,
     MASKED_SOURCE,

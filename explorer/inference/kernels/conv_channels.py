@@ -22,7 +22,18 @@ from llvmlite import ir
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import F32, I1, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import (
+    CACHE_LINE,
+    F32,
+    I1,
+    I32,
+    I64,
+    PTR,
+    VOID,
+    Function,
+    Record,
+    Value,
+)
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
@@ -167,7 +178,7 @@ class _Generator:
                 if count == lanes:
                     f.write(value, to, width * v)
                 else:
-                    f.store_first(count, value, to, width * v)
+                    f.store_where(f.first_lanes(count), value, to, width * v)
             return [
                 f.at(values, width * self.n_pixel_vectors),
                 f.at(to, out_plane),
@@ -202,7 +213,7 @@ class _Generator:
         bias, blocks, n_blocks = field("bias", PTR), field("blocks", PTR), field("n_blocks")
         low, high = f.to_float(field("low")), f.to_float(field("high"))
         out_plane, residual_plane, channels = field("out_plane"), field("residual_plane"), field("channels")
-        tile_bytes = width * k.pixels * k.vectors
+        tile_bytes = k.sums_bytes(self.isa)
         turned, all_sums = scratch, f.at(scratch, k.turned_bytes(self.isa))
 
         def one_block(index: Value) -> None:
@@ -229,9 +240,9 @@ class _Generator:
 
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
                     # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
-                    line, lines = 64, -(-width * k.vectors // 64)
-                    soon = f.at(mine, b.add(group_bytes, b.mul(b.mul(t, depth), I64(line))))
-                    pace = b.select(b.icmp_signed("<", t, I64(lines)), I64(line), I64(0))
+                    lines = -(-width * k.vectors // CACHE_LINE)
+                    soon = f.at(mine, b.add(group_bytes, b.mul(b.mul(t, depth), I64(CACHE_LINE))))
+                    pace = b.select(b.icmp_signed("<", t, I64(lines)), I64(CACHE_LINE), I64(0))
                     b.call(
                         self.ir.globals["tile"],
                         [

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from explorer.inference.kernels.builder import I64, NULL, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import CACHE_LINE, I64, NULL, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.conv_tables import BLOCK
 
 GROUP = Record(("code", "weights", "first_row", "rows", "next", "lines"))
@@ -91,7 +91,7 @@ def run_programs(
             plus = b.select(has_residual, here(more), NULL)
             arguments = [here(operands), weights, here(to), plus, here(mine), call]
             n_lines = f.field(group, GROUP, "lines")
-            fetched = f.at(f.field(group, GROUP, "next", PTR), b.mul(i, b.mul(n_lines, I64(64))))
+            fetched = f.at(f.field(group, GROUP, "next", PTR), b.mul(i, b.mul(n_lines, I64(CACHE_LINE))))
             f.store(fetched, call, 8 * CALL.index("next"), 8)
             b.call(b.inttoptr(program, _PROGRAM.as_pointer()), arguments)
 

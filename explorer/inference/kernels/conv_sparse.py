@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from explorer.inference.kernels.builder import I1, I16, I32, I64, PTR, Function, Value
+from explorer.inference.kernels.builder import CACHE_LINE, I1, I16, I32, I64, PTR, Function, Value
 from explorer.inference.kernels.conv_tables import BLOCK, OFFSETS_AHEAD, ROWS_AHEAD, WEIGHT_PREFETCH_BYTES
 from explorer.inference.native import Isa
 
@@ -128,9 +128,9 @@ class SparseLoops:
         """A row, or two, from the first to the last of its nonzeros."""
         f, n = self.f, self.channels
         for line in range(rows_at_once):
-            f.prefetch(places, WEIGHT_PREFETCH_BYTES + 64 * line)
+            f.prefetch(places, WEIGHT_PREFETCH_BYTES + CACHE_LINE * line)
         for line in range(n * rows_at_once):
-            f.prefetch(weights, WEIGHT_PREFETCH_BYTES * n + 64 * line)
+            f.prefetch(weights, WEIGHT_PREFETCH_BYTES * n + CACHE_LINE * line)
 
         def channels_from(first: int) -> list[Value]:
             numbers = [f.b.sext(f.load(row, I32, 4 * (first + r)), I64) for r in range(rows_at_once)]

@@ -268,11 +268,7 @@ class _Generator:
         if k.masked:
             total = f.keep(total, f.read_mask(f.at(self.mask, at)))
         there = f.at(self.channel, place_of(f, to, i)) if k.tiled else f.at(to, at)
-        if k.tail:
-            is_last = f.b.icmp_signed("==", f.b.add(i, I64(1)), self.vectors)
-            f.write_first(f.b.select(is_last, I64(k.tail), I64(f.lanes)), total, there)
-        else:
-            f.write(total, there)
+        f.write_in_row(total, there, i, self.vectors, k.tail)
 
 
 def reference(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from explorer.inference.kernels.builder import I1, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import CACHE_LINE, I1, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.native import Isa
 
 STATE = Record(
@@ -45,7 +45,7 @@ MOVE = Record(("cell", "n_bytes"))
 """An address that moves on, by so many bytes a turn; `cell` is where it stands."""
 
 KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
-_LINE = 64  # each counter has a cache line of its own
+_LINE = CACHE_LINE  # each counter has one of its own
 
 COUNT_BITS = 24
 """The lower bits of a ticket count the jobs of a share that are taken, the others hold the number of the run."""

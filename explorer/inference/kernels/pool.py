@@ -85,10 +85,7 @@ class PoolKernel:
                 index = f.load(indices, f.int_vector)
                 if maximum:
                     inside = b.icmp_signed(">=", index, ir.Constant(f.int_vector, [0] * f.lanes))
-                    value = f.gather(plane, index, inside, lowest)
-                    # A NaN is taken, and then never given up, as in torch.
-                    larger = b.or_(b.fcmp_ordered(">", value, total), b.fcmp_unordered("uno", value, value))
-                    total = b.select(larger, value, total)
+                    total = f.larger(f.gather(plane, index, inside, lowest), total)
                 else:
                     total = b.fadd(total, f.gather(plane, index))
                 return [f.at(indices, step), total]

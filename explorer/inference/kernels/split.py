@@ -196,11 +196,7 @@ class SplitKernel:
                         inside = f.read_mask(f.at(mask, b.add(at, b.mul(I64(k), mask_row))))
                         value = f.keep(value, b.and_(inside, f.splat(keep)))
                         there = f.at(to, b.mul(I64(k), out_plane))
-                        if self.tail:
-                            is_last = b.icmp_signed("==", b.add(c, I64(1)), chunks)
-                            f.write_first(b.select(is_last, I64(self.tail), I64(f.lanes)), value, there)
-                        else:
-                            f.write(value, there)
+                        f.write_in_row(value, there, c, chunks, self.tail)
 
                 f.loop(chunks, one_chunk)
                 return [f.at(entry, 8)]

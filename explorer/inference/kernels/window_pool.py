@@ -135,7 +135,7 @@ class _Generator:
         f.store(value, line, at, n_bytes)
 
     def _combined(self, value: Value, total: Value) -> Value:
-        return self.f.b.fadd(value, total) if self.k.average else _larger(self.f, value, total)
+        return self.f.b.fadd(value, total) if self.k.average else self.f.larger(value, total)
 
     def _fill_line(self, plane: Value, line: Value, start: Value, stop: Value) -> None:
         """The maximum, or the sum, of rows [start, stop) of the plane, to the line."""
@@ -155,8 +155,7 @@ class _Generator:
             return reduce(lambda total, row: self._combined(row, total), rows)
 
         whole, rest = divmod(k.columns, f.lanes)
-        mask = ir.VectorType(ir.IntType(1), f.lanes)
-        inside = ir.Constant(mask, [int(i < rest) for i in range(f.lanes)])
+        inside = f.first_lanes(rest)
 
         def fill(combined: Callable[[Value], Value]) -> None:
             f.loop(I64(whole), lambda i: self._keep(combined(i), line, i))
@@ -202,13 +201,6 @@ class _Generator:
             f.write(f.keep(combined(I64(whole)), mask), to, whole * f.width)
         for i in range(whole + bool(rest), -(-k.out_pitch // f.lanes)):
             f.write(f.constant(0.0), to, i * f.width)
-
-
-def _larger(f: Function, value: Value, total: Value) -> Value:
-    """The larger; a NaN is taken, and then never given up, as in torch."""
-    b = f.b
-    larger = b.select(b.fcmp_ordered(">", value, total), value, total)  # a NaN in `total` stays
-    return b.select(b.fcmp_unordered("uno", value, value), value, larger)
 
 
 def reference_maximum(

@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
-from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.activations import Activation
 from explorer.inference.kernels.activation import apply_or_clamp
-from explorer.inference.kernels.builder import F32, I32, I64, NULL, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import F32, I64, NULL, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.conv import ConvGenerator, ConvKernel
-from explorer.inference.kernels.conv_tables import BLOCK
+from explorer.inference.kernels.conv_tables import BLOCK, SOURCE
 from explorer.inference.native import Isa
 from explorer.inference.winograd import ROWS, transforms
 
@@ -180,7 +179,7 @@ class _Generator(ConvGenerator):
                 return [reduce(lambda total, pixel: f.fma(pixel, f.constant(0.0), total), pixels, nothing)]
 
             [nothing] = f.loop(I64(k.tile + k.more), one_vector, [nothing])
-            return [f.at(source, 16), f.at(to, k.plane_bytes(self.isa)), nothing]
+            return [f.at(source, 8 * SOURCE), f.at(to, k.plane_bytes(self.isa)), nothing]
 
         count = f.field(block, BLOCK, "n_sources")
         return f.loop(count, one_plane, [sources, scratch, nothing])[2]
@@ -294,8 +293,7 @@ class _Generator(ConvGenerator):
             with together:
                 f.write(value, to, first)
             with apart:
-                lane = ir.Constant(f.int_vector, list(range(f.lanes)))
-                in_first = b.icmp_signed("<", lane, f.splat(b.trunc(count, I32)))
+                in_first = f.first_lanes(count)
                 f.store_where(in_first, value, to, first)
                 f.store_where(b.not_(in_first), value, to, second)
 

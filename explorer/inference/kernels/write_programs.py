@@ -19,7 +19,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from explorer.inference.kernels import avx512
-from explorer.inference.kernels.builder import I1, I32, I64, PTR, VOID, Function, Record, Value
+from explorer.inference.kernels.builder import CACHE_LINE, I1, I32, I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.conv_code import NEAR_WEIGHTS, REACH_BYTES
 from explorer.inference.native import Isa
 
@@ -48,7 +48,8 @@ PROGRAM = Record(
 with. The kernel fills in the rest, in bytes from `out`: where its `code` and its `weights` are, where the `next` program begins, and how many `lines` of it are fetched
 while one vector of pixels is worked on."""
 
-_LINE = 64
+_VECTOR = 64
+"""Bytes."""
 
 
 def homes(where: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -60,7 +61,7 @@ def homes(where: NDArray[np.int64]) -> NDArray[np.int64]:
         Byte offset of each operand.
     """
     near = 2 * REACH_BYTES
-    return where // near * near + where % _LINE + REACH_BYTES
+    return where // near * near + where % _VECTOR + REACH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class WriteProgramsKernel:
             return f.at(to, b.select(condition, I64(avx512.BYTES), I64(0)))
 
         def aligned(offset: Value) -> Value:
-            return b.and_(b.add(offset, I64(_LINE - 1)), I64(-_LINE))
+            return b.and_(b.add(offset, I64(CACHE_LINE - 1)), I64(-CACHE_LINE))
 
         def one_program(index: Value, start: Value) -> list[Value]:
             row = f.row(table["programs"], PROGRAM, index)
@@ -207,7 +208,7 @@ class WriteProgramsKernel:
                     further = known(avx512.advance(avx512.RSI, self.value_bytes * NEAR_WEIGHTS))
                     to = where_if(is_far, further, to)
                     is_due = b.icmp_signed("==", left, I64(0))
-                    line = b.shl(b.mul(lines, I64(_LINE)), I64(24))
+                    line = b.shl(b.mul(lines, I64(CACHE_LINE)), I64(24))
                     to = where_if(is_due, b.or_(line, known(avx512.fetch(avx512.RAX, 0))), to)
                     lines = b.add(lines, b.zext(is_due, I64))
                     left = b.select(is_due, b.sub(fetch_after, I64(1)), b.sub(left, I64(1)))
@@ -289,13 +290,13 @@ def reference(
         if home != address:
             program.append(avx512.advance(avx512.RDI, home - address))
             address = home
-        program.append(avx512.load(operand, avx512.RDI, (where[column] - home) // _LINE))
+        program.append(avx512.load(operand, avx512.RDI, (where[column] - home) // _VECTOR))
         for row in used:
             at = biases + len(values)
             if at and at % NEAR_WEIGHTS == 0:
                 program.append(avx512.advance(avx512.RSI, numbers.value_bytes * NEAR_WEIGHTS))
             if len(values) % fetch_after == 0:
-                program.append(avx512.fetch(avx512.RAX, _LINE * lines))
+                program.append(avx512.fetch(avx512.RAX, CACHE_LINE * lines))
                 lines += 1
             program.append(
                 numbers.multiply_add(row, operand, avx512.RSI, at % NEAR_WEIGHTS - NEAR_WEIGHTS // 2)
