@@ -16,7 +16,7 @@ from torch import nn
 
 import explorer
 from explorer.inference import compilation, native, sparse_rows
-from explorer.inference.kernels import conv, match_rows, place_rows, registers
+from explorer.inference.kernels import conv, conv_sparse, conv_tables, match_rows, place_rows, registers
 from explorer.inference.pack import weight_words
 from explorer.inference.sparse_rows import Entries, SparseWeights, sparse_entries
 from explorer.masks import magnitude_mask
@@ -50,24 +50,22 @@ def entries_of(weight: NDArray[np.float32], block: NDArray[np.int64], *, partner
     )
 
 
-def unpacked(entries: Entries, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """The weights, read as the kernel reads them."""
-    found, values = np.zeros(shape), entries.words[:, 0].copy().view(np.float32)
-    for block, (here, after) in enumerate(pairwise(entries.starts)):
-        offset, word, row, _ = here
-        for index in range(here[3], after[3]):
-            shared, turns, count = entries.groups[index]
-            for _ in range(count):
-                at_once = 2 if index >= after[3] - entries.pairs[block] else 1
-                rows = entries.rows[row : row + at_once]
-                assert at_once == 2 or shared == 0
-                row += at_once
-                for columns in [1] * shared + [at_once] * turns:
-                    for r in range(at_once):
-                        found[rows[r], entries.offsets[offset + r % columns] // 4] += values[word + r]
-                    offset, word = offset + columns, word + at_once
-        assert (offset, word, row) == tuple(after[:3])
-    return found
+def unpacked(entries: Entries, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """The weights, as the numpy twin reads them: of operands that are one in one pixel each, the sums are the weights."""
+    rows, columns = shape
+    operands = np.zeros(2 * columns, np.float32)
+    operands[columns - 1] = 1  # that of column k is one in pixel columns - 1 - k
+    names = ("offsets", "weights", "rows", "groups")
+    tables = dict(zip(names, (entries.offsets, entries.words, entries.rows, entries.groups), strict=True))
+    sums = np.zeros((rows, columns), np.float32)
+    for (here, after), pairs in zip(pairwise(entries.starts.tolist()), entries.pairs.tolist(), strict=True):
+        block = conv_tables.BLOCK.filled(
+            **dict(zip(names, here, strict=True)),
+            n_groups=after[3] - here[3] - pairs,
+            n_pair_groups=pairs,
+        )
+        sums = conv_sparse.reference(tables, block, operands, 0, sums)
+    return sums[:, ::-1]
 
 
 @needs_code
@@ -165,7 +163,8 @@ def test_no_weight_is_lost_or_taken_twice(
     if not ordered:  # the taps of a channel can fall into two blocks
         block = np.random.default_rng(seed).permutation(block)
     entries = entries_of(weight, block)
-    np.testing.assert_array_equal(unpacked(entries, weight.shape), weight)
+    np.testing.assert_array_equal(unpacked(entries, (rows, columns)), weight)
+    assert len(entries.words) == np.count_nonzero(weight)
     ends = entries.starts[:, 2]
     for b in {0, int(block.max())}:
         assert sorted(entries.rows[ends[b] : ends[b + 1]]) == list(range(rows))
@@ -182,7 +181,7 @@ def test_what_two_rows_share_is_loaded_once() -> None:
     twice = np.repeat(weight[:64], 2, axis=0)
     entries = entries_of(twice, block)
     assert len(entries.offsets) < 0.6 * np.count_nonzero(twice)
-    np.testing.assert_array_equal(unpacked(entries, twice.shape), twice)
+    np.testing.assert_array_equal(unpacked(entries, (128, 91)), twice)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,28 +1,40 @@
 """Convolution of one tile of pixels for many output channels, with sparse or dense weights.
 
 The algorithm in plain words
-  A job is one tile (T vectors of neighbouring pixels of one image) times a part of the output channels. The K dimension (input channel x
-  kernel tap) is cut into blocks whose operands fit the L1 cache. For each block:
-    reach    "direct"   operands are read where they lie: every tap is the input plane, shifted by a constant (see layout.py)
-             "shift"    the shifted pixels are first copied into an L1 buffer, so that the hot loop loads whole cache lines. Taps whose shifts
-                        differ by whole vectors share one copy, a few vectors longer: in rows of whole vectors, 3 copies serve 3 x 3 taps.
-                        Where there is no gap between rows, masks zero what a tap would read of the row before or after
-             "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are one vector of 16, not two)
-             The first two are one kernel: a block that names nothing to copy is read where it lies.
-    sparse   for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with a memory operand
-             (small tiles take several nonzeros at once, each with T sums of its own, to keep the FMA units busy)
-    partners two output channels at once that share some of their operands: 2 x T sums; T loads of what they share serve 2 x T FMAs, then one operand of
-             each in turn
-    code     each nonzero is an instruction of a program that is made for these weights, see conv_code.py (AVX-512)
-    pairs    two neighbouring output channels whose nonzeros stand in the same places: as if they were one, with two weights for each nonzero
-    dense    for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
-  Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and R x S sums, at once.
-  The loops over nonzeros are in conv_sparse.py. The first block starts from the bias, the last adds the residual, if there is one, clamps (ReLU, ReLU6) or
-  applies another activation, and zeroes the gaps between image rows where a mask asks for it. Residual and mask are questions of the table, asked once a row:
-  kernels of their own would be four times as many to compile.
+  A job is one tile (T vectors of neighbouring pixels of one image) times a part of the output channels. The K
+  dimension (input channel x kernel tap) is cut into blocks whose operands fit the L1 cache. For each block:
+    reach     "direct"   operands are read where they lie: every tap is the input plane, shifted by a constant
+                         (layout.py)
+              "shift"    the shifted pixels are first copied into an L1 buffer, so that the hot loop loads whole
+                         cache lines. Taps whose shifts differ by whole vectors share one copy, a few vectors
+                         longer: in rows of whole vectors, 3 copies serve 3 x 3 taps. Where there is no gap
+                         between rows, masks zero what a tap would read of the row before or after
+              "compact"  the same, and the gaps between image rows are left out (small planes: 4 x 4 pixels are
+                         one vector of 16, not two)
+              The first two are one kernel: a block that names nothing to copy is read where it lies.
+    sparse    for each output channel: T sums in registers; for each nonzero: broadcast the weight, T FMAs with
+              a memory operand (small tiles take several nonzeros at once, each with T sums of its own, to keep
+              the FMA units busy)
+    partners  two output channels at once that share some of their operands: 2 x T sums; T loads of what they
+              share serve 2 x T FMAs, then one operand of each in turn
+    code      each nonzero is an instruction of a program that is made for these weights, see conv_code.py
+              (AVX-512)
+    pairs     two neighbouring output channels whose nonzeros stand in the same places: as if they were one,
+              with two weights for each nonzero
+    dense     for each group of R output channels: R x T sums in registers; for each k: T loads serve R x T FMAs
+  Where registers are few, pairs and groups take a tile in parts, one after the other: S of its vectors, and
+  R x S sums, at once. The loops over nonzeros are in conv_sparse.py. The first block starts from the bias, the
+  last adds the residual, if there is one, clamps (ReLU, ReLU6) or applies another activation, and zeroes the
+  gaps between image rows where a mask asks for it. Whether there is a residual, and a mask, is decided at run
+  time, once a row, from fields of the table (0: there is none): kernels of their own would be four times as
+  many to compile.
 
-The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster CNNs with Direct Sparse
-Convolutions and Guided Pruning" (2017).
+Numpy twins: `reference` is the convolution by its definition; `reference_tile` is one job of the sparse kernel,
+in the order of its loops; those of conv_sparse.py and conv_code.py read one block as their loops and programs
+do. The tables are those of conv_tables.py.
+
+The register tile and the K blocks follow Elsen et al., "Fast Sparse ConvNets" (2020), and Park et al., "Faster
+CNNs with Direct Sparse Convolutions and Guided Pruning" (2017).
 """
 
 from __future__ import annotations
@@ -78,8 +90,8 @@ class ConvKernel:
     remainder : int
         Output channels of the last, smaller group (dense only).
     columns, pitch, plane : int
-        Where gaps between image rows are left out ("compact"): pixels in an image row, elements from one row to the next, and vectors of the plane with its gaps. `tile` counts
-        vectors without gaps.
+        Where gaps between image rows are left out ("compact"): pixels in an image row, elements from one row to
+        the next, and vectors of the plane with its gaps. `tile` counts vectors without gaps.
     activation : Activation or None
         Applied last, instead of the clamp.
     pairs : bool
@@ -89,7 +101,7 @@ class ConvKernel:
     code : bool
         Whether the nonzeros are programs of their own, see `conv_code`.
     masked : bool
-        Whether what lies beyond the ends of rows is zeroed while it is copied ("shift"): where there are no gaps between rows.
+        Whether what lies beyond the ends of rows is zeroed while it is copied ("shift"): where rows have no gaps.
     capped : bool
         Whether there is a greatest value (ReLU6): where nonzeros are few, a bound that is none costs time too.
     short : bool
@@ -135,7 +147,7 @@ class ConvKernel:
         return ConvGenerator(self, isa).module()
 
     def scratch_bytes(self, n_channels: int, isa: Isa) -> int:
-        """Bytes of scratch that a job needs."""
+        """Bytes of scratch that a job needs: the copied operands, then the sums, (n_channels, T * lanes) values."""
         return BUFFER_BYTES + n_channels * self.tile * isa.width + 256
 
 
@@ -169,7 +181,13 @@ class ConvGenerator:
     # ---- pieces shared by the sparse and the dense inner kernel
 
     def _inner(self, name: str) -> Function:
-        """An inner kernel: (block, operands, sums, bias, out, out_plane, residual, residual_plane, mask, low, high)."""
+        """An inner kernel, which takes one K block of one job to its end.
+
+        Its arguments: block (a row of `BLOCK`), operands (what offsets count from), sums ((channels, T * lanes)
+        values of the scratch memory), bias ((channels,) numbers of four bytes), out and residual (the tile's
+        first pixel in channel 0; residual is null for none), out_plane and residual_plane (bytes from one
+        channel to the next), mask ((T * lanes,) integers of this tile, null for none), low and high (float32).
+        """
         f = Function(self.ir, name, VOID, [PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, F32, F32], self.isa)
         f.native.linkage = "internal"
         # The output is not among them: it may be where the residual is.
@@ -201,7 +219,10 @@ class ConvGenerator:
     def _finish(
         self, f: Function, channels: list[Value], sums: list[Value], low: Value, high: Value, which: range
     ) -> None:
-        """Residual, clamp or activation, gap mask, store: the epilogue of one or two output channels, for these vectors of the tile."""
+        """The epilogue of some output channels, for these vectors of the tile.
+
+        Residual, clamp or activation, gap mask, store. `sums`: channel by channel, those of the vectors `which`.
+        """
         _, _, _, _, out, out_plane, residual, residual_plane, mask, _, _ = f.arguments
         k, all_of = self.k, range(self.k.plane) if self.k.compact else which
         each = partial(_by_channel, len(channels))
@@ -227,12 +248,18 @@ class ConvGenerator:
                 f.write(value, to, self.width * i, self.width)
 
     def _is(self, f: Function, stage: int) -> Value:
-        """Whether this block is the first, or the last, of its part. The same for all rows, so that the branch costs next to nothing."""
+        """Whether this block is the first, or the last, of its part.
+
+        The same for all rows, so that the branch costs next to nothing.
+        """
         flags = f.b.and_(f.field(f.arguments[0], BLOCK, "stage"), I64(stage))
         return f.b.icmp_signed("!=", flags, I64(0))
 
     def _start(self, f: Function, is_first: Value, channels: list[Value], which: range) -> list[Value]:
-        """The sums of some channels, and of these vectors of the tile, at the beginning of a block: their bias, or what the block before left."""
+        """The sums of some channels, for these vectors of the tile, at the beginning of a block.
+
+        In the first block they are the bias, later what the block before left.
+        """
         _, _, sums, bias, *_ = f.arguments
 
         def from_bias() -> list[Value]:
@@ -281,7 +308,10 @@ class ConvGenerator:
                 f.prefetch(line, offset)
 
     def _parts(self, n_rows: int) -> list[range]:
-        """The vectors that so many output channels take at once. What lies "compact" is spread out as a whole, and is taken so."""
+        """The vectors that so many output channels take at once, part by part.
+
+        What lies "compact" is spread out as a whole, and is taken so.
+        """
         k = self.k
         sizes: tuple[int, ...] = (k.tile,)
         if not k.compact and (k.dense_rows or k.pairs):
@@ -386,7 +416,7 @@ class ConvGenerator:
     # ---- one job
 
     def _pack(self, f: Function, block: Value, x: Value, buffer: Value, edges: Value) -> None:
-        """Operands of one K block into the L1 buffer; `edges`: the masks for this tile, where they are masked."""
+        """Operands of one K block into the L1 buffer, source by source; `edges`: the masks of this tile, if any."""
         sources = f.field(block, BLOCK, "sources", PTR)
         step = 8 * (MASKED_SOURCE if self.k.masked else SOURCE)
 
@@ -481,13 +511,16 @@ def reference(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> NDArray[np.float32]:
-    """The numpy twin: a convolution by its definition, in float64.
+    """The numpy twin of all kernels of convolutions: by its definition, in float64.
 
     Parameters
     ----------
     x : (N, C, H, W) float32
     weight : (M, C / groups, KH, KW) float32
     bias : (M,) float32
+    stride, padding, dilation : (int, int)
+        Rows and columns.
+    groups : int
 
     Returns
     -------
@@ -508,3 +541,46 @@ def reference(
                     columns = slice(j * dilation[1], j * dilation[1] + (ow - 1) * stride[1] + 1, stride[1])
                     out[:, o] += float(weight[o, c, i, j]) * padded[:, group * cg + c, rows, columns]
     return out.astype(np.float32)
+
+
+def reference_tile(
+    x: NDArray[np.float32],
+    offsets: NDArray[np.int64],
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    start: int,
+    width: int,
+    block: int,
+) -> NDArray[np.float32]:
+    """The numpy twin of one job of the sparse kernel, in its order: one tile, all output channels, reach "direct".
+
+    Parameters
+    ----------
+    x : (elements,) float32
+        One image as it lies in memory, all planes and zeros one after another, see layout.py.
+    offsets : (K,) int64
+        For each k = (input channel, tap) the element of `x` that element 0 of a plane of the result reads.
+        Element p reads what lies p further, since every tap is the input plane shifted by a constant.
+    weight : (M, K) float32
+    bias : (M,) float32
+    start : int
+        Element of the planes that the tile begins with.
+    width : int
+        Elements of a tile: T vectors of so many lanes.
+    block : int
+        Operands of a K block.
+
+    Returns
+    -------
+    (M, width) float32
+        Elements [start, start + width) of the planes of the result. What stands in gaps between rows is no pixel.
+    """
+    sums = np.repeat(bias[:, None], width, 1)  # scratch memory
+    for first in range(0, len(offsets), block):  # what these operands read of x stays in the L1 cache
+        for channel, row in enumerate(weight[:, first : first + block]):
+            total = sums[channel]  # T registers
+            for k in np.flatnonzero(row):
+                at = start + offsets[first + k]
+                total = total + row[k] * x[at : at + width]  # T loads, T multiply-adds
+            sums[channel] = total
+    return sums

@@ -1,42 +1,59 @@
 """The loops of the sparse convolution over the nonzeros of one K block, see conv.py.
 
 The algorithm in plain words
-  A row of weights is an output channel, or two of one pattern ("pairs"). Its sums, one for each vector of the tile, stay in registers while its nonzeros are
-  added one by one: an offset tells where the operand lies, T loads and T multiply-adds follow. Rows come in groups of equally many nonzeros, so that the
-  core foresees the end of each row.
-  Two rows that share columns ("partners") are taken at once: first the columns that both have, each loaded once for 2 x T multiply-adds, then those that only
-  one has, one of each row in turn.
+  A row of weights is an output channel, or two of one pattern ("pairs"). Its sums, one for each vector of the
+  tile, stay in registers while its nonzeros are added one by one: an offset tells where the operand lies, T
+  loads and T multiply-adds follow. Rows come in groups of equally many nonzeros, so that the core foresees the
+  end of each row. Two rows that share columns ("partners") are taken at once: first the columns that both have,
+  each loaded once for 2 x T multiply-adds, then those that only one has, one of each row in turn.
+
+Why the loop has this shape: each multiply-add needs an operand of its own from memory, and a core starts no more
+loads than multiply-adds in a cycle, so that loads are the limit. What is left is to load little else: two offsets
+come by one load (with AVX2 two weights as well), and what partners share is loaded once for both. An offset is
+loaded `OFFSETS_AHEAD` nonzeros early, or it would wait behind the operands of those before it, and its own
+operands for it. Where a row has few sums, successive nonzeros are added to several sets of them, since a
+multiply-add waits some four cycles for the one before it that changed the same sum.
+
+The numpy twin, `reference`, reads the tables of `conv_tables.BLOCK` as these loops do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import CACHE_LINE, I1, I16, I32, I64, PTR, Function, Value
 from explorer.inference.kernels.conv_tables import BLOCK, OFFSETS_AHEAD, ROWS_AHEAD, WEIGHT_PREFETCH_BYTES
 from explorer.inference.native import Isa
 
 Nonzeros = Callable[[range, list[Value]], list[Value]]
-"""Adds all nonzeros of a row, or of two, for some vectors of the tile: ``carried = add_all(vectors, carried)``. What is carried: the places that come next in
-the offsets and in the weights, the `OFFSETS_AHEAD` offsets that are loaded already, and the sums."""
+"""Adds all nonzeros of a row, or of two, for some vectors of the tile: ``carried = add_all(vectors, carried)``.
 
-_GROUP_BYTES = 12
+What is carried: [address in the offsets, address in the weights, the `OFFSETS_AHEAD` offsets that are loaded
+already, *sums]. The addresses are of what comes next. Sums are [set][channel][vector]."""
+
+_GROUP_BYTES = 12  # three int32
 
 
 def loads_two_weights(isa: Isa, channels: int) -> bool:
     """Whether rows of so many output channels take the weights of two nonzeros by one load.
 
-    One of the loads that limit the loop becomes shuffles, which have a port of their own where vectors have 32 bytes. (With AVX-512, Intel's share one with the
-    multiply-adds.) Pairs of channels have two products for each load, which do not limit them. (ResNet-50 at 90 % on Zen 3: layers of 28 x 28 pixels and fewer 0.93 to 0.99.)
+    One of the loads that limit the loop becomes shuffles, which have a port of their own where vectors have
+    32 bytes. (With AVX-512, Intel's share one with the multiply-adds.) Pairs of channels have two products for
+    each load, which do not limit them. (ResNet-50 at 90 % on Zen 3: layers of 28 x 28 pixels and fewer 0.93 to
+    0.99.)
     """
     return isa.name == "avx2" and isa.precision == "fp32" and channels == 1
 
 
 @dataclass(frozen=True, slots=True)
 class SparseLoops:
-    """Writes the loops into a function whose first arguments are a row of `BLOCK` and the address that offsets count from.
+    """Writes the loops into a function whose first arguments are a row of `BLOCK` and what offsets count from.
 
     Attributes
     ----------
@@ -89,7 +106,7 @@ class SparseLoops:
     # ---- groups of rows
 
     def _group(self, index: Value) -> list[Value]:
-        """{columns that two rows share, turns, rows or pairs of them}, see `explorer.inference.sparse_rows.Entries`."""
+        """{columns that two rows share, turns, rows or pairs of them}, see `BLOCK`."""
         f = self.f
         groups = f.field(f.arguments[0], BLOCK, "groups", PTR)
         group = f.at(groups, f.b.mul(index, I64(_GROUP_BYTES)))
@@ -158,8 +175,8 @@ class SparseLoops:
         """The nonzeros of a row, `count` of them in each turn."""
         if odd:
             carried = self._add(vectors, [range(self.channels)], carried)
-        columns = [range(self.channels)] * count
-        return self.f.loop(turns, lambda _, *c: self._add(vectors, columns, list(c)), carried)
+        users = [range(self.channels)] * count
+        return self.f.loop(turns, lambda _, *c: self._add(vectors, users, list(c)), carried)
 
     def _add_two_rows(self, shared: Value, turns: Value, vectors: range, carried: list[Value]) -> list[Value]:
         """What two rows share, then one nonzero of each in turn."""
@@ -167,37 +184,44 @@ class SparseLoops:
         carried = self.f.loop(shared, lambda _, *c: self._add(vectors, both, list(c)), carried)
         return self.f.loop(turns, lambda _, *c: self._add(vectors, each, list(c)), carried)
 
-    def _add(self, vectors: range, columns: list[range], carried: list[Value]) -> list[Value]:
-        """Some columns, each for the given channels: a load for each vector, and a multiply-add of it with the weight of each channel."""
+    def _add(self, vectors: range, users: list[range], carried: list[Value]) -> list[Value]:
+        """The next ``len(users)`` nonzeros: a load for each vector, and a multiply-add of it for each user.
+
+        ``users[i]`` tells whose sums nonzero i feeds, of the channels that are taken at once: ``range(1)`` the
+        only one, or the first; ``range(2)`` both (two of one pattern, or a column that partners share);
+        ``range(1, 2)`` the second partner alone. `carried` is what `Nonzeros` tells of. Nonzero i is added to
+        set ``i % sets``, so that successive multiply-adds do not wait for each other; `_one` adds the sets up
+        at the end of the row.
+        """
         f, size = self.f, len(vectors)
         places, weights, *rest = carried
-        offsets = [*rest[:OFFSETS_AHEAD], *self._offsets(places, len(columns))]
+        offsets = [*rest[:OFFSETS_AHEAD], *self._offsets(places, len(users))]
         sums = rest[OFFSETS_AHEAD:]
         n_sums, n_weights = len(sums) // self.sets, 0
         loaded: list[Value] = []
-        for u, channels in enumerate(columns):
-            if not loaded and self.by_twos and u + 1 < len(columns):
+        for i, channels in enumerate(users):
+            if not loaded and self.by_twos and i + 1 < len(users):
                 loaded = f.two_weights(weights, 4 * n_weights)
             elif not loaded:
                 loaded = [f.weight(weights, 4 * (n_weights + c)) for c in range(len(channels))]
             splats, loaded = loaded[: len(channels)], loaded[len(channels) :]
             n_weights += len(channels)
-            first = u % self.sets * n_sums
-            pointer = f.opaque(f.at(f.arguments[1], offsets[u]))
-            for i, vector in enumerate(vectors):
+            first = i % self.sets * n_sums
+            pointer = f.opaque(f.at(f.arguments[1], offsets[i]))
+            for v, vector in enumerate(vectors):
                 x = f.read(pointer, f.width * vector)
                 for channel, weight in zip(channels, splats, strict=True):
-                    at = first + channel * size + i
+                    at = first + channel * size + v
                     sums[at] = f.fma(weight, x, sums[at])
         return [
-            f.at(places, self._offset_bytes * len(columns)),
+            f.at(places, self._offset_bytes * len(users)),
             f.at(weights, 4 * n_weights),
-            *offsets[len(columns) :],
+            *offsets[len(users) :],
             *sums,
         ]
 
     def _offsets(self, places: Value, count: int, first: int = OFFSETS_AHEAD) -> list[Value]:
-        """`count` offsets in bytes, from number `first` on, two by one load."""
+        """`count` offsets in bytes, from number `first` after `places` on, two by one load."""
         f, b, found = self.f, self.f.b, []
         if self.short:
             element = I64(f.element_bytes.bit_length() - 1)
@@ -213,3 +237,73 @@ class SparseLoops:
         if count % 2:
             found.append(b.sext(f.load(places, I32, 4 * (first + count - 1)), I64))
         return found
+
+
+def reference(
+    tables: Mapping[str, NDArray[Any]],
+    block: NDArray[np.int64],
+    operands: NDArray[np.floating],
+    base: int,
+    sums: NDArray[np.floating],
+    unroll: int = 1,
+) -> NDArray[np.floating]:
+    """The numpy twin: what the loops make of the sums of a tile in one K block, from its packed tables.
+
+    In their order, but with one set of sums for each channel where rows are short (`SparseLoops.sets`).
+
+    Parameters
+    ----------
+    tables : mapping
+        `offsets`, `weights`, `rows` and `groups`, see `BLOCK`: the `tables` of a
+        `explorer.inference.pack.PackedConv`.
+    block : (fields,) int64
+        A row of `BLOCK` with element numbers of these tables in place of addresses: one of its `blocks`.
+    operands : (elements,) float32 or float16
+        What offsets count from lies in: an image as it lies in memory, or the buffer that operands were copied
+        to.
+    base : int
+        The element that offsets count from.
+    sums : (channels, T * lanes), of the same type
+        The bias, or what the block before left.
+    unroll : int
+        Nonzeros of a turn of a row that stands alone, `ConvKernel.unroll`.
+
+    Returns
+    -------
+    (channels, T * lanes), of the same type
+        The sums after the block.
+    """
+    about = dict(zip(BLOCK.fields, block.tolist(), strict=True))
+    offsets, rows, groups = (tables[name][about[name] :] for name in ("offsets", "rows", "groups"))
+    channels = tables["weights"].shape[1]  # of a row of weights: 1, or 2 of one pattern
+    # A weight has four bytes: it is a float32, or the same float16 twice.
+    words = tables["weights"][about["weights"] :].reshape(-1)
+    weights = words.view(operands.dtype)[:: 4 // operands.itemsize]
+    if offsets.dtype == np.uint16:  # elements
+        base, unit = base + about["first_operand"] // operands.itemsize, 1
+    else:  # bytes
+        unit = operands.itemsize
+
+    sums, width = sums.copy(), sums.shape[1]
+    place = weight = row = 0  # what comes next of offsets, weights and rows: no table is gone back in
+    for index in range(about["n_groups"] + about["n_pair_groups"]):
+        shared, turns, count = groups[index].tolist()
+        is_pair = index >= about["n_groups"]
+        at_once = 2 if is_pair else 1
+        if is_pair:  # what both have, then a nonzero of each in turn
+            users = [range(2)] * shared + [range(1), range(1, 2)] * turns
+        else:
+            users = [range(channels)] * (unroll * turns)
+        for _ in range(count):
+            mine = [r + c for r in rows[row : row + at_once].tolist() for c in range(channels)]
+            row += at_once
+            totals = sums[mine]  # registers: T for each channel
+            for fed in users:
+                at = base + int(offsets[place]) // unit
+                x = operands[at : at + width]  # T loads
+                place += 1
+                for channel in fed:
+                    totals[channel] += weights[weight] * x  # T multiply-adds
+                    weight += 1
+            sums[mine] = totals
+    return sums
