@@ -8,10 +8,10 @@ Planes hold float32 or, on request, float16 values (`Isa.precision`). A kernel r
 
 How to read a generator, for who knows numpy and no LLVM
   A generator is Python that runs once and writes the kernel: each call of `Function` adds an instruction, and
-  yields a name for its result (a `Value`), not a number. A Python ``for`` or ``if`` is therefore gone when the
-  kernel runs: a loop over the vectors of a tile is so many instructions, one after the other. A loop that the
-  kernel runs itself is `Function.loop`, and a choice that it makes is `Function.either` or ``b.if_then``. A
-  `Value` is a 64-bit integer, an address, or a vector: one register, `lanes` numbers.
+  yields a name for its result (a `Value`), not a number. A Python ``for`` or ``if`` is therefore gone when
+  the kernel runs: a loop over the vectors of a tile is so many instructions, one after the other. A loop that
+  the kernel runs itself is `Function.loop`, and a choice that it makes is `Function.either` or ``b.if_then``.
+  A `Value` is a 64-bit integer, an address, or a vector: one register, `lanes` numbers.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Function:
         return value if self.vector == self._stored else self.b.fptrunc(value, self._stored)
 
     def store_where(self, mask: Value, value: Value, pointer: Value, offset: int | Value = 0) -> None:
-        """Store to a plane the lanes whose mask (a vector of i1) is true, and leave the memory of the others alone."""
+        """Store the lanes whose mask (a vector of i1) is true, and leave the memory of the others alone."""
         # As integers: LLVM knows masked stores of 16 bits on more CPUs than masked stores of float16.
         bits = ir.VectorType(ir.IntType(8 * self.element_bytes), self.lanes)
         name = f"llvm.masked.store.v{self.lanes}i{bits.element.width}.p0"
@@ -182,7 +182,7 @@ class Function:
         self.store_where(self.first_lanes(count), value, pointer, offset)
 
     def write_in_row(self, value: Value, pointer: Value, index: Value, vectors: Value, tail: int) -> None:
-        """Store vector `index` of a row of so many `vectors`; of the last one only the first `tail` lanes, unless that is 0."""
+        """Store vector `index` of a row of `vectors`; of the last one `tail` lanes only, unless that is 0."""
         if not tail:
             self.write(value, pointer)
             return
@@ -190,7 +190,7 @@ class Function:
         self.write_first(self.b.select(is_last, I64(tail), I64(self.lanes)), value, pointer)
 
     def first_lanes(self, count: int | Value) -> Value:
-        """The mask (a vector of i1) of the first `count` lanes, of 64 or 32 bits; of none where that is negative."""
+        """The mask (a vector of i1) of the first `count` lanes; none where that is negative."""
         if isinstance(count, int):
             return ir.Constant(ir.VectorType(I1, self.lanes), [int(i < count) for i in range(self.lanes)])
         numbers = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
@@ -218,7 +218,7 @@ class Function:
         return self.b.bitcast(self.splat(self.load(pointer, I32, offset), self.lanes // 2), self.vector)
 
     def two_weights(self, pointer: Value, offset: int | Value = 0) -> list[Value]:
-        """Two neighbouring weights, each in all lanes, by one load for both and a shuffle for each (AVX2, float32)."""
+        """Two neighbouring weights, each in all lanes: one load for both, a shuffle for each (AVX2, float32)."""
         both = self.splat(self.load(pointer, ir.DoubleType(), offset), self.lanes // 2)
         # Behind a wall: LLVM would make two broadcasts of it, which are loads.
         both = self.b.asm(ir.FunctionType(both.type, [both.type]), "", "=x,0", [both], False)
@@ -259,8 +259,8 @@ class Function:
     ) -> list[Value]:
         """``sums[r * S + i] + scalar(r) * vector(i)`` of R scalars (in all lanes) and S vectors, `counts`.
 
-        The smaller of the two sets of operands is held in registers, the other streamed, as registers.py counts
-        them.
+        The smaller of the two sets of operands is held in registers, the other streamed, as registers.py
+        counts them.
         """
         (rows, size), new = counts, list(sums)
 
@@ -282,7 +282,7 @@ class Function:
         return new
 
     def clamp(self, value: Value, low: Value, high: Value, *, capped: bool = True) -> Value:
-        """Between `low` and `high`, or only not below `low` (where `high` is infinite); NaN stays NaN, as in torch."""
+        """Between `low` and `high`, or, unless `capped`, no less than `low`; NaN stays NaN, as in torch."""
         value = self.b.select(self.b.fcmp_ordered("<", value, low), low, value)
         if capped:
             value = self.b.select(self.b.fcmp_ordered(">", value, high), high, value)
@@ -327,7 +327,7 @@ class Function:
         return self.b.extract_element(value, I32(0))
 
     def pick(self, vectors: Sequence[Value], elements: Sequence[int | None], count: int) -> list[Value]:
-        """`count` vectors that hold the given elements of the row that `vectors` form; zeros for None and past the end.
+        """`count` vectors of the given elements of the row that `vectors` form; zeros for None and past the end.
 
         The elements are constants, so that this becomes register shuffles, two source vectors at a time.
         """
@@ -347,7 +347,7 @@ class Function:
         return result
 
     def add_in_pairs(self, values: Sequence[Value], count: int = 1) -> list[Value]:
-        """`count` sums of `values`, each of every `count`-th of them: pairs are added, then pairs of these, and so on."""
+        """`count` sums of `values`, each of every `count`-th of them: pairs are added, then pairs of these."""
         sums = list(values)
         while len(sums) > count:
             half = len(sums) // 2
