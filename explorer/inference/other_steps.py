@@ -187,7 +187,7 @@ def upsample_step(builder: StepBuilder, operation: Operation, place: Place, out:
         x_row=x.pitch_bytes,
         out_row=y.pitch_bytes,
         rows=x.rows,
-        scale=rows,
+        row_scale=rows,
         filled=filled,
         vectors=vectors,
         last=(y.vectors - 1) * y.vector_bytes,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from explorer.inference import native, pack
+from explorer.inference import kernels, native, pack
 from explorer.inference.kernels import avx512, conv, conv_code, conv_sparse
 from explorer.inference.kernels.conv_code import GROUP, NEAR_WEIGHTS, REACH_BYTES
 from explorer.inference.kernels.conv_tables import BLOCK
@@ -343,3 +346,40 @@ def test_the_twin_of_programs_is_the_convolution(most: int, **shapes: Any) -> No
         for start in range(0, layer.y.vectors * lanes, tile * lanes)
     ]
     assert error(layer.pixels(np.concatenate(tiles, 1)), layer.wanted(bias)) < TOLERANCE
+
+
+# ---- what is written about kernels
+
+FOLDER = Path(kernels.__file__).parent
+
+
+def records() -> dict[str, tuple[list[str], str]]:
+    """Of each table that a kernel reads its fields, and the text below it."""
+    found = {}
+    for file in sorted(FOLDER.glob("*.py")):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        for statement, below in zip(body, [*body[1:], None], strict=True):
+            call = getattr(statement, "value", None)
+            if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Record"):
+                continue
+            assert isinstance(statement, ast.Assign)
+            name = statement.targets[0].id  # type: ignore[attr-defined]
+            text = getattr(getattr(below, "value", None), "value", "")
+            module = __import__(f"explorer.inference.kernels.{file.stem}", fromlist=[name])
+            found[f"{file.stem}.{name}"] = list(getattr(module, name).fields), str(text)
+    return found
+
+
+def test_every_field_of_a_table_is_explained_below_it() -> None:
+    common = str(kernels.__doc__).partition("These fields are the same everywhere")[2].partition("\nWords")[0]
+    everywhere = set(re.findall(r"\w+", " ".join(re.findall(r"^ {4}(\S.*?)(?:  |$)", common, re.MULTILINE))))
+    assert everywhere >= {"x", "out", "_image", "_plane", "low", "jobs", "mask"}
+    tables = records()
+    assert len(tables) > 20
+    missing = {
+        f"{table}.{field}"
+        for table, (fields, text) in tables.items()
+        for field in fields
+        if not {field, "_" + field.rpartition("_")[2]} & (everywhere | set(re.findall(r"\w+", text)))
+    }
+    assert not missing

@@ -1,17 +1,21 @@
 """Smooth activations on vectors of float32: what other kernels apply to values that they already hold in registers.
 
-Most rest on the exponential of a number that is not positive, and are written so that nothing cancels: the error stays relative to the function's value,
-also where that is tiny. GELU, of which transformers compute millions, needs neither an exponential nor a division, and takes a third of the time.
+Most rest on the exponential of a number that is not positive, and are written so that nothing cancels: the
+error stays relative to the function's value, also where that is tiny. GELU, of which transformers compute
+millions, needs neither an exponential nor a division, and takes a third of the time.
 
-  exp, expm1   n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), and the polynomial of Cephes' expf (S. Moshier, netlib) for exp(r) - 1
+  exp, expm1   n = round(x / ln 2), r = x - n ln 2 (ln 2 in two parts), and the polynomial of Cephes' expf (S.
+               Moshier, netlib) for exp(r) - 1
   sigmoid      1 / (1 + e) and e / (1 + e) with e = exp(-abs(x))
   tanh         -m / (2 + m) with m = expm1(-2 abs(x))
-  GELU         x Phi(x) with Phi(x) = 1/2 + x q(x^2): q is a polynomial that meets erf(x / sqrt 2) / 2x in Chebyshev points of abs(x) < 5.5, in a variable
-               that goes from -1 to 1, so that its terms do not cancel. Beyond 5.5, Phi is 0 or 1 to float32's precision. As in torch, which adds
-               erf to 1, the error is relative to x and not to what little is left of it where x is very negative.
+  GELU         x Phi(x) with Phi(x) = 1/2 + x q(x^2): q is a polynomial that meets erf(x / sqrt 2) / 2x in
+               Chebyshev points of abs(x) < 5.5, in a variable that goes from -1 to 1, so that its terms do not
+               cancel. Beyond 5.5, Phi is 0 or 1 to float32's precision. As in torch, which adds erf to 1, the
+               error is relative to x and not to what little is left of it where x is very negative.
   tanh GELU    x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the same function without the tanh
 
-`tests/inference/test_activations.py` measures the errors; `explorer.inference.activations.LARGEST_ERROR` states them, and holds the numpy twins.
+The numpy twins, and the largest error of each, are in `explorer.inference.activations`;
+`tests/inference/test_activations.py` measures the errors.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """(exp(r) - 1 - r) / r^2, highest power first; Cephes, expf.c."""
 _PHI_END, _PHI_DEGREE = 5.5, 15
-"""The end of the interval on which Phi is a polynomial, and the degree at which that is as exact as float32 (5e-9)."""
+"""The end of the interval on which Phi is a polynomial, and the degree at which that is as exact as float32
+(5e-9)."""
 _SMALLEST = -87.33
 """exp of less is no normal float32; it comes out as zero."""
 _ROUND = 1.5 * 2**23
@@ -50,7 +55,10 @@ def apply(activation: Activation, f: Function, x: Value) -> Value:
 def apply_or_clamp(
     activation: Activation | None, f: Function, x: Value, low: Value, high: Value, *, capped: bool = True
 ) -> Value:
-    """How a layer ends: with its activation, or, where it has none, between its bounds, see `Function.clamp`."""
+    """How a layer ends: with its activation, or, where it has none, between its bounds, see `Function.clamp`.
+
+    `x`, `low` and `high` are vectors of what is computed with.
+    """
     return apply(activation, f, x) if activation else f.clamp(x, low, high, capped=capped)
 
 
@@ -96,9 +104,11 @@ class _Vector:
         return total
 
     def long_polynomial(self, x: Value, coefficients: tuple[float, ...]) -> Value:
-        """By Estrin's scheme, highest power first: neighbours are joined to polynomials in x^2, those in x^4, and so on.
+        """By Estrin's scheme, highest power first.
 
-        Horner's rule waits for each multiplication before the next; of a long polynomial more would wait than a core can hold.
+        Neighbours are joined to polynomials in x^2, those in x^4, and so on.
+        Horner's rule waits for each multiplication before the next; of a long polynomial more would wait than a
+        core can hold.
         """
         terms = [self.constant(c) for c in coefficients[::-1]]
         while len(terms) > 1:

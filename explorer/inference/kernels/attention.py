@@ -1,14 +1,19 @@
-"""Scaled dot-product attention: every token's value becomes a mean of all tokens' values, weighted by how well its query fits their keys.
+"""Scaled dot-product attention: each query gets a mean of all values, weighted by how well it fits their keys.
 
-Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, equation 1: softmax(Q K^T / sqrt d) V, for each head.
+Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, equation 1: softmax(Q K^T / sqrt d) V, for
+each head.
 
 The algorithm in plain words
-  Tokens lie in the lanes and features in planes (see layout.py). A job is one head of one sample, and one tile: T vectors of neighbouring queries.
-    scores   for R keys at a time: R x T sums in registers; for each feature: T loads of the queries serve R keys, each broadcast. The scaled sums go to
-             scratch, the largest of each query stays in registers.
+  Tokens lie in the lanes and features in planes (see layout.py). A job is one head of one sample, and one tile: T
+  vectors of neighbouring queries.
+    scores   for R keys at a time: R x T sums in registers; for each feature: T loads of the queries serve R
+             keys, each broadcast. The scaled sums go to scratch, (keys, T * lanes) float32; the largest of each
+             query stays in registers.
     softmax  each score becomes exp(score - largest), and is summed; nothing is ever summed across lanes.
-    values   for R features at a time: R x T sums in registers; for each key: T loads of its weights serve R values. What leaves is divided by the
-             sum of the weights.
+    values   for R features at a time: R x T sums in registers; for each key: T loads of its weights serve R
+             values. What leaves is divided by the sum of the weights.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -34,8 +39,22 @@ ARGUMENTS = Record(
         "heads", "tiles", "queries", "keys", "features", "value_features", "last_tile", "scale",
     )
 )  # fmt: skip
-"""`q`, `k`, `v`, `out`: the first feature of the first head. Byte steps to the next sample, head and feature. `queries`, `keys`: tokens of a
-sample. `last_tile`: byte offset of the last tile, which overlaps its neighbour when tiles do not fit evenly."""
+"""Attention of all heads of all samples. Job = (sample, head, tile), the tile changes fastest.
+
+q                 (samples, heads, features, queries) values: the address of the first feature of the first head
+k                 (samples, heads, features, keys) values
+v                 (samples, heads, value_features, keys) values
+out               (samples, heads, value_features, queries) values
+.._image          bytes from one sample to the next: tokens of all samples follow one another in a plane
+.._head           bytes from one head to the next
+.._plane          bytes from one feature to the next
+heads, tiles      of a sample: heads, tiles of its queries
+queries, keys     tokens of a sample
+features          of a query and a key, of one head
+value_features    of a value, of one head
+last_tile         bytes from query 0 to the last tile, which overlaps its neighbour when tiles do not fit evenly
+scale             of the scores: the bits of a float32
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +142,11 @@ class _Generator:
         read: Callable[[Value, int], Value],
         weights: list[Value],
     ) -> list[Value]:
-        """Sums over `count` of a vector operand times R scalars: the first pointer is of the vectors, which `read` reads, the second of the scalars.
+        """Sums over `count` of a vector operand times R scalars.
 
-        Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by row.
+        The first pointer is of the vectors, which `read` reads, the second of the scalars; both go on by their
+        `steps`. Row r's scalar lies `weights[r]` bytes after the second pointer. Returns R x T vectors, row by
+        row.
         """
         f, tile = self.f, self.k.tile
 

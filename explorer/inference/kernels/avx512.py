@@ -1,16 +1,22 @@
 """Machine code of a few AVX-512 instructions, for float32 and for float16, written with numpy.
 
-Every instruction here is seven bytes long: those that have an EVEX prefix, an opcode, a register and an address in memory are, and the others are chosen or
-filled up so. A program is thus an array, each of whose elements holds an instruction in its lower seven bytes, and thousands are made at once.
+Every instruction here is seven bytes long: those that have an EVEX prefix, an opcode, a register and an address
+in memory are, and the others are chosen or filled up so. A program is thus an array (instructions,) uint64,
+each of whose elements holds an instruction in its lower seven bytes, and thousands are made at once.
+
+All of this is numpy already: the twin to test it against is an assembler, see `tests/inference/test_programs.py`.
 
 An EVEX instruction (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, section 2.7):
 
     byte 0   62
     byte 1   R X B R' 0 m m m     upper bits of register numbers, inverted; which table of opcodes
     byte 2   W v v v v 1 p p      lower bits of the second operand, inverted; which variant of the opcode
-    byte 3   z L L b V a a a      vectors of 64 bytes; b: the value in memory is broadcast to all lanes; upper bit of the second operand, inverted
+    byte 3   z L L b V a a a      z: lanes whose mask bit is 0 become zero; L: vectors of 64 bytes; b: the value
+                                  in memory is broadcast to all lanes; V: upper bit of the second operand,
+                                  inverted; a: the mask register, 0 for none
     byte 4   opcode
-    byte 5   mod reg rm           how memory is addressed, lower bits of the register, lower bits of the register that holds the address
+    byte 5   mod reg rm           how memory is addressed, lower bits of the register, lower bits of the
+                                  register that holds the address
     byte 6   displacement         in units of what is read: 64 bytes, or those of one value where it is broadcast
 """
 
@@ -29,6 +35,12 @@ BYTES = 7
 RAX, RCX, RDX, RSI, RDI, R8, R9, R10, R11 = 0, 1, 2, 6, 7, 8, 9, 10, 11
 
 Program = NDArray[np.uint64]
+
+_K1 = 1
+"""The mask register that `Arithmetic.test` leaves its answer in, and `kept` asks."""
+
+_ZERO_WHERE_K1_IS_NOT = 0x80 | _K1
+"""In byte 3: z, and the mask register."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +118,11 @@ def _between_registers(
 
 
 def kept(program: Program) -> Program:
-    """The same, of `Arithmetic.at_least`, `at_most` or `same`, with 0.0 in the lanes that were zero at the last `Arithmetic.test`. It costs nothing."""
-    return program | np.uint64(0x81 << 24)
+    """The same, with 0.0 in the lanes that were zero at the last `Arithmetic.test`.
+
+    Of what `at_least`, `at_most` or `same` make. It costs nothing.
+    """
+    return program | np.uint64(_ZERO_WHERE_K1_IS_NOT << 24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +158,14 @@ class Arithmetic:
 
     def test(self, register: int) -> Program:
         """Remember which lanes of `register`, as integers, are not zero: for `kept`."""
-        return _between_registers(self._test, 1, register, register)
+        return _between_registers(self._test, _K1, register, register)
 
     def same(self, register: ArrayLike) -> Program:
         """``register = register``: for those of which nothing but what is `kept` changes."""
         return _between_registers(self._move, register, 0, register)
 
     def at_least(self, register: ArrayLike, bound: int) -> Program:
-        """``register = max(register, bound)``; the second operand is what comes out where any is NaN: NaN stays NaN."""
+        """``register = max(register, bound)``; NaN stays NaN: where any is, the second operand comes out."""
         return _between_registers(self._maximum, register, bound, register)
 
     def at_most(self, register: ArrayLike, bound: int) -> Program:
@@ -178,7 +193,8 @@ FLOAT16 = Arithmetic(
     _move=_Operation(0x6F, 1, 3, wide=1),  # vmovdqu16
     _test=_Operation(0x26, 2, 1, wide=1),  # vptestmw
 )
-"""Of CPUs with AVX512-FP16. (Its multiply-adds broadcast a number of 16 bits on the way, which as an instruction of its own takes an arithmetic unit.)"""
+"""Of CPUs with AVX512-FP16. (Its multiply-adds broadcast a number of 16 bits on the way, which as an
+instruction of its own takes an arithmetic unit.)"""
 
 
 def arithmetic(isa: Isa) -> Arithmetic:
@@ -194,7 +210,7 @@ def advance(base: int, n_bytes: ArrayLike) -> Program:
 
 
 def fetch(base: int, n_bytes: ArrayLike) -> Program:
-    """Fetch the cache line at ``base + n_bytes`` into the L2 cache; `base` is one of the lower eight general registers."""
+    """Fetch the cache line at ``base + n_bytes`` into the L2 cache; `base` is one of the lower eight registers."""
     return np.uint64(0x0F | 0x18 << 8 | (0x90 | base) << 16) | (
         _words(n_bytes) & np.uint64(0xFFFFFFFF)
     ) << np.uint64(24)

@@ -1,6 +1,7 @@
-"""Calls other kernels in a fixed order: the layers that `explorer.inference.depth_first` runs band by band. A job is one image.
+"""Calls other kernels in a fixed order: the layers that `explorer.inference.depth_first` runs band by band.
 
-What each layer took is added up in the thread's scratch memory, beyond what the kernels use: layers take turns, and the caller's stamps know only the whole.
+A job is one image. What each layer took is added up in the thread's scratch memory, beyond what the kernels
+use: layers take turns, and the caller's stamps know only the whole.
 """
 
 from __future__ import annotations
@@ -14,10 +15,20 @@ from explorer.inference.kernels.driver import KERNEL, cycles
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(("calls", "n_calls", "cycles"))
-"""`calls`: table of CALL. `cycles`: byte offset of the counters in the scratch memory."""
+"""What a job does.
+
+calls      (n_calls,) rows of CALL, in the order in which they are run
+cycles     bytes from the beginning of the scratch memory to the counters, (layers,) int64
+"""
 
 CALL = Record(("kernel", "arguments", "first", "jobs", "jobs_per_image", "counter"))
-"""`jobs` jobs of a kernel, from `first` on in the first image. `counter`: byte offset of the layer's among the counters."""
+"""Some jobs of a kernel, of the image that the job is.
+
+kernel, arguments    address of the machine code and of its row of arguments
+first, jobs          the first of its jobs in image 0, and how many are run
+jobs_per_image       of the kernel: so many further are those of the next image
+counter              bytes from the first counter to that of the layer
+"""
 
 
 @dataclass(frozen=True, slots=True)

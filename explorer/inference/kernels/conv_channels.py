@@ -1,17 +1,22 @@
 """Dense convolution with output channels in the lanes: no lane is spent on the gap between image rows.
 
-The other dense kernel (conv.py) has neighbouring pixels in its lanes: of rows of 14 pixels that lie 16 apart, an eighth of its work goes to gaps, and of
-planes of 7 x 7 pixels almost a quarter. Here a lane is an output channel, so that the size of the image does not matter.
+The other dense kernel (conv.py) has neighbouring pixels in its lanes: of rows of 14 pixels that lie 16 apart,
+an eighth of its work goes to gaps, and of planes of 7 x 7 pixels almost a quarter. Here a lane is an output
+channel, so that the size of the image does not matter.
 
 The algorithm in plain words
-  A tile is P neighbouring pixels of one image row, a group is R vectors of output channels; P x R sums stay in registers. For each k (input channel x
-  kernel tap): load R vectors of weights, broadcast P pixels one after the other, P x R FMAs.
-  A job is a few tiles of one image times a part of the groups. K is cut into blocks; each block goes through all groups, and the weights of one
-  group and block stay in the L1 cache while all tiles pass by. The first block starts from the bias, the last one turns the sums of a tile so that the
-  lanes become pixels, adds the residual, clamps or applies another activation, and stores the P pixels of each channel.
+  A tile is P neighbouring pixels of one image row, a group is R vectors of output channels; P x R sums stay in
+  registers. For each k (input channel x kernel tap): load R vectors of weights, broadcast P pixels one after
+  the other, P x R FMAs. A job is a few tiles of one image times a part of the groups. K is cut into blocks;
+  each block goes through all groups, and the weights of one group and block stay in the L1 cache while all
+  tiles pass by. The first block starts from the bias, the last one transposes the sums of a tile so that the
+  lanes become pixels, adds the residual, clamps or applies another activation, and stores the P pixels of each
+  channel.
 
-Vectors of output channels and broadcast pixels are the usual form of direct convolution, see Georganas et al., "Anatomy of High-Performance Deep
-Learning Convolutions on SIMD Architectures" (2018).
+The numpy twin of what is computed is `conv.reference`.
+
+Vectors of output channels and broadcast pixels are the usual form of direct convolution, see Georganas et al.,
+"Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures" (2018).
 """
 
 from __future__ import annotations
@@ -38,14 +43,33 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane", "bias", "low", "high",
-        "x_at", "out_at", "residual_at", "tiles", "tiles_per_job", "chunks", "parts", "groups", "groups_per_job", "channels", "blocks", "n_blocks",
+        "x", "x_image", "out", "out_image", "out_plane", "residual", "residual_image", "residual_plane",
+        "bias", "low", "high", "x_at", "out_at", "residual_at", "tiles", "tiles_per_job", "chunks", "parts",
+        "groups", "groups_per_job", "channels", "blocks", "n_blocks",
     )
 )  # fmt: skip
-"""`..._at`: byte offset of the first pixel of each tile in its plane (int32). `chunks`: jobs that the tiles of an image are dealt to."""
+"""One convolution of x (images, C, plane) to out (images, channels, plane). Job = (image, chunk of the tiles,
+part of the groups), the part changes fastest.
+
+residual                  (images, channels, plane) values: 0 for none
+bias                      (groups * R * lanes,) values, zeros where there is no channel
+x_at, out_at, residual_at
+                          (tiles,) int32: bytes from pixel 0 to the first pixel of each tile
+tiles, tiles_per_job      of an image, and how many of them are a job's
+chunks                    jobs that the tiles of an image are dealt to
+parts                     jobs that the groups are dealt to
+groups, groups_per_job    of R vectors of output channels, and how many of them are a job's
+channels                  output channels that there are: the last group may have fewer
+blocks                    (n_blocks,) rows of BLOCK
+"""
 
 BLOCK = Record(("depth", "offsets", "weights"))
-"""One K block: byte offsets of the operands (int32) from a tile's first pixel, and weights [group][k][R * lanes]."""
+"""One K block.
+
+depth      operands (k)
+offsets    (depth,) int32: bytes from a tile's first pixel to each operand
+weights    (groups, depth, R * lanes) values
+"""
 
 _LEVEL_2 = 2
 """As `Function.prefetch` counts."""
@@ -106,10 +130,14 @@ class _Generator:
         return self.ir, "convolution"
 
     def _tile(self) -> None:
-        """One tile and group through one K block: (depth, offsets, weights, x, is_first, bias, sums, is_last, turned, soon, pace).
+        """One tile and group through one K block.
 
-        The first block starts from `bias`, others from `sums`; the last leaves its result in `turned`, with pixels in the lanes, others leave theirs in `sums`.
-        `soon`: what to fetch meanwhile, `pace` bytes further in each step: the weights of the next group.
+        Its arguments: depth and offsets (of `BLOCK`), weights ((depth, R * lanes) values, of the group), x (the
+        tile's first pixel), is_first (whether the block is the first, which starts from the bias), bias ((R *
+        lanes,) values), sums ((P, R * lanes) values of the scratch memory, which other blocks start from),
+        is_last (whether the block is the last), turned ((R * lanes, whole vectors of P) values: where the last
+        block leaves its result, with pixels in the lanes; others leave theirs in sums), soon (an address to
+        fetch, of the weights of the next group) and pace (bytes by which it moves on in each step).
         """
         k, width = self.k, self.width
         f = Function(self.ir, "tile", VOID, [I64, PTR, PTR, PTR, I1, PTR, PTR, I1, PTR, PTR, I64], self.isa)
@@ -161,7 +189,12 @@ class _Generator:
                     f.write(column, turned, width * (row * self.n_pixel_vectors + v), width)
 
     def _finish(self) -> None:
-        """The epilogue of one tile and group: (turned, channels, out, out_plane, residual, residual_plane, low, high); `channels`: how many of the group exist."""
+        """The epilogue of one tile and group.
+
+        Its arguments: turned (as `_tile` leaves it), channels (how many of the group there are), out and
+        residual (the tile's first pixel in the group's first channel), out_plane and residual_plane (bytes from
+        one channel to the next), low and high (float32).
+        """
         k, width, lanes = self.k, self.width, self.isa.lanes
         f = Function(self.ir, "finish", VOID, [PTR, I64, PTR, I64, PTR, I64, F32, F32], self.isa)
         f.native.linkage = "internal"
@@ -239,7 +272,8 @@ class _Generator:
                         return f.at(tensors[name], b.sext(f.load(place, I32), I64))
 
                     sums = f.at(all_sums, b.mul(b.add(b.mul(g, n_tiles), t), I64(tile_bytes)))
-                    # The first tiles fetch the weights that come next into the L2 cache, a line in each step: evenly, not in a burst.
+                    # The first tiles fetch the weights that come next into the L2 cache, a line in each step:
+                    # evenly, not in a burst.
                     lines = -(-width * k.vectors // CACHE_LINE)
                     soon = f.at(mine, b.add(group_bytes, b.mul(b.mul(t, depth), I64(CACHE_LINE))))
                     pace = b.select(b.icmp_signed("<", t, I64(lines)), I64(CACHE_LINE), I64(0))

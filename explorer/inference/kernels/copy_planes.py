@@ -1,4 +1,7 @@
-"""Copies whole planes from anywhere to anywhere, by a table: the parts of a concatenation that could not be written in their place."""
+"""Copies whole planes from anywhere to anywhere, by a table.
+
+For the parts of a concatenation that could not be written in their place. The numpy twin is `reference`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,30 @@ from explorer.inference.kernels.channels import channels_of
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(("out_image", "jobs", "channels", "channels_per_job", "vectors", "table"))
-"""`channels`: planes of an image that are copied."""
+"""Whole planes, vectors of values. Job = (image, some planes), see channels.py.
+
+out_image    bytes from one image to the next, where planes are copied to
+jobs, channels, channels_per_job
+             as for all kernels that go channel by channel: `channels` planes of an image are copied
+vectors      of a plane, gaps included
+table        (channels,) rows of PLANE
+"""
 
 PLANE = Record(("source", "source_image", "target"))
-"""One plane: addresses of the first image's, and bytes from one image to the next where it is read."""
+"""A plane that is copied.
+
+source          address of that of image 0
+source_image    bytes from one image to the next, where it is read
+target          address of where that of image 0 goes to
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyPlanesKernel:
-    """The machine code depends on nothing: source and target have the same layout, and the gaps of a plane (zero) are copied like its pixels."""
+    """The machine code depends on nothing.
+
+    Source and target have the same layout, and the gaps of a plane (zero) are copied like its pixels.
+    """
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""
@@ -54,5 +72,5 @@ class CopyPlanesKernel:
 
 
 def reference(x: NDArray[np.float32], planes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The numpy twin: x (N, C, H, W) float32, and which of its planes each one of the result is -> (N, planes, H, W) float32."""
+    """The numpy twin: of x (N, C, H, W) float32 the `planes`, (P,) int64 -> (N, P, H, W) float32."""
     return x[:, planes]

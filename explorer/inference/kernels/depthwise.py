@@ -1,14 +1,22 @@
 """Depthwise convolution: each channel is filtered on its own.
 
-A channel has kh x kw weights, so that the work is in moving pixels, and the kernel is made to load each of them once per image row of the window.
+A channel has kh x kw weights, so that the work is in moving pixels, and the kernel is made to load few of them
+twice.
 
 The algorithm in plain words
-  For each column of the window, a *column sum*: over the rows of the window, weight times the vector of pixels below one another. The result is
-  the sum of the column sums, each shifted by its column: a few register shuffles with the vectors before, instead of a misaligned load for each tap.
-  stride 1      one pass over the whole plane, gaps included: they are zero, so that the end of a row and the beginning of the next need no care
-  wider         row by row; two vectors are loaded and split by shuffles into pixels of even and of odd columns (stride 2), and the same sums are formed
-                of these. Nothing is copied beforehand.
-The result is a plane, or lies in tiles (see layout.py): then a table tells where each vector of a channel goes.
+  Where vectors have 64 or 16 bytes (AVX-512, NEON): for each column of the window, a *column sum*: over the
+  rows of the window, weight times the vector of pixels below one another. The result is the sum of the column
+  sums, each shifted by its column: a few register shuffles with the vectors before, instead of a misaligned
+  load for each tap. Where they have 32 bytes (AVX2, see `loads_taps`): each tap is loaded where it lies, and
+  multiplied into one sum. Rows may then be computed two at a time (`pairs`), so that what both need is loaded
+  once for both.
+  stride 1      one pass over the whole plane as if it were one row, gaps included: they are zero, so that the
+                end of a row and the beginning of the next need no care; pairs of rows go row by row
+  stride 2      row by row; two vectors are loaded and split by shuffles into pixels of even and of odd columns,
+                and the same sums are formed of these. Nothing is copied beforehand.
+  The result is a plane, or lies in tiles (see layout.py): then a table tells where each vector of a channel goes.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -27,13 +35,25 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job",
-        "weights", "bias", "mask", "rows", "vectors", "x_pitch", "x_row", "out_row", "places",
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels",
+        "channels_per_job", "weights", "bias", "mask", "rows", "vectors", "x_pitch", "x_row", "out_row",
+        "places",
     )
 )  # fmt: skip
-"""`weights`: (channels, taps), and `bias`: (channels,), as `Function.weight` reads them. `rows`: of the output (1 when the plane is taken as one row). `vectors`: of one row. `x_pitch`: bytes
-from one row of the input to the next. `x_row`, `out_row`: bytes from what one row needs to what the next needs. `mask`: one integer per element of a row, as wide.
-Of tiles, `places` (int32) tells for each vector its bytes from the first of its channel, and `out_row` counts bytes of this table."""
+"""Each channel of x (images, channels, plane) to that of out (images, channels, plane). Job = (image, some
+channels), see channels.py.
+
+weights          (channels, taps) numbers of four bytes, see `Function.weight`
+bias             (channels,) numbers of four bytes
+mask             (vectors * lanes,) integers of a row
+rows, vectors    of the result: rows, and vectors of a row; of a plane that is taken as one row, 1 and all its
+                 vectors
+x_pitch          bytes from one row of the input to the next
+x_row            bytes from the input of one row of the result to that of the next: the stride's rows
+out_row          bytes from one row of the result to the next; in tiles, bytes of `places` that belong to a row
+places           (vectors of the plane,) int32, of a result in tiles: bytes from the first of its channel to
+                 each vector
+"""
 
 _HELD_WEIGHTS = 16
 """More weights than this are broadcast from memory each time, instead of being held in registers."""
@@ -58,10 +78,11 @@ class DepthwiseKernel:
     tiled : bool
         Whether the result lies in tiles.
     pairs : bool
-        Whether rows are computed two at a time, so that what both need is loaded once (stride 1, where each tap is loaded, see `loads_taps`; two rows at least). Of an odd
-        number the last but one is computed twice.
+        Whether rows are computed two at a time, so that what both need is loaded once (stride 1, where each tap
+        is loaded, see `loads_taps`; two rows at least). Of an odd number the last but one is computed twice.
     tail : int
-        Lanes of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is written later.
+        Lanes of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is
+        written later.
     """
 
     taps: tuple[tuple[int, int], ...]
@@ -84,7 +105,11 @@ class DepthwiseKernel:
 
 
 def loads_taps(isa: Isa) -> bool:
-    """Whether each tap is loaded where it lies. Of vectors of 32 bytes half of the misaligned ones cross a cache line, and AVX2 needs two instructions to shift sums."""
+    """Whether each tap is loaded where it lies.
+
+    Of vectors of 32 bytes half of the misaligned ones cross a cache line, and AVX2 needs two instructions to
+    shift sums.
+    """
     return isa.width == 32
 
 
@@ -94,7 +119,9 @@ class _Generator:
         self.ir = ir.Module("depthwise")
         self.f = Function(self.ir, "depthwise", VOID, [PTR, I64, PTR], isa)
         self.columns = sorted(kernel.shifts)
-        # Sums are formed so far to the right that each is only ever read from the left: of vectors that are known already.
+        # Output p needs the sum of column c at p + shift[c], which may lie in a vector that is not computed yet.
+        # So column sums run `ahead` of the output, by the largest shift; that of column c is then read
+        # ``back[c] = ahead - shift[c]`` elements behind the newest, which reaches into its last ``kept[c]`` vectors.
         self.ahead = max(0, *kernel.shifts.values())
         self.back = {column: self.ahead - shift for column, shift in kernel.shifts.items()}
         self.kept = {column: -(-back // isa.lanes) for column, back in self.back.items()}
@@ -146,7 +173,7 @@ class _Generator:
     def _row(
         self, source: Value, pitch: Value, to: Value, vectors: Value, x_row: Value, out_row: Value
     ) -> list[Value]:
-        """One row, which begins at `source`; `to`: where the result does, or what the table of places tells of it."""
+        """One row, which begins at `source`; `to`: where the result does, or its part of the table of places."""
         f = self.f
         # Each row of the window has a pointer of its own, so that all of them share the way to a vector.
         lines = {
@@ -155,7 +182,8 @@ class _Generator:
         if self.loads:
             f.loop(vectors, lambda i, at: self._loaded(lines, i, at, [to]), [I64(0)])
             return [f.at(source, x_row), f.at(to, out_row)]
-        # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead into the row.
+        # The vectors left of the row: zeros where only padding lies there, and computed where sums reach ahead
+        # into the row.
         zero = f.constant(0.0)
         most = max(self.kept.values())
         before: list[dict[int, Value]] = []
@@ -164,7 +192,8 @@ class _Generator:
                 before.append(self._sums(lines, i * self.width * self.k.stride))
             else:
                 before.append(dict.fromkeys(self.columns, zero))
-        state = [before[most - n + i][c] for c in self.columns for n in [self.kept[c]] for i in range(n)]
+        # What one vector hands on to the next: the last kept[c] sums of each column c, column by column.
+        state = [sums[c] for c in self.columns for sums in before[most - self.kept[c] :]]
 
         def one_vector(i: Value, offset: Value, *state: Value) -> list[Value]:
             sums = self._sums(lines, offset)
@@ -184,7 +213,10 @@ class _Generator:
         return [f.at(source, x_row), f.at(to, out_row)]
 
     def _loaded(self, lines: dict[int, Value], i: Value, offset: Value, to: list[Value]) -> list[Value]:
-        """One vector of a row each, which are below one another, each tap of which is loaded where it lies, once for all of them."""
+        """A vector of each of some rows below one another: each tap is loaded where it lies, once for all of them.
+
+        `lines`: where each row of the window begins; `to`: where each row of the result does.
+        """
         f, k = self.f, self.k
         # One sum a row: the core works on the next vectors while it waits.
         totals = [self.bias] * len(to)
@@ -218,7 +250,10 @@ class _Generator:
         f.loop(b.sdiv(b.add(rows, I64(1)), I64(2)), two_rows)
 
     def _order(self) -> list[int]:
-        """Which pixel is in each lane where `_phases` splits two vectors within their 16 bytes."""
+        """Which pixel is in each lane where `_phases` splits two vectors within their 16 bytes.
+
+        Of 8 lanes: 0 1 4 5 2 3 6 7.
+        """
         quarter, lanes = 2, self.f.lanes
         return [
             v * lanes // 2 + part + i
@@ -228,7 +263,10 @@ class _Generator:
         ]
 
     def _phases(self, here: Value, columns: set[int]) -> dict[int, Value]:
-        """The pixels of these columns of the window, a vector of each; at stride 2 in `_order`: one shuffle each, within 16 bytes."""
+        """The pixels of these columns of the window, a vector of each.
+
+        At stride 2 in the order of `_order`, for which a shuffle within 16 bytes will do.
+        """
         f, k = self.f, self.k
         found: dict[int, Value] = {}
         for column in sorted(columns):
@@ -243,7 +281,7 @@ class _Generator:
         return found
 
     def _sums(self, lines: dict[int, Value], offset: int | Value) -> dict[int, Value]:
-        """The column sums of one vector, so many bytes after the beginning of each row of the window."""
+        """The column sums of one vector, `offset` bytes after the beginning of each row of the window."""
         f, k = self.f, self.k
         sums: dict[int, Value] = {}
         for row, line in lines.items():
@@ -279,7 +317,10 @@ def reference(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> NDArray[np.float32]:
-    """The numpy twin, in float64: x (N, C, H, W), weight (C, 1, KH, KW), bias (C,) float32 -> (N, C, OH, OW) float32."""
+    """The numpy twin, in float64.
+
+    x (N, C, H, W), weight (C, 1, KH, KW), bias (C,) float32 -> (N, C, OH, OW) float32.
+    """
     _, _, h, w = x.shape
     kh, kw = weight.shape[2:]
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))

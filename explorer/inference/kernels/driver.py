@@ -1,18 +1,24 @@
 """Runs a range of steps in one native call, on as many threads as come to help.
 
-A step is `jobs` independent pieces of one kernel. Every thread first takes the jobs of its own share (whose data are in its core's cache),
-then steals from the others' shares, by atomic tickets. A step may start when the previous one's count of finished jobs is full. **No barrier
-waits for a helper that holds no job**: one that is late, asleep or interrupted only means that the caller does more of the work itself. A ticket
-says of which run it is, so that a helper that wakes up when its run is over, and another one is on, takes nothing.
+A step is `jobs` independent pieces of one kernel. Every thread first takes the jobs of its own share (whose
+data are in its core's cache), then steals from the others' shares, by atomic tickets. A step may start when the
+previous one's count of finished jobs is full. **No barrier waits for a helper that holds no job**: one that is
+late, asleep or interrupted only means that the caller does more of the work itself. A ticket says of which run it
+is, so that a helper that wakes up when its run is over, and another one is on, takes nothing.
 
-    run(state, scratch)             the caller: opens the gate, works, waits for the last job, closes the gate
+    run(state, scratch)         the caller: opens the gate, works, waits for the last job, closes the gate
     answer(state, scratch, input, result)
-                                    the caller: one run with an input that lies elsewhere, whose answer is copied to `result`
+                                the caller: one run with an input that lies elsewhere, whose answer is copied to
+                                `result`
     run_turns(state, scratch, turns, moves, n_moves)
-                                    the caller: several runs, between which addresses in the steps' arguments move on, and at the end back
-    help(state, scratch, me)        a helper: waits for an open gate for a while, works, and returns when nothing came (it then sleeps in Python)
+                                the caller: several runs, between which addresses in the steps' arguments move
+                                on, and at the end back
+    help(state, scratch, me)    a helper: waits for an open gate for a while, works, and returns when nothing
+                                came (it then sleeps in Python)
+    clock()                     the counter that `stamps` are read from
 
-The caller writes the cycle counter into `stamps` when each step begins and ends: per-layer times measured inside the network.
+The caller writes the cycle counter into `stamps` when each step begins and ends: per-layer times measured
+inside the network.
 """
 
 from __future__ import annotations
@@ -31,20 +37,50 @@ STATE = Record(
         "cell", "output", "n_bytes",
     ),
 )  # fmt: skip
-"""`steps`: table of STEP. `tickets`: a 64-byte counter per (step, thread), see `COUNT_BITS`. `done`: one per step, from step -1. `gate` is odd while a run is on, and is then
-its number. `active`: helpers that may read the steps, which must not be changed or freed before it is zero. `stamps`: two counters per step, its start and its end. `cell`: where kernels find the address of the input, or 0; `output`: where the steps leave the answer, of so many
-bytes."""
+"""What the caller and its helpers share. A counter is an int64 in a cache line of its own.
+
+steps          rows of STEP
+first, last    the steps of a run: [first, last)
+tickets        (steps, threads) counters: jobs of each thread's share that somebody has taken, see `COUNT_BITS`
+done           (steps + 1,) counters: jobs of each step that are finished, from step -1 on, which has none
+gate           a counter that goes up when a run begins and when it ends: odd while one is on, and then its number
+active         a counter of the helpers that may read the steps, which must not be changed or freed before it is 0
+stop           a counter: 1 where helpers are to return for good
+spin           how often a helper looks at the gate before it returns
+threads        the caller, thread 0, and its helpers
+stamps         (steps, 2) int64: the clock at the start and the end of each step
+cell           address of the cell in which kernels find the address of the input, or 0
+output         address at which the steps leave the answer
+n_bytes        of the answer
+"""
 
 STEP = Record(("jobs", "kernel", "arguments", "gaps"))
-"""`gaps`: a row of GAPS, or 0 where nothing has to be zeroed."""
+"""A step.
+
+jobs         how many there are
+kernel       address of its machine code, a `KERNEL`
+arguments    address of its row of arguments
+gaps         a row of GAPS, or 0 where nothing has to be zeroed
+"""
 
 GAPS = Record(("kernel", "arguments", "pieces"))
-"""What whoever takes the first job of a thread's share does besides: its share of so many jobs of this kernel, see zero_gaps.py."""
+"""What whoever takes the first job of a thread's share does besides: its share of `pieces` jobs of another
+kernel.
+
+kernel, arguments    address of the machine code and of its row of arguments, see zero_gaps.py
+pieces               jobs, of all images
+"""
 
 MOVE = Record(("cell", "n_bytes"))
-"""An address that moves on, by so many bytes a turn; `cell` is where it stands."""
+"""An address that moves on.
+
+cell       where it stands
+n_bytes    by how many bytes it moves each turn
+"""
 
 KERNEL = ir.FunctionType(VOID, [PTR, I64, PTR])
+"""What every kernel of a step is: ``kernel(arguments, job, scratch)``."""
+
 _LINE = CACHE_LINE  # each counter has one of its own
 
 COUNT_BITS = 24
@@ -60,7 +96,7 @@ def _pause(f: Function) -> None:
 
 
 def cycles(f: Function) -> Value:
-    """A counter that runs at a constant rate; user code may not read the cycle register of ARM, but may read its timer."""
+    """A counter that runs at a constant rate: on ARM the timer, since user code may not read the cycle register."""
     if platform.machine().lower() in {"aarch64", "arm64"}:
         return f.b.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], True)
     return f.call("llvm.readcyclecounter", I64, [])
@@ -188,7 +224,11 @@ def _run(module: Value, work: Value, isa: Isa) -> Value:
 
 
 def _answer(module: Value, run: Value, isa: Isa) -> None:
-    """After a network has run, Python's code and data have left the caches: what can be done here takes a fraction of the time."""
+    """One run, and its answer copied.
+
+    After a network has run, Python's code and data have left the caches: what is done here takes a fraction of
+    the time.
+    """
     f = Function(module, "answer", VOID, [PTR, PTR, PTR, PTR], isa)
     b, (state, scratch, input_, result) = f.b, f.arguments
     cell = f.field(state, STATE, "cell", PTR)

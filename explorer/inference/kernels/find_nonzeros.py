@@ -1,8 +1,11 @@
 """The nonzeros of a matrix, row by row, in one pass over it.
 
 The algorithm in plain words
-  Each weight, zero or not, is written to the next free entry; only a nonzero moves on to the entry after it, so that zeros are written over. No branch depends
-  on the pattern, which no core could foresee. What a row is to be multiplied with (the gain of a batch norm) then meets the nonzeros only.
+  Each weight, zero or not, is written to the next free entry; only a nonzero moves on to the entry after it, so
+  that zeros are written over. No branch depends on the pattern, which no core could foresee. What a row is to
+  be multiplied with (the gain of a batch norm) then meets the nonzeros only.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -17,9 +20,17 @@ from explorer.inference.kernels.builder import F32, I32, I64, PTR, VOID, Functio
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(("weight", "gain", "ends", "columns", "values", "rows", "row_length", "most"))
-"""`weight`: float32, `rows` of `channels` x `row_length`. `gain`: float64 for each channel, or 0 for none. Results: for each row where its entries end
-(`ends`, int64), the column of each entry (int64), and its weights (`values`, float32, one for each channel). No row is begun behind more than `most` entries,
-so that tables of `most` + `row_length` + 1 are never left, even if another thread changes the weights."""
+"""One call, without jobs. Where `channels` is that of the kernel:
+
+weight              (rows, channels, row_length) float32
+gain                (rows, channels) float64: what the weights are multiplied with; 0 for none
+ends                (rows,) int64, a result: the entries up to the end of each row
+columns             (most + row_length + 1,) int64, a result: the column of each entry
+values              (most + row_length + 1, channels) float32, a result: its weights
+rows, row_length
+most                no row is begun behind more entries than that, so that the tables above are never left, even
+                    if another thread changes the weights
+"""
 
 F64 = ir.DoubleType()
 

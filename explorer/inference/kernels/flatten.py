@@ -1,4 +1,7 @@
-"""From planes to vectors (of float32): the pixels of an image, channel after channel and row after row, without the gaps."""
+"""From planes to vectors (of float32): the pixels of an image, without the gaps.
+
+Channel after channel, row after row. The numpy twin is `reference`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,15 @@ from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record,
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(("x", "x_image", "out", "out_image", "jobs", "vectors", "vectors_per_job", "table"))
-"""`table`: for each element of the output the element of the input image (int32); -1, which is zero (see layout.py), past the end."""
+"""Planes x (images, channels, plane) to out (images, features) float32. Job = (image, some vectors of its
+result).
+
+jobs               of an image
+vectors            of an image's result, of `lanes` float32
+vectors_per_job
+table              (vectors * lanes,) int32: for each element of the result the element of the input image; past
+                   the end -1, where a zero lies (see layout.py)
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,15 @@
 """Layer normalisation of tokens: every token's features get mean 0 and variance 1, then a scale and a shift each.
 
-Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv:1607.06450. Tokens lie in the lanes and features in planes (see layout.py), so that the mean
-over features is a sum of vectors and nothing is ever summed across lanes.
+Ba, Kiros and Hinton 2016, "Layer Normalization", arXiv:1607.06450. Tokens lie in the lanes and features in
+planes (see layout.py), so that the mean over features is a sum of vectors and nothing is ever summed across
+lanes.
 
 The algorithm in plain words
-  A job is one tile: T vectors of neighbouring tokens. It walks over the features three times, the first time for the mean, then for the
-  variance around it (a difference of squares would lose digits), then to write the result.
+  A job is one tile: T vectors of neighbouring tokens. It walks over the features three times, the first time
+  for the mean, then for the variance around it (a difference of squares would lose digits), then to write the
+  result.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -21,13 +25,24 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_plane", "x_tile", "out", "out_plane", "out_tile", "weight", "bias", "features", "one_over_features", "epsilon", "tiles",
-        "per_tile", "back", "mask", "mask_tile",
+        "x", "x_plane", "x_tile", "out", "out_plane", "out_tile", "weight", "bias", "features",
+        "one_over_features", "epsilon", "tiles", "per_tile", "back", "mask", "mask_tile",
     )
 )  # fmt: skip
-"""`weight` and `bias`: one float32 per feature. `mask`: one integer per token, as wide as a value. `per_tile`: how many of the kernel's tiles a tile of
-the layout holds, `..._tile`: bytes from one of those to the next. `back`: bytes by which the last tile lies back, over its neighbour, when tiles do not fit
-evenly."""
+"""Tokens x (features, tokens) to out (features, tokens), values; the tokens of all samples follow one another.
+Job = tile.
+
+x_plane, out_plane           bytes from one feature to the next
+x_tile, out_tile, mask_tile  bytes from `per_tile` tiles to as many that follow
+weight, bias                 (features,) float32
+features
+one_over_features, epsilon   the bits of a float32
+tiles                        jobs in all
+per_tile                     how many of the kernel's tiles lie together in a tile of the layout; 1 where it has
+                             none
+back                         bytes by which the last tile lies over its neighbour, where tiles do not fit evenly
+mask                         (tokens, to whole vectors,) integers
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,17 @@
 """A linear layer on one vector per image (a classifier after pooling): matrix times vector, sparse or dense.
 
-Linear layers on many tokens are convolutions with a 1x1 kernel over a tokens-as-pixels layout, see layout.py; here there is one pixel.
+Linear layers on many tokens are convolutions with a 1x1 kernel over a tokens-as-pixels layout, see layout.py;
+here there is one pixel.
 
-  A job is a piece of the outputs times a chunk of the images: weights, which are most of what is read, come from afar once for all images of the chunk.
-  sparse   for each output, for each image: gather 16 inputs by index, FMA, and sum the lanes at the end. Rows are filled up to whole vectors, see pack.py.
-  dense    for each group of U vectors of outputs, for G images at once, then for those left over: U x G sums in registers; for each input: broadcast
-           one value of each image, U x G FMAs with U vectors of weights
+The algorithm in plain words
+  A job is a piece of the outputs times a chunk of the images: weights, which are most of what is read, come
+  from afar once for all images of the chunk.
+  sparse   for each output, for each image: gather as many inputs as a vector has lanes by index, FMA, and sum
+           the lanes at the end. Rows are filled up to whole vectors, see pack.py.
+  dense    for each group of U vectors of outputs, for G images at once, then for those left over: U x G sums in
+           registers; for each input: broadcast one value of each image, U x G FMAs with U vectors of weights
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -22,10 +28,22 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "out", "out_image", "bias", "low", "high", "n_in", "n_out", "images", "chunk", "rows_per_job", "starts", "indices", "weights",
+        "x", "x_image", "out", "out_image", "bias", "low", "high", "n_in", "n_out", "images", "chunk",
+        "rows_per_job", "starts", "indices", "weights",
     )
 )  # fmt: skip
-"""`images` in this call, `chunk` of them in a job. Sparse: `starts` (n_out + 1 int32, in vectors), `indices` and `weights` (whole vectors). Dense: `weights` [group][input][U lanes]."""
+"""Vectors x (images, n_in) to out (images, n_out), float32 always. Job = (piece of the outputs, chunk of the
+images), the chunk changes fastest.
+
+bias            (n_out,) float32; dense: padded to whole groups
+n_in, n_out     inputs and outputs
+images          in this call
+chunk           images of a job
+rows_per_job    sparse: outputs of a piece; dense, a piece is a group of U vectors
+starts          sparse: (n_out + 1,) int32, vectors of entries before each output
+indices         sparse: (starts[-1] * lanes,) int32, the input of each entry
+weights         sparse: (starts[-1] * lanes,) float32; dense: (groups, n_in, U * lanes) float32, padded with zeros
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +149,8 @@ class LinearKernel:
 def reference(
     x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The numpy twin: ``x @ weight.T + bias`` in float64; x (N, F), weight (M, F), bias (M,) float32 -> (N, M) float32."""
+    """The numpy twin, in float64: ``x @ weight.T + bias``.
+
+    x (N, F), weight (M, F), bias (M,) float32 -> (N, M) float32.
+    """
     return (x.astype(np.float64) @ weight.astype(np.float64).T + bias).astype(np.float32)

@@ -1,13 +1,16 @@
 """A sparse linear layer on one vector per image, for many images at once: an image in each lane.
 
-The kernel of linear.py gathers, for each nonzero and image, one input; here each nonzero is one multiply-add for as many images as a vector has lanes.
+The kernel of linear.py gathers, for each nonzero and image, one input; here each nonzero is one multiply-add
+for as many images as a vector has lanes.
 
 The algorithm in plain words
-  A job is a piece of the outputs for the images of one vector. The inputs are turned first, so that input f of all these images is one vector. Then, output by
-  output: for each nonzero a broadcast weight times the vector of its input, added to several sums in turn. The sums of as many outputs as there are
-  lanes are turned back, and each image gets its vector of them. Lanes without an image repeat the last one, and are not stored.
+  A job is a piece of the outputs for the images of one vector. The inputs are transposed first, so that input f
+  of all these images is one vector. Then, output by output: for each nonzero a broadcast weight times the
+  vector of its input, added to several sums one after the other. The sums of as many outputs as there are lanes
+  are transposed back, and each image gets its vector of them. Lanes without an image repeat the last one, and
+  are not stored.
 
-The numpy twin is that of linear.py, `linear.reference`.
+The tables are those of the sparse kernel of linear.py, and the numpy twin is `linear.reference`.
 
 (The classifier of ResNet-50, 90 % of zeros, 16 images, Zen 4: 0.16 of the time of the gathers.)
 """
@@ -30,12 +33,15 @@ _SUMS = 8
 class LinearImagesKernel:
     """The machine code depends on nothing but the CPU.
 
-    Arguments are as for `linear.LinearKernel(0)`; `chunk` is the number of lanes, `rows_per_job` a multiple of it, and `starts` and `bias` go on, without
-    nonzeros, up to the next multiple beyond the outputs.
+    Arguments are as for `linear.LinearKernel(0)`; `chunk` is the number of lanes, `rows_per_job` a multiple of
+    it, and `starts` and `bias` go on, without nonzeros, up to the next multiple beyond the outputs.
     """
 
     def scratch_bytes(self, n_in: int, isa: Isa) -> int:
-        """Bytes of scratch memory that a job needs: the inputs, and the sums of some outputs."""
+        """Bytes of scratch memory that a job needs.
+
+        The inputs, (n_in to whole vectors, lanes) float32, and the sums of some outputs, (lanes, lanes) float32.
+        """
         return (-(-n_in // isa.lanes) + 1) * isa.lanes * isa.width
 
     def build(self, isa: Isa) -> tuple[Value, str]:
@@ -55,18 +61,18 @@ class LinearImagesKernel:
         last = f.minimum(b.add(first, size), field("n_out"))
         blocks = b.sdiv(b.add(field("n_in"), I64(lanes - 1)), I64(lanes))
         sums = f.at(scratch, b.mul(blocks, I64(lanes * width)))
-        self._turn(f, field, first_image, blocks, scratch)
+        self._transpose(f, field, first_image, blocks, scratch)
 
-        def some_rows(turn: Value) -> None:
-            row = b.add(first, b.mul(turn, I64(lanes)))
+        def some_rows(number: Value) -> None:
+            row = b.add(first, b.mul(number, I64(lanes)))
             f.loop(
                 I64(lanes),
                 lambda i: f.store(
                     self._row(f, field, b.add(row, i), scratch), f.at(sums, b.mul(i, I64(width))), 0, width
                 ),
             )
-            turned = f.transpose([f.load(sums, f.vector, width * i, width) for i in range(lanes)])
-            for i, outputs in enumerate(turned):
+            by_image = f.transpose([f.load(sums, f.vector, width * i, width) for i in range(lanes)])
+            for i, outputs in enumerate(by_image):
                 image = b.add(first_image, I64(i))
                 with b.if_then(b.icmp_signed("<", image, images)):
                     to = f.at(field("out", PTR), b.mul(image, field("out_image")))
@@ -77,7 +83,7 @@ class LinearImagesKernel:
         return module, "linear_images"
 
     @staticmethod
-    def _turn(f: Function, field: Value, first_image: Value, blocks: Value, scratch: Value) -> None:
+    def _transpose(f: Function, field: Value, first_image: Value, blocks: Value, scratch: Value) -> None:
         """Leave the inputs of these images in scratch memory: input by input, an image in each lane."""
         b, lanes, width = f.b, f.lanes, f.width
         x, last = field("x", PTR), b.sub(field("images"), I64(1))

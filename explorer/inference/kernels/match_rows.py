@@ -1,9 +1,12 @@
-"""Rows of a sparse matrix that share columns, found two by two: the sparse convolution loads once for both what they share.
+"""Rows of a sparse matrix that share columns, found two by two: what they share is then loaded once for both.
 
 The algorithm in plain words
-  The columns of each row become a set of bits. Rows come in runs; each row that is still alone takes, of the next `WINDOW` rows of its run that are
-  alone too, the one that shares most columns with it: a greedy matching. (Of 1024 rows with about 9 of 91 columns, in runs of one length, 16 % of the
-  operands are then loaded once less; always taking the best pair of all that are left would make it 17 %.)
+  The columns of each row become a set of bits. Rows come in runs; each row that is still alone takes, of the
+  next `WINDOW` rows of its run that are alone too, the one that shares most columns with it: a greedy matching.
+  (Of 1024 rows with about 9 of 91 columns, in runs of one length, 16 % of the operands are then loaded once
+  less; always taking the best pair of all that are left would make it 17 %.)
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -20,13 +23,25 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "columns", "first", "count", "base", "run_end", "grain", "sets", "partner", "shared", "is_shared", "rows", "set_words",
+        "columns", "first", "count", "base", "run_end", "grain", "sets", "partner", "shared", "is_shared",
+        "rows", "set_words",
     )
 )  # fmt: skip
-"""Integers of 64 bits, but for `is_shared`. `columns`: those of all rows, ascending in each. For each row: its `first` entry there and the `count` of them;
-the `base`, which is bit 0 of its set; the row after the last of its run; the `grain`. `sets`: zeros, `set_words` (a multiple of `SET_WORDS`) for each
-row. Results: the `partner` of each row (-1 for none, which must stand there before), how many columns are `shared` with it, a multiple of the grain, and
-for each entry a byte that tells whether it `is_shared`: the first ones that both have."""
+"""One call, without jobs. An entry is a nonzero; rows are those of one or several K blocks.
+
+columns      (entries,) int64: the column of each entry, ascending in each row
+first        (rows,) int64: the first entry of each row
+count        (rows,) int64: its entries
+base         (rows,) int64: the column that is bit 0 of its set
+run_end      (rows,) int64: the row after the last of its run
+grain        (rows,) int64: two rows share a multiple of that many columns
+sets         (rows, set_words) int64, zeros: becomes the sets
+partner      (rows,) int64, a result: the partner of each row; -1, which must stand there before, for none
+shared       (rows,) int64, a result: how many columns each shares with its partner
+is_shared    (entries,) uint8, a result: 1 where an entry is one of these, the first that both have
+rows
+set_words    words of a set, a multiple of `SET_WORDS`
+"""
 
 _TABLES = ARGUMENTS.fields[:-2]
 
@@ -135,7 +150,19 @@ class MatchRowsKernel:
 def reference(
     is_there: NDArray[np.bool_], run_end: NDArray[np.int64], grain: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The numpy twin: of rows (R, C) bool, the partner of each (-1 for none) and which of its columns are shared with it."""
+    """The numpy twin: the partner of each row (-1 for none), and which of its columns are shared with it.
+
+    Parameters
+    ----------
+    is_there : (rows, columns) bool
+        Where each row has an entry.
+    run_end, grain : (rows,) int64
+        As in `ARGUMENTS`.
+
+    Returns
+    -------
+    (rows,) int64, (rows, columns) bool
+    """
     partner, shared = np.full(len(is_there), -1), np.zeros_like(is_there)
     for row in range(len(is_there)):
         if partner[row] >= 0:

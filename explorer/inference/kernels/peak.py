@@ -1,4 +1,4 @@
-"""What this machine can do at best, so that a kernel's speed means something: fused multiply-adds in registers, and reading memory.
+"""What this machine can do at best, so that a kernel's speed means something: multiply-adds, and reading memory.
 
 fma    as many independent sums as registers allow, nothing else in the loop
 read   one pass over a buffer, vector by vector, into four sums
@@ -18,13 +18,17 @@ READ_VECTORS = 4
 
 
 def sums(isa: Isa) -> int:
-    """Independent sums of the multiply-add loop: enough to hide the latency of all FMA units, and two registers left for the operands."""
+    """Independent sums of the multiply-add loop: enough to hide the latency of all FMA units."""
     return min(isa.registers - 4, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class PeakKernel:
-    """`kind` is "fma" or "read". The entry takes a buffer and how often to go round; it adds what it computed to the buffer's first vector."""
+    """`kind` is "fma" or "read".
+
+    The entry is ``peak(buffer, rounds)``, of an address on a vector boundary and of how often to go round. It
+    leaves the sum of what it computed in the buffer's second vector, so that nothing of it can be left out.
+    """
 
     kind: str
 
@@ -35,7 +39,8 @@ class PeakKernel:
         b, (buffer, rounds), width = f.b, f.arguments, f.width
         zero = f.constant(0.0)
         if self.kind == "fma":
-            # Ordinary numbers: denormal ones would be slow. They come from memory, so that nothing is known of them beforehand.
+            # Ordinary numbers: denormal ones would be slow. They come from memory, so that nothing is known
+            # beforehand.
             x = f.read(buffer, 0, width)
             total = f.loop(rounds, lambda _, *t: [f.fma(x, x, s) for s in t], [zero] * sums(isa))
         else:

@@ -1,6 +1,7 @@
-"""Calls another kernel for one of several pieces of an image, each of which has arguments of its own: see `explorer.inference.rows_apart`.
+"""Calls another kernel for one of several pieces of an image, each with arguments of its own.
 
-Jobs of one piece follow one another, so that threads, each of which first takes neighbouring jobs, take pieces of their own.
+See `explorer.inference.rows_apart`. Jobs of one piece follow one another, so that threads, each of which first
+takes neighbouring jobs, take pieces of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from explorer.inference.kernels.driver import KERNEL
 from explorer.inference.native import Isa
 
 ARGUMENTS = Record(("kernel", "arguments", "pieces", "jobs"))
-"""`arguments`: the addresses of those of each of so many `pieces`; `jobs`: of a piece."""
+"""Another kernel, piece by piece. Job = (image, piece, job of the piece), the last changes fastest.
+
+kernel       address of its machine code
+arguments    (pieces,) addresses of its rows of arguments
+pieces       of an image
+jobs         of a piece: as many as the kernel has of an image
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """Nonzeros to the places where the sparse convolution reads them, when it takes one row at a time.
 
 The algorithm in plain words
-  A cell is what a row has in a K block. One pass over the nonzeros counts them, cell by cell; once it is known where each cell begins, a second pass puts
-  each nonzero at the next place of its cell. Blocks need not ascend along a row, and nothing is sorted.
+  A cell is what a row has in a K block. One pass over the nonzeros counts them, cell by cell; once it is known
+  where each cell begins, a second pass puts each nonzero at the next place of its cell. Blocks need not ascend
+  along a row, and nothing is sorted.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -19,10 +22,22 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     ("starts", "columns", "words", "block", "where", "next", "last", "offsets", "filled", "rows", "n_blocks")
 )
-"""Of `rows` rows: the `starts` of their entries (rows + 1, int64). Of each entry: its column (int64), and its weights in `words` (int32, one for each channel).
-Of each column: its K block (int64), and `where` its operand lies (int32). Of each cell, `n_blocks` for each row (int64): counting adds its entries to `next`;
-placing takes from there its first place in `offsets` and `filled` (both int32), leaves the place after its last entry, and notes in `last` which entry
-that was."""
+"""One call, without jobs. Where `channels` is that of the kernel:
+
+starts      (rows + 1,) int64: entries before each row
+columns     (entries,) int64: the column of each entry
+words       (entries, channels) int32: its weights, four bytes each
+block       (columns,) int64: the K block of each column
+where       (columns,) int32: byte offset of its operand
+next        (rows, n_blocks) int64, of each cell: counting adds its entries to it; placing takes its first place
+            from it, and leaves the place after its last entry
+last        (rows, n_blocks) int64, a result of placing: the last entry of each cell
+offsets     (places,) int32, a result of placing: `where` of the entry at each place
+filled      (places, channels) int32, a result of placing: its words
+rows, n_blocks
+
+Counting needs `starts`, `columns`, `block` and `next` only.
+"""
 
 PASSES = ("count", "place")
 
@@ -98,6 +113,10 @@ def reference(
         The cell of each.
     begins : (cells,) int64
         The first place of each.
+
+    Returns
+    -------
+    (entries,) int64, (cells,) int64
     """
     count = np.bincount(cell, minlength=len(begins))
     order = np.argsort(cell, kind="stable")

@@ -1,8 +1,11 @@
 """Nonzeros to the places where the sparse convolution reads them, when it takes two rows at once.
 
 The algorithm in plain words
-  Entry by entry, row by row: an entry that is shared with the row's partner goes to the next of one list of places, any other to the next of another. Both
-  lists have places for offsets and for weights, at a fixed distance.
+  Entry by entry, row by row: an entry that is shared with the row's partner goes to the next of one list of
+  places, any other to the next of another. Both lists have places for offsets and for weights, at a fixed
+  distance.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -18,12 +21,25 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "where", "words", "is_shared", "first", "count", "step", "shared_offset", "shared_word", "own_offset", "own_word", "offsets", "filled", "rows",
+        "where", "words", "is_shared", "first", "count", "step", "shared_offset", "shared_word", "own_offset",
+        "own_word", "offsets", "filled", "rows",
     )
 )  # fmt: skip
-"""For each entry: `where` its operand lies (int64, stored as int32), its weight in `words` (int32), and whether it `is_shared` (int8). For each row (int64):
-its `first` entry and the `count` of them, the first place of each kind in `offsets` and `filled` (both int32), and the `step` to the next; shared offsets
-stand side by side."""
+"""One call, without jobs.
+
+where          (entries,) int64: byte offset of each entry's operand
+words          (entries,) int32: its weight, of four bytes
+is_shared      (entries,) uint8: whether the row's partner has it too
+first          (rows,) int64: the first entry of each row
+count          (rows,) int64: its entries
+step           (rows,) int64: places from one of its entries to the next: 2 where a partner's stand between
+               them, else 1; shared offsets, which serve both, stand side by side
+shared_offset, shared_word, own_offset, own_word
+               (rows,) int64: the first place of each kind in `offsets` and `filled`
+offsets        (places of offsets,) int32, a result
+filled         (places of weights,) int32, a result
+rows
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +87,19 @@ class PlaceRowsKernel:
 
 
 def reference(is_shared: NDArray[np.bool_], shared: int, own: int, step: int) -> NDArray[np.int64]:
-    """The numpy twin, of one row: the places of its weights."""
+    """The numpy twin, of one row: the places of its weights.
+
+    Parameters
+    ----------
+    is_shared : (entries,) bool
+    shared, own : int
+        The first place of either kind.
+    step : int
+
+    Returns
+    -------
+    (entries,) int64
+    """
     places = np.empty(len(is_shared), np.int64)
     places[is_shared] = shared + step * np.arange(np.count_nonzero(is_shared))
     places[~is_shared] = own + step * np.arange(np.count_nonzero(~is_shared))

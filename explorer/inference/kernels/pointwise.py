@@ -1,6 +1,7 @@
-"""Element by element: an operand added or multiplied, a scale and a shift per channel, a clamp or another activation.
+"""Element by element: an operand added or multiplied, a scale and a shift per channel, a clamp or an activation.
 
-For what no convolution could take along. The gaps of planes must be zero again: where a shift or an activation moves zero, they are masked.
+For what no convolution could take along. The gaps of planes must be zero again: where a shift or an activation
+moves zero, they are masked.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "other", "other_image", "other_plane", "out", "out_image", "out_plane", "low", "high",
-        "jobs", "channels", "channels_per_job", "vectors", "scale", "shift", "mask",
+        "x", "x_image", "x_plane", "other", "other_image", "other_plane", "out", "out_image", "out_plane",
+        "low", "high", "jobs", "channels", "channels_per_job", "vectors", "scale", "shift", "mask",
     )
 )  # fmt: skip
-"""`scale` and `shift`: one float32 per channel. `mask`: one integer per element of a plane, as wide."""
+"""Planes, (images, channels, plane) values, or vectors, (images, features) float32. Job = (image, some channels).
+
+other           values of the second operand; one value per channel, `other_plane` bytes apart, where there is
+                one for all pixels
+vectors         of a plane, or of all features where channels lie across the lanes: these are then one channel
+scale, shift    (channels,) float32
+mask            (vectors * lanes,) integers
+"""
 
 
 @dataclass(frozen=True, slots=True)

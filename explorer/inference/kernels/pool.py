@@ -1,8 +1,12 @@
 """Pooling through an index table, for windows that `window_pool` does not take, and the average of a whole plane.
 
-The table holds, for each tap of the window and each output pixel, the element of the input plane, or -1 where the window leaves the
-image. A maximum ignores such taps; an average reads a zero there (element -1 of a plane is always zero, see layout.py) and multiplies by
-one over the size of the window, which differs at the border when padding is not counted.
+The table holds, for each tap of the window and each output pixel, the element of the input plane, or -1 where
+the window leaves the image. A maximum ignores such taps; an average reads a zero there (element -1 of a plane
+is always zero, see layout.py) and multiplies by one over the size of the window, which differs at the border
+when padding is not counted.
+
+The numpy twins are `window_pool.reference_maximum`, `window_pool.reference_average` and, of whole planes,
+`reference_plane`.
 """
 
 from __future__ import annotations
@@ -19,11 +23,21 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job", "vectors",
-        "n_taps", "table", "table_tap", "mask", "scale",
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels",
+        "channels_per_job", "vectors", "n_taps", "table", "table_tap", "mask", "scale",
     )
 )  # fmt: skip
-"""`scale`: one float32 per output pixel (average), or one float32 (whole plane, whose average is a float32 too)."""
+"""Each channel of x (images, channels, plane) to that of out: to a plane of another size, or, for the average of
+whole planes, to one number of (images, channels) float32. Job = (image, some channels), see channels.py.
+
+vectors      of the plane that is written, or, of whole planes, read
+n_taps       of a window
+table        (n_taps, vectors * lanes) int32: the element of the input plane that each tap reads for each
+             element of the result, -1 for none
+table_tap    bytes from one tap to the next in it
+mask         (vectors * lanes,) integers, of the plane that is written, or read
+scale        (vectors * lanes,) float32, what sums are multiplied with (average); (1,) float32 of whole planes
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,8 @@ class PoolKernel:
     kind : str
         "max", "average" or "plane".
     masked : bool
-        "plane" only: whether the gaps of the operand may hold anything (as those of tiles may, and other images beside this one), so that they must not be counted.
+        "plane" only: whether the gaps of the operand may hold anything (as those of tiles may, and other images
+        beside this one), so that they must not be counted.
     """
 
     kind: str

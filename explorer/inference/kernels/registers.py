@@ -1,4 +1,8 @@
-"""How a tile of pixels is cut so that the sums of a convolution stay in registers. Plain arithmetic, which needs no code generator."""
+"""How a tile of pixels is cut so that the sums of a convolution stay in registers.
+
+Plain arithmetic, which needs no code generator. Everywhere a tile has T vectors of pixels, R output channels
+share their loads, S vectors are taken at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ LARGEST_SHUFFLED = 4
 """The widest stride that is split into phases by shuffles; their number grows with its square."""
 
 _WORTH_PARTS = 0.95
-"""What a dense kernel that takes a tile in parts must gain, as it reads the weights once for each."""
+"""A dense kernel takes a tile in parts where that costs less than this share of taking it whole: it reads the
+weights once for each part."""
 
 
 def _even_parts(tile: int, most: int) -> tuple[int, ...]:
@@ -21,15 +26,19 @@ def _even_parts(tile: int, most: int) -> tuple[int, ...]:
 
 
 def pair_parts(tile: int, isa: Isa) -> tuple[int, ...]:
-    """The vectors S of each part of a tile that a pair of output channels takes at once: 2 x S sums, two weights and an operand stay in registers."""
+    """The vectors S of each part of a tile that a pair of output channels takes at once.
+
+    2 x S sums, two weights and an operand stay in registers.
+    """
     return _even_parts(tile, (isa.registers - 3) // 2)
 
 
 def _most_vectors(rows: int, isa: Isa) -> int:
-    """The largest S for which R x S sums, the smaller of R and S operands and one more value stay in registers; 0 for none."""
+    """The largest S for which R x S sums, the fewer of R and S operands and one more fit registers; 0 for none."""
 
     def held(s: int) -> int:
-        # On NEON LLVM loads several float16 ahead of their turn, and weights by twos where vectors of pixels are the fewer operands.
+        # On NEON LLVM loads ahead of their turn: several operands of float16; of float32 the weights two by
+        # two, where the S vectors of pixels are held and the R weights streamed.
         more = 1 if isa.width > 16 else 5 if isa.precision == "fp16" else 1 + 2 * (rows > s)
         return rows * s + min(rows, s) + more
 
@@ -42,9 +51,10 @@ def dense_parts(tile: int, rows: int, isa: Isa) -> tuple[int, ...]:
 
 
 def dense_rows(tile: int, isa: Isa, *, whole: bool = False) -> int:
-    """The R with the fewest cycles for a product, of those whose sums stay in registers; in one part where others win little, or `whole` asks for it.
+    """The R with the fewest cycles for a product, of those whose sums stay in registers.
 
-    Two loads and two multiply-adds a cycle; sums that are fewer than eight wait for each other; half a cycle is the loop's own.
+    In one part where others win little, or `whole` asks for it. Two loads and two multiply-adds a cycle; sums
+    that are fewer than eight wait for each other; half a cycle is the loop's own.
     """
 
     def cost(rows: int) -> float:
@@ -58,7 +68,10 @@ def dense_rows(tile: int, isa: Isa, *, whole: bool = False) -> int:
 
 
 def exponential_parts(tile: int, isa: Isa) -> tuple[int, ...]:
-    """The vectors of each part of a tile whose exponentials attention takes at once, beside their constants, which x86 can also read where they are used."""
+    """The vectors of each part of a tile whose exponentials attention takes at once.
+
+    Beside them their constants need registers, unless they are read where they are used, as x86 can.
+    """
     if isa.registers < MANY_REGISTERS:
         return (1,) * tile  # of several, constants and sums would wait on the stack
     return _even_parts(tile, tile if isa.width > 16 else 3)
@@ -67,9 +80,9 @@ def exponential_parts(tile: int, isa: Isa) -> tuple[int, ...]:
 def unroll(sums: int) -> int:
     """Nonzeros that the sparse kernel takes at once, each with sums of its own: `sums` vectors.
 
-    An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector a row, four do, since the core
-    begins the next row before this one has ended, and eight would pay for more padding and more additions at the end. Rows are filled up to a
-    multiple of this, see pack.py.
+    An FMA takes four cycles and a core starts two a cycle: eight independent sums keep it busy. With one vector
+    a row, four do, since the core begins the next row before this one has ended, and eight would pay for more
+    padding and more additions at the end. Rows are filled up to a multiple of this, see sparse_rows.py.
     """
     return min(4, 1 << max(0, (8 // sums).bit_length() - 1))
 
@@ -77,19 +90,21 @@ def unroll(sums: int) -> int:
 def has_partners(tile: int, isa: Isa) -> bool:
     """Whether the sparse kernel takes two output channels at once that share some operands.
 
-    Their sums must be enough to keep the core busy, and fit the registers together. Tiles that fit 16 registers (3 to 6 vectors) gain nothing: 1.00 of the
-    time for the sparse layers of ResNet-50, 1.03 of MobileNetV1 (AVX2 code on Zen 4).
+    Their sums must be enough to keep the core busy, and fit the registers together. Tiles that fit 16 registers
+    (3 to 6 vectors) gain nothing: 1.00 of the time for the sparse layers of ResNet-50, 1.03 of MobileNetV1
+    (AVX2 code on Zen 4).
     """
     return isa.registers >= MANY_REGISTERS and unroll(2 * tile) == 1
 
 
 _WIDE_GROUP, _NARROW_GROUP = 8, 3
-"""Vectors of outputs that a linear layer on vectors computes at once: eight sums keep the core busy with one image; where registers are few, three leave
-some for three images, so that weights are read a third as often (16 images, Zen 3: 0.53 of the time for the classifier of MobileNetV1)."""
+"""Vectors of outputs that a linear layer on vectors computes at once: eight sums keep the core busy with one
+image; where registers are few, three leave some for three images, so that weights are read a third as often (16
+images, Zen 3: 0.53 of the time for the classifier of MobileNetV1)."""
 
 
 def images_at_once(group: int, isa: Isa) -> int:
-    """Images G of such a group of U vectors: G x U sums, one value of each image and one vector of weights stay in registers."""
+    """Images G of a group of U vectors: G x U sums, a value of each image and a vector of weights fit registers."""
     return max(1, (isa.registers - 2) // (group + 1))
 
 

@@ -3,11 +3,15 @@
 Pixel (y, x) of phase (r, s) is pixel (y * stride + r, x * stride + s) of the image.
 
 The algorithm in plain words
-  small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has columns, and pick every
-                  stride-th element of them by register shuffles. What is stored past the end of a row are zeros, or is overwritten by the
-                  next row. An image that lies tile by tile is laid out in scratch memory first, channel by channel: a shuffle of what lies in
-                  several tiles would be a gather, which takes four times as long. Where the result is to lie in tiles, a table tells where each vector goes.
+  small strides   one row of all phases that share its rows at a time: load as many vectors as the stride has
+                  columns, and pick every stride-th element of them by register shuffles. What is stored past
+                  the end of a row are zeros, or is overwritten by the next row. An image that lies tile by tile
+                  is laid out in scratch memory first, channel by channel: a shuffle of what lies in several
+                  tiles would be a gather, which takes four times as long. Where the result is to lie in tiles,
+                  a table tells where each vector goes.
   large strides   element by element through an index table, which holds -1 where a phase has no pixel
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -24,19 +28,39 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job", "n_phases", "table", "vectors",
-        "rows", "row_phases", "pitch", "chunks", "mask", "first_tile", "last_tile", "x_tile", "places", "skipped",
-        "x_next", "x_columns",
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "jobs", "channels", "channels_per_job",
+        "n_phases", "table", "vectors", "rows", "row_phases", "pitch", "chunks", "mask", "first_tile",
+        "last_tile", "x_tile", "places", "skipped", "x_next", "x_columns",
     )
 )  # fmt: skip
-"""Planes of the output: all phases of channel 0, all of channel 1, and so on, those of the same rows side by side.
+"""x (images, channels, plane) to out (images, channels * n_phases, plane): all phases of channel 0, all of
+channel 1, and so on, those of the same rows side by side. Job = (image, some channels), see channels.py.
 
-Small strides: `table` holds for each of `rows` the byte offset of the input row of each of `row_phases` (int64, -1 for none), `pitch` the bytes
-of an output row, `chunks` the vectors that cover it, `mask` one integer per column phase and element of them, as wide. Tiles from `first_tile` to `last_tile`
-hold the rows, `x_tile` bytes apart. Large strides: `table` holds indices (int32), `vectors` are those of a plane.
-Of an output in tiles, `places` (int32) tells for each vector of a plane its bytes from the first, and `pitch` counts bytes of this table. `skipped`: bytes from where the
-caller has the first image to the first that is split. `x_next`: bytes from an image to the one whose phases lie beside its own. `x_columns`: of the image, beyond which nothing may be
-read where it is float32."""
+x                      where the kernel `borrows`, the address of the cell that holds the address
+skipped                where it does, bytes from where the caller has the first image to the first that is split
+n_phases
+places                 (vectors of a plane,) int32, of a result in tiles: bytes from the first of its channel to
+                       each vector
+
+Small strides:
+table                  (rows, row_phases) int64: bytes from pixel 0 to the row of the image that each row phase
+                       reads, -1 for none
+rows                   of the result
+row_phases             phases that differ in their rows; those that differ in columns: `SplitKernel.columns`
+pitch                  bytes from one row of the result to the next; in tiles, bytes of `places` that belong to
+                       a row
+chunks                 vectors that cover the pixels of a row of the result
+mask                   (column phases, chunks * lanes) integers
+x_columns              pixels in a row of the image, beyond which nothing is read where it is float32 (`wide`)
+x_next                 bytes from an image to the one whose phases lie beside its own (`abreast`)
+first_tile, last_tile  tiles [first, last) hold the rows, of an image in tiles
+x_tile                 bytes from one tile to the next
+
+Large strides:
+table                  (n_phases, vectors * lanes) int32: the element of the image's plane that each element of
+                       the result is, -1 for none
+vectors                of a plane of the result
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +72,21 @@ class SplitKernel:
     stride : int
         Columns from one pixel of a phase to the next; 0 for the table of indices, which serves any stride.
     columns : tuple of int
-        The column phases, ascending (small strides only).
+        The column phases, ascending (small strides only, as all that follows but `borrows` and `tiled`).
     borrows : bool
         Whether `x` is the address of the image's address: it lies where the caller has it.
     tile : int
-        Vectors of a channel that lie together where the image lies tile by tile (small strides only); 0 for planes.
+        Vectors of a channel that lie together where the image lies tile by tile; 0 for planes.
     tiled : bool
         Whether the result lies in tiles.
     abreast : int
-        Images whose phases lie side by side in the rows of the result, each of which is then one vector (small strides only).
-    tail : int
-        Elements of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is written later (small strides only).
+        Images whose phases lie side by side in the rows of the result, each of which is then one vector.
     wide : bool
-        Whether the image is float32 and the result float16: then nothing behind the ends of rows is read (small strides only, an image in planes).
+        Whether the image is float32 and the result float16: then nothing behind the ends of rows is read (an
+        image in planes only).
+    tail : int
+        Elements of the last vector of a row that are stored; 0: all, where what lies behind is nobody's, or is
+        written later.
     """
 
     stride: int
@@ -73,7 +99,7 @@ class SplitKernel:
     tail: int = 0
 
     def scratch_bytes(self, vectors: int, isa: Isa) -> int:
-        """Bytes of scratch that a job needs for an image of so many vectors, beyond which rows are read."""
+        """Bytes of scratch that a job needs for planes of so many vectors, beyond which rows are read."""
         return self.abreast * (vectors + (self.stride + 1) * self.tile) * isa.width if self.tile else 0
 
     def build(self, isa: Isa) -> tuple[Value, str]:
@@ -209,7 +235,10 @@ class SplitKernel:
 def reference(
     x: NDArray[np.float32], stride: tuple[int, int], phases: list[tuple[int, int]]
 ) -> NDArray[np.float32]:
-    """The numpy twin: x (N, C, H, W) float32 -> (N, C * phases, ceil(H / stride), ceil(W / stride)) float32, zeros where there is no pixel."""
+    """The numpy twin: x (N, C, H, W) -> (N, C * phases, ceil(H / stride), ceil(W / stride)), both float32.
+
+    Zeros stand where a phase, (rows, columns) from the first pixel, has none.
+    """
     n, c, h, w = x.shape
     rows, columns = -(-h // stride[0]), -(-w // stride[1])
     padded = np.pad(x, ((0, 0), (0, 0), (0, rows * stride[0] - h), (0, columns * stride[1] - w)))

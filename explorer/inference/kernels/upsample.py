@@ -1,8 +1,13 @@
-"""Nearest-neighbour upsampling: every pixel becomes a rectangle of its copies, as in the decoders of U-Nets and feature pyramids.
+"""Nearest-neighbour upsampling: every pixel becomes a rectangle of its copies.
+
+As in the decoders of U-Nets and feature pyramids.
 
 The algorithm in plain words
-  For each vector of an output row, read the few pixels that it is made of (a vector's elements over the scale), and let a register shuffle repeat each of
-  them. Rows are filled one after the other: what the last vector of a row writes beyond the gap is overwritten by the row that follows.
+  For each vector of an output row, read the few pixels that it is made of (a vector's lanes / columns of the
+  scale), and let a register shuffle repeat each of them. Rows are filled one after the other: what the last
+  vector of a row writes beyond the gap is overwritten by the row that follows.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -19,13 +24,21 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "x_row", "out", "out_image", "out_plane", "out_row", "low", "high", "jobs", "channels", "channels_per_job",
-        "rows", "scale", "filled", "vectors", "last", "mask",
+        "x", "x_image", "x_plane", "x_row", "out", "out_image", "out_plane", "out_row", "low", "high", "jobs",
+        "channels", "channels_per_job", "rows", "row_scale", "filled", "vectors", "last", "mask",
     )
 )  # fmt: skip
-"""`x_row`, `out_row`: bytes from one row to the next. `rows`: of the input, each of which is written `scale` times. `filled`: vectors of an output row that
-hold pixels, `vectors`: those that hold pixels or the gap after them. `last`: bytes from an output plane to its last vector. `mask`: one integer per element
-of a row, as wide."""
+"""Each channel of x (images, channels, plane) to that of out, which is `row_scale` times as high and
+`UpsampleKernel.scale` times as wide. Job = (image, some channels), see channels.py.
+
+x_row, out_row     bytes from one row to the next
+rows               of the input
+row_scale          rows of the result that each of them becomes
+filled, vectors    of a row of the result: vectors that hold pixels, and those that hold pixels or the gap after
+                   them
+last               bytes from pixel 0 of a plane of the result to its last vector
+mask               (vectors * lanes,) integers of a row of the result
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +48,7 @@ class UpsampleKernel:
     Attributes
     ----------
     scale : int
-        Output columns of an input column; divides the elements of a vector.
+        Columns of the result that a column becomes; divides the lanes of a vector.
     """
 
     scale: int
@@ -77,12 +90,12 @@ class UpsampleKernel:
 
             def rows_of(row: Value) -> None:
                 source = f.at(plane, b.mul(row, field("x_row")))
-                above = b.mul(row, field("scale"))
+                above = b.mul(row, field("row_scale"))
 
                 def one_copy(copy: Value) -> None:
                     one_row(source, f.at(to, b.mul(b.add(above, copy), field("out_row"))))
 
-                f.loop(field("scale"), one_copy)
+                f.loop(field("row_scale"), one_copy)
 
             f.loop(field("rows"), rows_of)
 

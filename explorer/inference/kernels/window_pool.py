@@ -1,13 +1,16 @@
 """Maximum or average over windows, separably: first over the rows of a window, then over its columns.
 
 The algorithm in plain words
-  For each output row, the maximum (or the sum) of the image rows that its window covers goes into one line of scratch, vector by vector. Left and right of
-  the image that line holds minus infinity (or zero), so that columns need no border case. The result over the window's columns is then that of the line
-  read at as many positions; with a stride of s, s vectors are read and every s-th element is picked by register shuffles. A sum is multiplied by one over
-  the size of the window, which differs at the border when padding is not counted.
+  For each output row, the maximum (or the sum) of the image rows that its window covers goes into one line of
+  scratch, vector by vector. Left and right of the image that line holds minus infinity (or zero), so that
+  columns need no border case. The result over the window's columns is then that of the line read at as many
+  positions; with a stride of s, s vectors are read and every s-th element is picked by register shuffles. A sum
+  is multiplied by one over the size of the window, which differs at the border when padding is not counted.
 
-A window without dilation costs kh + s * kw loads a vector; through an index table (`explorer.inference.kernels.pool`) it takes kh * kw gathers, which
-cost an order of magnitude more.
+A window without dilation costs kh + s * kw loads a vector; through an index table (pool.py) it takes kh * kw
+gathers, which cost an order of magnitude more.
+
+The numpy twins are `reference_maximum` and `reference_average`.
 """
 
 from __future__ import annotations
@@ -26,10 +29,16 @@ from explorer.inference.native import Isa
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels", "channels_per_job", "scale",
+        "x", "x_image", "x_plane", "out", "out_image", "out_plane", "low", "high", "jobs", "channels",
+        "channels_per_job", "scale",
     )
 )  # fmt: skip
-"""`scale`: one float32 per output pixel, as they lie in a plane, with a vector to spare (average)."""
+"""Each channel of x (images, channels, plane) to a plane of another size. Job = (image, some channels),
+see channels.py; the sizes of planes are known to the code.
+
+scale    ((vectors + 1) * lanes,) float32: what sums are multiplied with, for each element of a plane of the
+         result (average)
+"""
 
 F32_BYTES = 4
 
@@ -174,7 +183,10 @@ class _Generator:
                 fill(in_parts)
 
     def _read_line(self, line: Value, first: Value, plane: Value, low: Value, high: Value) -> None:
-        """The same over the window's columns, to the output row that begins at element `first` of its plane, and the gap after it."""
+        """The same over the window's columns, to the output row that begins at element `first` of its plane.
+
+        Zeros go to the gap after it.
+        """
         f, b, k = self.f, self.f.b, self.k
         stride = k.stride[1]
         to = f.at(plane, b.mul(first, I64(f.element_bytes)))

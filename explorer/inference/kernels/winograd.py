@@ -1,24 +1,36 @@
-"""Dense convolution that computes four rows of the result at a time, with half of the multiplications: Winograd's minimal filtering, along columns only.
+"""Dense convolution, four rows at a time, with half of the multiplications: Winograd's minimal filtering.
 
 The algorithm in plain words
-  Of one column of pixels, four results need N = R + 3 pixels, where the filter has R rows: ``y[j] = sum of g[k] d[j + k]``, 4 R products. But filter and
-  results are the coefficients of polynomials, and so many values in N points determine a product of polynomials: N products are enough.
-    input      V[i] = sum of B[i, k] d[k]          N sums of rows, once for all output channels
-    products   M[i] = sum over K of U[i] V[i]      K: input channel x tap of a row; N products in place of 4 R. U = G g is computed when weights are packed
+  Of one column of pixels, four results need N = R + 3 pixels, where the filter has R rows:
+  ``y[j] = sum of g[k] d[j + k]``, 4 R products. But filter and results are the coefficients of polynomials, and
+  so many values in N points determine a product of polynomials: N products are enough.
+    input      V[i] = sum of B[i, k] d[k]        N sums of rows, once for all output channels
+    products   M[i] = sum over K of U[i] V[i]    K: input channel x tap of a row; N products in place of 4 R.
+                                                 U[i] = sum of G[i, k] g[k] is computed when weights are packed
     output     y[j] = sum of A[j, i] M[i]
-  Along the rows nothing changes: each tap of a row reads V shifted by a constant, as in conv.py, whose loops over groups of output channels do the products.
-  The phases of a strided convolution, whose filters have R rows or fewer, share their sums.
+  Along the rows nothing changes: each tap of a row reads V shifted by a constant, as in conv.py, whose loops
+  over groups of output channels do the products. The phases of a strided convolution, whose filters have R rows
+  or fewer, share their sums.
 
-  A job is four rows of a tile (T vectors of neighbouring columns) of one image, times some pieces of the output channels. What it adds up for a piece, and
-  mostly V too, stays in the L1 cache.
+  A job is four rows of a tile (T vectors of neighbouring columns) of one image, times some pieces of the output
+  channels. What it adds up for a piece, and mostly V too, stays in the L1 cache. Its loops:
+    for each K block of the input channels:
+      transform: N rows of V of each of its planes, to scratch
+      for each piece of the output channels:
+        for each of the N points: the dense kernel of conv.py adds its products to the sums of this point
+        after the last block: four rows of results of the N sums (A), residual, activation, store
 
-  What is infinite or no number would spread to all four results (inf - inf is NaN): a job that meets some computes its results by the definition. To notice it,
-  each pixel times zero is added up.
+  What is infinite or no number would spread to all four results (inf - inf is NaN): a job that meets some
+  computes its results by the definition. To notice it, each pixel times zero is added up.
 
-Only one of the two dimensions is transformed: rows are vectors, so that sums of rows need no shuffles, and the error stays near that of adding in order. (Of
-its largest value a sum of 42 products has an error of 1.3e-7 with R = 4 and of 0.8e-7 with R = 3, where adding in order has 0.6e-7.)
+Only one of the two dimensions is transformed: rows are vectors, so that sums of rows need no shuffles, and the
+error stays near that of adding in order. (Of its largest value a sum of 42 products has an error of 1.3e-7 with
+R = 4 and of 0.8e-7 with R = 3, where adding in order has 0.6e-7.)
 
-Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), in two dimensions.
+The numpy twin is `reference`; the matrices A, G and B are those of `explorer.inference.winograd.transforms`.
+
+Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, "Fast Algorithms for Convolutional
+Neural Networks" (2016), in two dimensions.
 """
 
 from __future__ import annotations
@@ -40,26 +52,58 @@ from explorer.inference.winograd import ROWS, transforms
 
 ARGUMENTS = Record(
     (
-        "x", "x_image", "x_pitch", "x_rows", "top", "out", "out_image", "out_pitch", "out_plane", "residual", "residual_image", "residual_plane", "rows",
-        "bias", "low", "high", "chunks", "starts", "tiles", "parts", "pieces_per_part", "pieces", "piece", "channels", "zeros", "places", "step", "sums",
+        "x", "x_image", "x_pitch", "x_rows", "top", "out", "out_image", "out_pitch", "out_plane", "residual",
+        "residual_image", "residual_plane", "rows", "bias", "low", "high", "chunks", "starts", "tiles",
+        "parts", "pieces_per_part", "pieces", "piece", "channels", "zeros", "places", "step", "sums",
         "piece_bytes", "blocks", "n_blocks", "weights", "reads", "n_reads",
     )
 )  # fmt: skip
-"""One convolution. `top`: rows from a row of the result to the first that it reads, of the `x_rows` that there are; others are `zeros`. `starts`: bytes from a
-row's first pixel to each of its `chunks` tiles (int64). Output channels come in `pieces` of `piece` (the last may be smaller), `pieces_per_part` of which are a
-job's. `step`, `sums` and `piece_bytes`: bytes of scratch from V[i] to V[i + 1], to the sums, and from one piece's to the next's. Of a result in tiles `places` has a
-row of PLACE for each vector [row][chunk][vector], and `out_pitch` counts bytes of this table. `zeros` are at least a transformed row, and `piece` numbers. `blocks`: rows of `conv_tables.BLOCK` [K block][piece][i], whose
-`sources` are the planes that are transformed. `weights` (channels, `n_reads`) float32, and `reads`, rows of READ: the filter as it is."""
+"""One convolution of x (images, C, plane) to out (images, channels, plane), float32. Job = (image, part, tile),
+the tile changes fastest; tiles are numbered (four rows, chunk).
+
+x                   the first column that the filter reads for pixel 0 of the result
+x_pitch             bytes from one row to the next
+x_rows, top         rows that there are of x, and rows from a row of the result to the first that it reads:
+                    above row 0 and below the last of them stand zeros
+out_pitch           bytes from one row to the next; in tiles, bytes of `places` that belong to a row
+residual            (images, channels, plane), which lies as the result does
+rows, channels      of the result
+bias                (channels,) float32
+chunks              tiles that a row is cut into
+starts              (chunks,) int64: bytes from a row's first pixel to each of them
+tiles, parts        of an image: tiles of four rows, parts of the output channels
+pieces, piece       of the output channels: how many pieces, and channels of a piece (the last may be smaller)
+pieces_per_part     pieces of a job
+zeros               as many zero bytes as a transformed row has, or 4 * piece if that is more: for rows that are
+                    not there, and for the bias at points other than `_BIAS_AT`
+places              (rows, chunks, T) rows of PLACE, of a result in tiles: where each vector goes
+step, sums          bytes of scratch memory from V[i] to V[i + 1], and from V[0] to the sums
+piece_bytes         from the sums of one piece, (N, piece, T * lanes) float32, to those of the next
+blocks              (n_blocks, pieces, N) rows of `conv_tables.BLOCK`; the `sources` of a block, those of its
+                    first row, are the planes that are transformed
+weights             (channels, n_reads) float32: the filter as it is
+reads               (n_reads,) rows of READ: what each of these weights is multiplied with
+"""
 
 
 PLACE = Record(("first", "second", "count"))
-"""Where a vector goes: bytes from the channel's first to its first `count` elements, and to what would be its first one if the others were not in the next tile."""
+"""Where a vector of the result goes.
+
+first     bytes from the channel's first pixel to where the first `count` elements of the vector begin
+second    bytes to where the vector would begin of which the others are the end: they lie in the next tile
+count     elements, all `lanes` where one tile holds the vector
+"""
 
 READ = Record(("offset", "row"))
-"""What a weight is multiplied with: bytes from the tile's first pixel to its plane and column, and rows below the first that a row of the result reads."""
+"""What a weight is multiplied with.
+
+offset    bytes from the tile's first pixel to the plane and column
+row       rows below the first that a row of the result reads
+"""
 
 _BIAS_AT = 1
-"""The point at which the value of every polynomial is the sum of its coefficients: what is added to its sums is added to all four results."""
+"""The point at which the value of every polynomial is the sum of its coefficients (1): what is added to its
+sums is added to all four results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +121,8 @@ class WinogradKernel:
     dense_rows, remainder : int
         As in `ConvKernel`.
     spare : int
-        Columns by which a tile is wider than the result, less than a vector; its last vector is stored over the one before it.
+        Columns by which a tile is wider than the result, less than a vector; its last vector is stored over the
+        one before it.
     residual : bool
         Whether a residual is added. It lies as the result does.
     tiled : bool
@@ -146,7 +191,10 @@ class _Generator(ConvGenerator):
         return total
 
     def _results(self, f: Function, m: list[Value]) -> list[Value]:
-        """The four results of N sums. The points 1 and -1, the second and third, differ in the sign of odd powers only."""
+        """The four results of N sums.
+
+        The points 1 and -1, the second and third, differ in the sign of odd powers only.
+        """
         even, odd = f.b.fadd(m[1], m[2]), f.b.fsub(m[1], m[2])
         return [
             self._combine(f, [row[0], 1.0, *row[3:]], [m[0], odd if j % 2 else even, *m[3:]])
@@ -162,7 +210,11 @@ class _Generator(ConvGenerator):
         step: Value,
         nothing: Value,
     ) -> Value:
-        """Leave V of the planes of a K block in scratch. `rows`: whether each input row is there, and where, of the plane at 0. Each pixel times zero is added to `nothing`."""
+        """Leave V of the planes of a K block in scratch memory: (N, planes, T + more vectors).
+
+        `rows`: of each of the N input rows whether it is there, and where, in the plane at 0. Each pixel times
+        zero is added to `nothing`, which is returned.
+        """
         k, n = self.own, self.own.points
         sources, scratch = f.field(block, BLOCK, "sources", PTR), f.arguments[2]
 
@@ -185,7 +237,14 @@ class _Generator(ConvGenerator):
         return f.loop(count, one_plane, [sources, scratch, nothing])[2]
 
     def _finish_piece(self) -> None:
-        """Results of one piece: (sums, sums_step, channels, out, out_pitch, out_plane, residual, residual_plane, places, rows, low, high)."""
+        """Results of one piece.
+
+        The arguments of this function: sums ((N, piece, T * lanes) float32), sums_step (bytes from one point to
+        the next), channels (how many of the piece there are), out and residual (the tile's first pixel in the
+        piece's first channel; in tiles that channel's first pixel), out_pitch, out_plane and residual_plane (as
+        in `ARGUMENTS`), places (the row of PLACE of the tile's first vector), rows (of the result, from this
+        one on), low and high (float32).
+        """
         k, width, n = self.own, self.width, self.own.points
         f = Function(
             self.ir,
@@ -217,7 +276,12 @@ class _Generator(ConvGenerator):
         b.ret_void()
 
     def _define_piece(self) -> None:
-        """Results of one piece by the definition: (arguments, x, first, channel, channels, out, residual, places, rows, low, high); `first`: the row of `x` to start from."""
+        """Results of one piece by the definition.
+
+        The arguments of this function: those of the kernel, x (the tile's first pixel in row 0), first (the row
+        of x to start from), channel (the piece's first), and channels, out, residual, places, rows, low and
+        high as above.
+        """
         k, width = self.own, self.width
         f = Function(
             self.ir, "define", VOID, [PTR, PTR, I64, I64, I64, PTR, PTR, PTR, I64, F32, F32], self.isa
@@ -274,7 +338,11 @@ class _Generator(ConvGenerator):
         low: Value,
         high: Value,
     ) -> None:
-        """The end of one vector, number `i` of the tile, `at` bytes from its beginning, `below` bytes from its first row (or in the table of places)."""
+        """The end of vector `i` of the tile: residual, activation, store.
+
+        It lies `at` bytes from the tile's beginning, in the row that lies `below` bytes from its first (or in
+        the table of places).
+        """
         k, b = self.own, f.b
         if k.residual:
             value = b.fadd(value, f.read(more, b.add(below, at)))
@@ -388,12 +456,13 @@ def _is_there(f: Function, row: Value, rows: Value) -> Value:
 
 
 def reference(x: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The numpy twin: a convolution at stride one without padding.
+    """The numpy twin, of one image, at stride one, without padding.
 
     Parameters
     ----------
     x : (C, H, W) float32
     weight : (M, C, R, KW) float32
+        R is 3 or 4.
 
     Returns
     -------

@@ -1,12 +1,18 @@
-"""The nonzeros of a convolution written as programs, see conv_code.py, in native code: a network has millions of them.
+"""The nonzeros of a convolution written as programs, see conv_code.py. Native code: a network has millions of them.
 
 The algorithm in plain words
-  order    Nonzeros stand row by row, and are wanted group of output channels by group, in each column by column, since all that read one operand follow one
-           another. A counting sort: count what each column of each group has, add up, and put every nonzero in its place.
-  write    For each K block and group: its weights, in the order in which they are read, then its program. That begins with the sums, a text that is made
-           before; then, column by column, an operand is loaded, and each nonzero becomes the multiply-add of its row, to which only the place of its weight
-           is added. An instruction reaches operands and weights near an address; where the next is further away, the address is moved on. Once in a while
-           one line is fetched of what runs next. In the end the sums are finished, a text that is made before.
+  order    Nonzeros stand row by row, and are wanted group of output channels by group, in each column by
+           column, since all that read one operand follow one another. A counting sort: count what each column
+           of each group has, add up, and put every nonzero in its place. A *key* is a column of a group: keys
+           are numbered group by group.
+  write    For each K block and group: its weights, in the order in which they are read, then its program. That
+           begins with the sums, a text that is made before; then, column by column, an operand is loaded, and
+           each nonzero becomes the multiply-add of its row, to which only the place of its weight is added. An
+           instruction reaches operands and weights near an address; where the next is further away, the address
+           is moved on. Once in a while one line is fetched of what runs next. In the end the sums are finished,
+           a text that is made before.
+
+The numpy twins are `order_reference` and `reference`; what the programs compute, `conv_code.reference` says.
 """
 
 from __future__ import annotations
@@ -26,39 +32,79 @@ from explorer.inference.native import Isa
 ORDER = Record(
     ("starts", "columns", "values", "group", "place", "next", "rows_of", "values_of", "rows", "length")
 )
-"""`starts` (int64) of each of `rows` rows, `columns` (int64) and `values` (float32) of the nonzeros; the first key of each row's `group`
-and the `place` of each of `length` columns among the keys of a group (int64). `next` (int64, zeros, one more than there are keys): where the nonzeros of each
-key begin; afterwards, where they end. `rows_of` (int64) and `values_of` (float32): the nonzeros in their new order."""
+"""One call of `OrderColumnsKernel`, without jobs. Rows are output channels.
+
+starts       (rows + 1,) int64: nonzeros before each row
+columns      (nonzeros,) int64: the column of each
+values       (nonzeros,) float32: its weight; one that is zero is left out
+group        (rows,) int64: the first key of each row's group
+place        (columns,) int64: the place of each column among the keys of a group
+next         (length + 1,) int64, zeros; a result: the nonzeros up to the end of each key
+rows_of      (nonzeros,) int64, a result: the row of each nonzero, in the order of the keys
+values_of    (nonzeros,) float32, a result: its weight
+rows
+length       keys
+"""
 
 WRITE = Record(
     (
-        "ends", "rows_of", "values_of", "homes", "loads", "sums", "texts", "bias", "out", "programs", "count", "fetch_after",
+        "ends", "rows_of", "values_of", "homes", "loads", "sums", "texts", "bias", "out", "programs", "count",
+        "fetch_after",
     )
 )  # fmt: skip
-"""`ends`, `rows_of`, `values_of`: as ordered, the values of the type that programs compute in. For each place of a column (int64): the address its instruction starts from, and this instruction. `sums`: for
-each output channel the instruction that adds to it, without the place of the weight. `programs`: `count` rows of `PROGRAM`; `texts` (bytes) that they
-begin and end with, of instructions of seven bytes; `bias`, of the same type as the values. `out`: bytes, enough of them. One line is fetched for every `fetch_after` nonzeros."""
+"""One call of `WriteProgramsKernel`, without jobs. Numbers are float32 or float16, what programs compute in.
+
+ends           (keys,) int64: the nonzeros up to the end of each key, which is what `ORDER` leaves in `next`
+rows_of        (nonzeros,) int64, as ordered
+values_of      (nonzeros,) numbers, as ordered
+homes          (columns,) int64: for each place of a column the address from which its operand is reached, see
+               `homes`
+loads          (columns,) int64: the instruction that loads it from there
+sums           (rows,) int64: the instruction that adds to each output channel's sum, without the place of the
+               weight
+texts          bytes that programs begin and end with: instructions of seven bytes
+bias           (rows,) numbers
+out            bytes, enough of them, a result
+programs       (count,) rows of PROGRAM, partly a result
+fetch_after    nonzeros for each line of the following programs that is fetched
+"""
 
 PROGRAM = Record(
     (
-        "first_key", "last_key", "first_place", "begin", "begin_bytes", "end", "end_bytes", "first_bias", "biases", "code", "weights", "next", "lines",
+        "first_key", "last_key", "first_place", "begin", "begin_bytes", "end", "end_bytes", "first_bias",
+        "biases", "code", "weights", "next", "lines",
     )
 )  # fmt: skip
-"""Keys [first, last) of a K block and group, and the place of the first; where its texts begin in `texts`, and how long they are; the biases that it begins
-with. The kernel fills in the rest, in bytes from `out`: where its `code` and its `weights` are, where the `next` program begins, and how many `lines` of it are fetched
-while one vector of pixels is worked on."""
+"""The program of a K block and group of output channels.
+
+first_key, last_key      its keys: [first, last)
+first_place              the place of the first of these
+begin, begin_bytes       the text that it begins with: where in `texts`, and how long
+end, end_bytes           the text that it ends with
+first_bias, biases       the biases that it begins with: the first, and how many; none but in the first block
+code, weights, next      results, in bytes from `out`: where the code and the weights are, and where the next
+                         program begins
+lines                    a result: lines of the next programs that are fetched while one vector of pixels is
+                         worked on
+"""
 
 _VECTOR = 64
 """Bytes."""
 
 
 def homes(where: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The addresses from which operands are reached: in the middle of what an instruction reaches, and away from the operand by whole vectors.
+    """The addresses from which operands are reached.
+
+    They lie in the middle of what an instruction reaches, and away from the operand by whole vectors.
 
     Parameters
     ----------
     where : (K,) int64
         Byte offset of each operand.
+
+    Returns
+    -------
+    (K,) int64
     """
     near = 2 * REACH_BYTES
     return where // near * near + where % _VECTOR + REACH_BYTES
@@ -66,7 +112,10 @@ def homes(where: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class OrderColumnsKernel:
-    """Nonzeros in the order in which programs take them; a value that became zero is left out. The machine code depends on nothing but the CPU."""
+    """Nonzeros in the order in which programs take them; a value that became zero is left out.
+
+    The machine code depends on nothing but the CPU.
+    """
 
     def build(self, isa: Isa) -> tuple[Value, str]:
         """The IR module of this kernel and the name of its entry."""

@@ -1,7 +1,9 @@
-"""Zeros what lies around the pixels of planes, where another tensor lay in the same memory before: a job is some channels of an image.
+"""Zeros what lies around the pixels of planes, where another tensor lay in the same memory before.
 
-Pixels are not touched, so that it may go on beside the kernel that writes them. Most kernels write whole vectors, with zeros between the rows; of what others write,
-the end of each row is zeroed too.
+Pixels are not touched, so that it may go on beside the kernel that writes them. Most kernels write whole
+vectors, with zeros between the rows; of what others write, the end of each row is zeroed too.
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,16 @@ from explorer.inference.native import Isa
 ARGUMENTS = Record(
     ("out", "image", "before", "pieces", "channels", "plane", "pixels", "rows", "pitch", "row", "gap"),
 )
-"""`pieces`: jobs that share the `channels` of an image. `out`: the first pixel of the first image, `image` and `plane`: bytes from one image and plane to the next; `before`: bytes in front of an image; `pixels`: bytes of a
-plane that are not touched, from its first pixel on, save the last `gap` bytes of each of `rows` rows of `row` bytes, `pitch` bytes apart."""
+"""Planes out (images, channels, plane) of any type. Job = (image, piece).
+
+image, plane    bytes from one image to the next, and from one plane to the next
+before          bytes in front of an image that are zeroed
+pieces          jobs that the channels of an image are dealt to
+pixels          bytes of a plane, from pixel 0 on, behind which all is zeroed
+rows            of those, rows whose ends are zeroed
+pitch, row      bytes from one row to the next, and of a row's pixels
+gap             bytes after a row's pixels that are zeroed
+"""
 
 _ZERO = ir.Constant(ir.IntType(8), 0)
 
