@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -383,3 +385,12 @@ def test_every_field_of_a_table_is_explained_below_it() -> None:
         if not {field, "_" + field.rpartition("_")[2]} & (everywhere | set(re.findall(r"\w+", text)))
     }
     assert not missing
+
+
+def test_the_examples_of_the_page_about_kernels_run() -> None:
+    if native.current_isa().name == "torch":
+        pytest.skip("no machine code on this machine: weights are packed by it")
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert tried > 20
+    assert not failed
