@@ -18,7 +18,7 @@ from explorer.inference.kernels.conv_channels import ConvChannelsKernel
 from explorer.inference.layout import channel_columns, channel_tile
 from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import compared_convolution, conv_graph, preferring
-from tests.inference.test_kernels import CPUS, ISAS, compute_in, innermost_loops, runnable
+from tests.inference.test_kernels import CPUS, ISAS, SOME_ISA, compute_in, innermost_loops, runnable
 
 ACROSS = Choice(True, "channels")
 
@@ -61,8 +61,9 @@ PRIME = (17, 19, 31)
     bounds=st.sampled_from([None, (0.0, 6.0)]),
     residual=st.booleans(),
     threads=st.sampled_from([1, 2]),
+    isa=SOME_ISA,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_shape_equals_the_numpy_twin(
     rows: int,
     columns: int,
@@ -75,6 +76,7 @@ def test_any_shape_equals_the_numpy_twin(
     bounds: tuple[float, float] | None,
     residual: bool,
     threads: int,
+    isa: str,
 ) -> None:
     # As much padding as leaves so many columns, and a column more to the input, which makes sure of a gap.
     reach = [dilation * (k - 1) for k in kernel]
@@ -85,6 +87,7 @@ def test_any_shape_equals_the_numpy_twin(
         return
     residual = residual and columns not in PRIME
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.ISA_VARIABLE, isa)
         patch.setattr(Plan, "candidates", preferring(ACROSS.__eq__))
         patch.setattr(Plan, "may_be_winograd", lambda *_: False)
         check(

@@ -66,9 +66,13 @@ def compute_in(isa: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compilation, "half_isa", partial(native.half_isa, emulated=True))
 
 
+SOME_ISA = st.sampled_from([*filter(runnable, ISAS)])
+"""For sweeps: any instruction set that this machine can run, not only its widest."""
+
+
 @st.composite
 def convolutions(draw: st.DrawFn) -> dict:
-    kernel = (draw(st.sampled_from([1, 2, 3, 5, 7])), draw(st.sampled_from([1, 3, 4, 5])))
+    kernel = (draw(st.sampled_from([1, 2, 3, 5, 7])), draw(st.sampled_from([1, 3, 4, 5, 7])))
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
     padding = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
     smallest = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
@@ -95,10 +99,12 @@ def convolutions(draw: st.DrawFn) -> dict:
     }
 
 
-@given(case=convolutions())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_convolution_equals_torch(case: dict) -> None:
-    compare_with_torch(case, case["outputs"], case["mode"])
+@given(case=convolutions(), isa=SOME_ISA)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_convolution_equals_torch(case: dict, isa: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.ISA_VARIABLE, isa)
+        compare_with_torch(case, case["outputs"], case["mode"])
 
 
 def compare_with_torch(case: dict[str, Any], outputs: int, mode: Mode) -> None:
@@ -740,6 +746,7 @@ def test_channels_go_in_parts_whose_sums_stay_in_the_cache(
     bias=st.booleans(),
     clamped=st.booleans(),
     threads=st.sampled_from([1, 2]),
+    isa=SOME_ISA,
 )
 @settings(max_examples=150, deadline=None)
 def test_a_depthwise_convolution_equals_its_numpy_twin(
@@ -752,6 +759,7 @@ def test_a_depthwise_convolution_equals_its_numpy_twin(
     bias: bool,
     clamped: bool,
     threads: int,
+    isa: str,
 ) -> None:
     spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     assume(all(n + 2 * p > s for n, p, s in zip(size, padding, spans, strict=True)))
@@ -770,7 +778,7 @@ def test_a_depthwise_convolution_equals_its_numpy_twin(
     )
     if clamped:
         graph.operations[0].attributes |= {"low": 0.0, "high": 6.0}
-    engine = SparseModule(graph, (torch.from_numpy(x),), threads, "auto")
+    engine = SparseModule(graph, (torch.from_numpy(x),), threads, "auto", native.host_isa(isa))
     assert engine.choices == {"conv": "dense, depthwise"}
     wanted = depthwise.reference(x, weight, added, **attributes)
     if clamped:
