@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,6 +69,18 @@ def conv_graph(
         {},
         lambda values: values[0],
     )
+
+
+def kernel_classes() -> list[type]:
+    """All classes of kernels, by a look into their modules."""
+    from explorer.inference import kernels  # which needs llvmlite
+
+    found: list[type] = []
+    for about in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{about.name}")
+        here = [thing for thing in vars(module).values() if isinstance(thing, type)]
+        found += [thing for thing in here if thing.__module__ == module.__name__ and hasattr(thing, "build")]
+    return found
 
 
 def take_order(monkeypatch: pytest.MonkeyPatch, order: str) -> None:

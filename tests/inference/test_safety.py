@@ -596,6 +596,21 @@ from tests.inference import guarded
 guarded.main("end", "conv 3x3 (5, 9)")
 """
 
+TABLE_TOO_SMALL = """
+import numpy as np
+from explorer.inference import native, sparse_rows
+from explorer.inference.kernels import find_nonzeros
+from tests.inference.guarded import Guards
+Guards("end").install()
+room = 100
+tables = {
+    "weight": np.ones((40, 50), np.float32), "ends": np.zeros(40, np.int64),
+    "columns": np.zeros(room, np.int64), "values": np.zeros((room, 1), np.float32),
+}
+kernel, numbers = find_nonzeros.FindNonzerosKernel(1), {"rows": 40, "row_length": 50, "most": 40 * 50}
+sparse_rows.run_kernel(kernel, find_nonzeros.ARGUMENTS, native.current_isa().single, tables, **numbers)
+"""
+
 
 @POSIX
 @pytest.mark.parametrize(
@@ -615,6 +630,12 @@ def test_the_guards_catch_an_access_one_element_outside(
 @POSIX
 def test_the_guards_catch_kernels_whose_planes_have_too_little_room() -> None:
     assert python("-c", TOO_SMALL).returncode == -signal.SIGSEGV
+
+
+@POSIX
+@needs_code
+def test_the_guards_catch_kernels_that_pack_weights_into_tables_with_too_little_room() -> None:
+    assert python("-c", TABLE_TOO_SMALL).returncode == -signal.SIGSEGV
 
 
 # ---- machines without machine code
