@@ -49,7 +49,7 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
         with CAPTURING.inside(), evaluating(module), torch.no_grad():
-            exported = torch.export.export(module, args, strict=False)
+            exported = torch.export.export(module, _each_apart(module, args), strict=False)
             if has_in_place(exported.graph):
                 without_idle_dropout(exported.graph)
             is_rewritten = writes_through_views(exported.graph)
@@ -61,6 +61,19 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
     if is_rewritten:
         _check_answers(module, exported, args)
     return _read(exported, module)
+
+
+def _each_apart(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with a copy of each tensor that is another one's too, or the module's: torch.export takes equal objects for one input."""
+    seen = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    def apart(value: Tensor) -> Tensor:
+        if id(value) in seen:
+            return value.clone()
+        seen.add(id(value))
+        return value
+
+    return pytree.tree_map_only(Tensor, apart, args)
 
 
 CAPTURING = EngineLock()

@@ -138,6 +138,30 @@ def test_inputs_whose_batches_differ_are_refused() -> None:
         engine(x[:2], x)
 
 
+class Sum(nn.Module):
+    """Of two inputs, a parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.randn(4, 3)), nn.Linear(3, 3)
+        self.register_buffer("shift", torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor, y: list[torch.Tensor]) -> torch.Tensor:
+        return self.layer(x) + y[0] * self.scale + self.shift
+
+
+@pytest.mark.parametrize("places", ["both inputs", "the first and a parameter", "the second and a buffer"])
+def test_a_tensor_that_stands_in_two_places_of_the_example_is_two_inputs_all_the_same(places: str) -> None:
+    module, x = Sum().eval(), torch.randn(4, 3)
+    first = module.scale if "parameter" in places else x
+    second = x if places == "both inputs" else module.shift if "buffer" in places else torch.randn(4, 3)
+    engine = explorer.compile(module, (first, [second]))
+    x, y = torch.randn(2, 4, 3)
+    with torch.no_grad():
+        assert torch.allclose(engine(x, [y]), module(x, [y]), atol=1e-5)
+        assert torch.allclose(engine(x, [x]), module(x, [x]), atol=1e-5)
+
+
 def test_a_number_among_the_arguments_stays_what_it_was_and_another_one_is_refused() -> None:
     x, module = torch.randn(4, 3), Scaled().eval()
     engine = explorer.compile(module, (x, x, 2))
