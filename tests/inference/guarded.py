@@ -50,6 +50,7 @@ from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import kernel_classes, without_limit
 from tests.inference.test_abreast import Stages
 from tests.inference.test_kernels import Rearranged
+from tests.inference.test_rearrange import TO_TOKENS, AndBack, Patches
 from tests.inference.test_tiles import Bottlenecks, Feedforward, Separable
 from tests.inference.test_tokens import Chunks, Own, Separate, SpelledOut
 
@@ -299,6 +300,10 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
         yield f"attention separate {tokens}", lambda: Separate(10, 2), (2, tokens, 10)
         yield f"attention by products {tokens}", lambda: SpelledOut("queries scaled"), (2, tokens, 24)
         yield f"attention turned {tokens}", lambda: Own((2, 6), "residual", batch_first=True), (2, tokens, 12)
+    for size in ((2, 2), (5, 9), (7, 30), (16, 16)):
+        yield f"tokens of pixels {size}", lambda: AndBack(19, TO_TOKENS["permuted"]), (2, 2, *size)
+        patches = 2 * size[0], 2 * size[1]
+        yield f"patches {size}", lambda s=size: Patches(prod(s), 1, 2, "all", 9), (2, 3, *patches)
     for size in ((8, 15), (32, 31)):
         yield f"tiles {size}", lambda: Bottlenecks(16, 8), (1, 3, *size)
     for tokens in (100, 128):
