@@ -16,6 +16,8 @@ from explorer.inference import choosing
 from explorer.inference.choices import ChoiceCache, choice_cache
 from explorer.inference.execution import Execution
 
+pytestmark = pytest.mark.usefixtures("measured_as_users_have_it")
+
 
 def test_answers_survive_the_process_and_those_of_another_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "choices.json"

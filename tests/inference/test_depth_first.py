@@ -266,6 +266,7 @@ def test_weights_are_taken_over_and_layers_are_still_timed_one_by_one() -> None:
     assert rows["spread"].ms > rows["reduce"].ms
 
 
+@pytest.mark.usefixtures("measured_as_users_have_it")
 @pytest.mark.parametrize("faster", [BANDS, LAYERS])
 def test_the_faster_order_is_taken_and_remembered(
     faster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -305,6 +306,7 @@ def test_the_faster_order_is_taken_and_remembered(
     assert relative_error(engine(x), other(x)) < 1e-5
 
 
+@pytest.mark.usefixtures("measured_as_users_have_it")
 def test_while_other_work_slows_runs_down_more_of_them_say_which_order_is_faster(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
