@@ -51,7 +51,7 @@ def compile(
         them: the network is called with the same structure, and with the same such values.
     threads : int or "auto", optional
         Threads per inference; 1 when not given. "auto" times 1, 2, 4, ... as long as more are faster, and keeps the fastest: small networks gain nothing from
-        a second thread.
+        a second thread. What runs through torch uses as many as `torch.set_num_threads` says; `benchmark` and `profile` set it to the same number meanwhile.
     sparse : {"auto", "dense", "sparse"}
         "auto" measures and picks a kernel per layer; the others force one kind (for comparisons).
     precision : {"fp32", "fp16"}
