@@ -28,7 +28,7 @@ class Operation:
     ----------
     kind : str
         "conv", "linear", "add", "mul", "affine" (a scale and a shift per channel), "clamp", "activation", "max_pool", "average_pool",
-        "adaptive_average", "plane_average", "upsample" (nearest), "concat" and "slice" (of channels), "flatten", "split" (into phases), "pad" (zeros around pixels), "batch_norm", "layer_norm", "attention", "to_tokens" and "to_planes" (pixels that become tokens, and tokens that become pixels), "same" (no
+        "adaptive_average", "plane_average", "upsample" (nearest), "concat" and "slice" (of channels), "flatten", "split" (into phases), "pad" (zeros around pixels), "batch_norm", "layer_norm", "attention", "to_tokens" and "to_planes" (pixels that become tokens, and tokens that become pixels), "token" (one of each sample), "same" (no
         change but perhaps between (N, C) and (N, C, 1, 1)), or "torch".
     output : str
         The name of its value.

@@ -337,19 +337,35 @@ def concat_step(builder: StepBuilder, operation: Operation, places: list[Place],
 
 def flatten_step(builder: StepBuilder, place: Place, out: Place) -> Row:
     """Planes as vectors."""
-    x, y, lanes = place.layout, out.layout, builder.plan.isa.lanes
+    x = place.layout
     assert isinstance(x, Planes)
+    c, row, column = (np.arange(n) for n in (x.channels, x.rows, x.columns))
+    where = c[:, None, None] * x.plane + row[:, None] * x.pitch + column
+    return _gathered(builder, place, out, where.reshape(-1), x.image_bytes)
+
+
+def token_step(builder: StepBuilder, operation: Operation, place: Place, out: Place) -> Row:
+    """One token of each sample as a vector."""
+    x = place.layout
+    assert isinstance(x, Planes)
+    where = np.arange(x.channels) * x.plane + operation.attributes["index"]
+    return _gathered(builder, place, out, where, x.element_bytes * x.shape[1])
+
+
+def _gathered(
+    builder: StepBuilder, place: Place, out: Place, where: NDArray[np.int64], step_bytes: int
+) -> Row:
+    """Vectors of these elements of planes, from sample to sample so many bytes further."""
+    y, lanes = out.layout, builder.plan.isa.lanes
     assert isinstance(y, Vectors)
     vectors = -(-y.features // lanes)
     table = np.full(vectors * lanes, -1, np.int32)
-    c, row, column = (np.arange(n) for n in (x.channels, x.rows, x.columns))
-    where = c[:, None, None] * x.plane + row[:, None] * x.pitch + column
-    table[: y.features] = where.reshape(-1)
+    table[: y.features] = where
     size = max(1, min(64, -(-vectors // (2 * builder.plan.threads))))
     jobs = -(-vectors // size)
     arguments = flatten.ARGUMENTS.filled(
         x=place.address,
-        x_image=x.image_bytes,
+        x_image=step_bytes,
         out=out.address,
         out_image=y.image_bytes,
         jobs=jobs,

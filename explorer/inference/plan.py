@@ -172,8 +172,8 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
 _REARRANGED = {"to_tokens": "tokens", "to_planes": "planes"}
 """Operations that change the family of their operand, and what they make of it."""
 
-VECTOR_MAKERS = ("plane_average", "flatten")
-"""Operations that turn planes into vectors."""
+VECTOR_MAKERS = ("plane_average", "flatten", "token")
+"""Operations that turn planes, or tokens, into vectors."""
 
 
 class Plan:
@@ -266,7 +266,7 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
-        if operation.kind in ("layer_norm", "attention", "to_planes"):
+        if operation.kind in ("layer_norm", "attention", "to_planes", "token"):
             return "tokens"
         if operation.kind in (
             "max_pool",
@@ -421,9 +421,11 @@ class Plan:
 
     def step_family(self, operation: Operation) -> str:
         """The layout family of the operands of a native operation."""
+        if operation.kind in ("to_planes", "token"):
+            return "tokens"
         if operation.kind in VECTOR_MAKERS or operation.kind == "to_tokens":
             return "planes"
-        return "tokens" if operation.kind == "to_planes" else self._family[operation.output]
+        return self._family[operation.output]
 
     # ---- concatenations and slices
 

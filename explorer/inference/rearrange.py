@@ -36,13 +36,20 @@ _FOLLOWING = {"batch_norm", "affine", "add", "mul", "clamp", "activation"}
 
 
 def find_rearrangements(graph: Graph) -> None:
-    """Turn what fits into "to_tokens" and "to_planes" operations.
+    """Turn what fits into "to_tokens", "to_planes" and "token" operations.
 
     Their attributes: `pixels` (tokens of all samples, or samples x rows x columns,) int64 says for each token or pixel of the result which of the operand it is, counted
     through all samples; -1 for none. `added` (tokens of a sample, features) float32, or None, is added to the tokens of each sample.
+    Of "token", which takes one of each sample, `index` says which.
     """
     producer = {operation.output: operation for operation in graph.operations}
     for operation in [o for o in graph.operations if is_move(o)]:
+        one = _one_token(operation, graph, producer)
+        if one is not None:
+            operation.kind, operation.inputs = "token", [one[0]]
+            operation.args, operation.kwargs = (Ref(one[0]),), {}
+            operation.attributes = {"index": one[1]}
+            continue
         found = _moved(operation, graph, producer)
         if found is None:
             continue
@@ -71,19 +78,9 @@ def _moved(
     operation: Operation, graph: Graph, producer: dict[str, Operation]
 ) -> tuple[str, str, NDArray[np.int64]] | None:
     """What kind of rearrangement ends with an operation, of what, and its pixels."""
-    way, name = [operation], _operand(operation)
-    while name in producer and is_move(producer[name]):
-        way.append(producer[name])
-        name = _operand(producer[name])
+    name, moved = _followed(operation, graph, producer)
     shape, after = graph.shapes.get(name, ()), graph.shapes.get(operation.output, ())
-    if name in graph.constants or len(shape) < 3 or prod(shape) != prod(after) or 0 in shape:
-        return None
-    if graph.dtypes.get(name) != torch.float32:
-        return None
-    moved: Source = Moved.unmoved(shape)
-    for step in reversed(way):
-        moved = move(step, moved, graph.shapes.get(step.output))
-    if not isinstance(moved, Moved) or moved.first:
+    if moved is None or moved.first or prod(shape) != prod(after):
         return None
     kind = _kind_of(name, producer)
     if kind == "planes" and len(shape) in (3, 4) and len(after) > 2:
@@ -96,6 +93,34 @@ def _moved(
         if channels > 1 and moved.axes[1] == ((channels, 1),):
             return "to_planes", name, _elements((moved.axes[0], *moved.axes[2:])) // channels
     return None
+
+
+def _one_token(operation: Operation, graph: Graph, producer: dict[str, Operation]) -> tuple[str, int] | None:
+    """The tokens of which an operation takes the same one of each sample, and which one."""
+    name, moved = _followed(operation, graph, producer)
+    shape = graph.shapes.get(name, ())
+    if moved is None or len(shape) != 3 or shape[2] < 2 or _kind_of(name, producer) != "tokens":
+        return None
+    samples, tokens, features = shape
+    wanted = Moved.unmoved((samples, tokens, features)).cut(1, 0, 1, 1, keep=False)
+    assert wanted is not None
+    index, rest = divmod(moved.first, features)
+    return (name, index) if moved.axes == wanted.axes and not rest and index < tokens else None
+
+
+def _followed(operation: Operation, graph: Graph, producer: dict[str, Operation]) -> tuple[str, Moved | None]:
+    """The value whose elements an operation and the moves before it only move, and how; None where that is not known."""
+    way, name = [operation], _operand(operation)
+    while name in producer and is_move(producer[name]):
+        way.append(producer[name])
+        name = _operand(producer[name])
+    shape = graph.shapes.get(name, ())
+    if name in graph.constants or len(shape) < 3 or 0 in shape or graph.dtypes.get(name) != torch.float32:
+        return name, None
+    moved: Source = Moved.unmoved(shape)
+    for step in reversed(way):
+        moved = move(step, moved, graph.shapes.get(step.output))
+    return name, moved if isinstance(moved, Moved) else None
 
 
 def _operand(operation: Operation) -> str:

@@ -144,6 +144,8 @@ def _step(builder: StepBuilder, operation: Operation, choice: Choice, turn: int 
         return other_steps.concat_step(builder, operation, places, out)
     if operation.kind == "flatten":
         return other_steps.flatten_step(builder, places[0], out)
+    if operation.kind == "token":
+        return other_steps.token_step(builder, operation, places[0], out)
     if operation.kind == "layer_norm":
         return other_steps.norm_step(builder, operation, places[0], out)
     if operation.kind == "attention":
@@ -178,7 +180,7 @@ def zeroing_arguments(y: Planes, start: int, pieces: int = 1, *, fills: bool) ->
     )
 
 
-_VECTOR_RECORDS = {"plane_average": pool.ARGUMENTS, "flatten": flatten.ARGUMENTS}
+_VECTOR_RECORDS = {"plane_average": pool.ARGUMENTS, "flatten": flatten.ARGUMENTS, "token": flatten.ARGUMENTS}
 
 
 def build_steps(

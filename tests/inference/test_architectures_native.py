@@ -523,12 +523,12 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str
     "vit": (
         Vit,
         (3, 32, 32),
-        {"select"},
-    ),  # the class token at the end
+        set(),
+    ),
     "bert": (
         Bert,
         (11,),
-        {"embedding", "zeros_like", "add", "select"},
+        {"embedding", "zeros_like", "add"},
     ),  # embeddings are added up
 }
 
@@ -581,7 +581,7 @@ def test_of_a_transformer_only_what_stands_before_and_behind_its_layers_runs_thr
         "bert": ["embedding", "zeros_like", "embedding", "add", "add"],
     }
     engine = explorer.compile(build(name, 0.9), example(ARCHITECTURES[name][1], 3))
-    assert operators(engine) == [*before[name], "select"]
+    assert operators(engine) == before[name]
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])

@@ -196,6 +196,39 @@ def test_what_is_anything_else_is_left_to_torch(change: Callable[[nn.Module, Ten
         assert relative_error(explorer.compile(network, x)(x), network(x)) < 1e-5
 
 
+@needs_code
+@given(
+    samples=st.integers(1, 4),
+    tokens=st.integers(1, 20),
+    features=st.integers(2, 40),
+    index=st.integers(-20, 19),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=30, deadline=None)
+def test_one_token_of_each_sample_is_taken(
+    samples: int, tokens: int, features: int, index: int, threads: int
+) -> None:
+    class Pooler(nn.Module):
+        """The end of BERT and of a ViT."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(features), nn.Linear(features, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm(x)
+            return self.linear(x[:, index % tokens]), x[:, -1]
+
+    torch.manual_seed(0)
+    network, x = Pooler().eval(), noise(samples, tokens, features)
+    engine = explorer.compile(network, x, threads=threads)
+    assert engine.fallbacks == ()
+    with torch.no_grad():
+        for n in (samples, 1):
+            for found, wanted in zip(engine(x[:n]), network(x[:n]), strict=True):
+                assert relative_error(found, wanted) < 1e-5
+
+
 def test_the_numpy_twin_is_torchs_permutation() -> None:
     x = noise(2, 3, 4, 5)
     pixels = np.arange(2 * 4 * 5)

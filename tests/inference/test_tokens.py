@@ -364,7 +364,7 @@ def test_torchs_own_attention_equals_torch_whatever_its_axes_and_sizes(
     if (kind, batch_first) == ("turned", False) and 1 not in sizes:
         # Turned before and after: only the layers in between see it.
         assert engine.fallbacks == ()
-    if kind == "mask":
+    if kind == "mask" and sizes[batch_first] > 1:  # of a single token none is later: the mask lets it through
         assert any("attention" in name for name in engine.fallbacks)
 
 
