@@ -28,6 +28,7 @@ from explorer.inference.in_place import (
     without_idle_dropout,
     writes_through_views,
 )
+from explorer.inference.interrupts import uninterrupted
 from explorer.inference.operators import name_items, read_operator
 
 
@@ -48,7 +49,7 @@ def capture(module: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Graph
     """
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     try:
-        with CAPTURING.inside(), evaluating(module), torch.no_grad():
+        with CAPTURING.inside(), uninterrupted(), evaluating(module), torch.no_grad():
             exported = torch.export.export(module, _each_apart(module, args), strict=False)
             if has_in_place(exported.graph):
                 without_idle_dropout(exported.graph)

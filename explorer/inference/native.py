@@ -29,6 +29,7 @@ import numpy as np
 from explorer.errors import EngineError
 from explorer.folders import cache_root, held_below
 from explorer.inference import fork
+from explorer.inference.interrupts import uninterrupted
 
 try:
     import llvmlite
@@ -341,28 +342,31 @@ def machine_code(isa: Isa, kernel: Kernel) -> int:
     if there is not None:
         return there[0]  # without waiting for what another thread compiles
     with _lock.inside():
-        if key in _loaded:
-            return _loaded[key][0]
-        _initialise()
-        cached = _ObjectFile(key)
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=isa.cpu, features=isa.features, opt=3, jit=True
-        )
-        symbol = "kernel"
-        code = cached.read()
-        if code is None:
-            code = _emit(machine, kernel.build(isa), symbol)
-            cached.write(code)
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        address = int(engine.get_function_address(symbol))
-        if not address:
-            raise EngineError(
-                f"The kernel {kernel!r} was compiled but could not be loaded. Please report this."
-            )
-        _loaded[key] = (address, engine)
-        return address
+        if key not in _loaded:
+            with uninterrupted():
+                _load(isa, kernel, key)
+        return _loaded[key][0]
+
+
+def _load(isa: Isa, kernel: Kernel, key: str) -> None:
+    """Make a kernel's machine code, or find it on disk, and keep it in `_loaded`."""
+    _initialise()
+    cached = _ObjectFile(key)
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=isa.cpu, features=isa.features, opt=3, jit=True
+    )
+    symbol = "kernel"
+    code = cached.read()
+    if code is None:
+        code = _emit(machine, kernel.build(isa), symbol)
+        cached.write(code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = int(engine.get_function_address(symbol))
+    if not address:
+        raise EngineError(f"The kernel {kernel!r} was compiled but could not be loaded. Please report this.")
+    _loaded[key] = (address, engine)
 
 
 def _key(isa: Isa, kernel: Kernel) -> str:

@@ -293,6 +293,7 @@ def test_tensors_share_memory_only_when_their_gaps_coincide() -> None:
         pytest.param("spawns", marks=pytest.mark.slow),
         "interrupts",
         "interrupts_anywhere",
+        "interrupts_compile",
         "ends",
     ],
 )

@@ -11,8 +11,10 @@ import gc
 import itertools
 import multiprocessing
 import os
+import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -199,31 +201,64 @@ def interrupts() -> None:
     assert time.process_time() - before < 0.2
 
 
-def interrupted(call: Callable[[], object], place: int) -> bool:
-    """Whether a call was ended by Ctrl-C at one of the places where the interpreter looks for it: where functions begin, and where those in C end."""
+def interrupted(call: Callable[[], object], place: int) -> float | None:
+    """Press Ctrl-C at one of the places where the interpreter looks for it: where functions begin, and where those in C end.
+
+    The seconds that it took to end the call; None when the call was through before.
+    """
+    pressed = 0.0
 
     def count(_frame: Any, event: str, _argument: Any) -> None:
-        nonlocal place
+        nonlocal place, pressed
         if event in ("call", "c_return"):
             place -= 1
             if place < 0:
                 sys.setprofile(None)
-                raise KeyboardInterrupt
+                pressed = time.monotonic()
+                signal.raise_signal(signal.SIGINT)
 
     sys.setprofile(count)
     try:
         call()
     except KeyboardInterrupt:
-        return True
+        return time.monotonic() - pressed
+    except Exception as error:
+        # Python's own `Condition`, and numpy, raise errors of their own when they are interrupted.
+        if not comes_from_interrupt(error):
+            raise
+        return time.monotonic() - pressed
     finally:
         sys.setprofile(None)
-    return False
+    return None
+
+
+def comes_from_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def places(call: Callable[[], object]) -> int:
+    """How many there are in a call."""
+    found = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal found
+        found += event in ("call", "c_return")
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
 
 
 def interrupts_anywhere() -> None:
     """Wherever Ctrl-C meets a call, this thread and others can go on using the module, and torch has as many threads as before."""
     from tests.inference.test_threads import asleep  # needs llvmlite, which not every program here has
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.dump_traceback_later(100, exit=True)  # who waits for ever
     engine = explorer.compile(network(), X, threads=2)
     calls: list[Callable[[], object]] = [
@@ -234,7 +269,7 @@ def interrupts_anywhere() -> None:
     for call in calls:
         place = 0
         asleep(engine)
-        while interrupted(call, place):
+        while interrupted(call, place) is not None:
             with ThreadPoolExecutor(1) as pool:
                 assert pool.submit(right, engine, X).result(), place
             assert right(engine, X[:3]), place
@@ -242,6 +277,53 @@ def interrupts_anywhere() -> None:
             place += 1
             asleep(engine)
         assert place > 10
+
+
+def interrupts_compile() -> None:
+    """Wherever Ctrl-C meets `compile`, it ends soon, and the same module can be compiled as before, also from what is in the cache by then."""
+    from explorer.inference import native
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # See `interrupts`.
+    hook, dropped = sys.unraisablehook, []
+    sys.unraisablehook = lambda raised: (
+        dropped.append(raised) if raised.exc_type is KeyboardInterrupt else hook(raised)
+    )
+    faulthandler.dump_traceback_later(140, exit=True)
+    module, loaded = network(), []
+    weights = [parameter.data_ptr() for parameter in module.parameters()]
+
+    def compiled() -> explorer.SparseModule:
+        return explorer.compile(module, X, threads=2, sparse="sparse")
+
+    def forget_code(folder: Path) -> None:
+        os.environ["EXPLORER_CACHE"] = str(folder)
+        loaded.append(native._loaded)  # what is still running must stay
+        native._loaded = {}
+
+    with tempfile.TemporaryDirectory() as name:
+        compiled()  # what a process does but once
+        forget_code(Path(name) / "first")
+        most, draw, ended = places(compiled), random.Random(0), 0
+        for turn in range(25):
+            folder = Path(name) / str(turn // 5)
+            if turn % 5 == 0:
+                forget_code(folder)
+            place = draw.randrange(most if turn % 5 == 0 else most // 2)
+            waited = interrupted(compiled, place)
+            if waited is not None:
+                ended += 1
+                assert waited < 5, (place, waited)
+            assert [parameter.data_ptr() for parameter in module.parameters()] == weights, place
+            assert not any(part.training for part in module.modules())
+            assert right(compiled(), X), place
+            # Also code that another process would find there.
+            forget_code(folder)
+            assert right(compiled(), X[:1]), place
+            assert {entry.name for entry in folder.iterdir()} <= {"kernels", "choices.json"}, place
+            for entry in (folder / "kernels").iterdir():
+                assert native._ObjectFile(entry.stem).read() is not None, (place, entry)
+        assert ended + len(dropped) > 20
 
 
 def ends() -> None:
@@ -389,7 +471,17 @@ def without_llvmlite() -> None:
 
 
 PROGRAMS = {
-    p.__name__: p for p in (calls, forks, spawns, interrupts, interrupts_anywhere, ends, without_llvmlite)
+    p.__name__: p
+    for p in (
+        calls,
+        forks,
+        spawns,
+        interrupts,
+        interrupts_anywhere,
+        interrupts_compile,
+        ends,
+        without_llvmlite,
+    )
 }
 
 if __name__ == "__main__":
