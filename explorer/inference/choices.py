@@ -1,8 +1,8 @@
 """Which kernel won on this machine, remembered, so that the same question is not timed twice.
 
 A question is one layer as the engine sees it: its shapes, how many of its weights are zero (in steps of 1/32), the threads and the CPU. An answer is
-kept in memory, and in one small JSON file beside the folder of cached machine code. A file that cannot be read is ignored and written anew: an answer
-is only ever a matter of speed, and one that names no present candidate is not used.
+kept in memory, and in one small JSON file beside the folder of cached machine code. A file that cannot be read, or that another user can have written, is ignored and
+written anew: an answer is only ever a matter of speed, and one that names no present candidate is not used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from explorer.inference.fork import EngineLock
-from explorer.inference.native import cache_folder
+from explorer.inference.native import cache_folder, read_own
 
 _MOST_ANSWERS = 20_000
 """Answers kept in the file; the oldest go first."""
@@ -62,11 +62,12 @@ class ChoiceCache:
 
 
 def _read(path: Path | None) -> dict[str, str]:
-    if path is None:
+    text = read_own(path) if path is not None else None
+    if text is None:
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the last: brackets that nobody closes
+        content = json.loads(text)
+    except (ValueError, RecursionError):  # the last: brackets that nobody closes
         return {}
     if not isinstance(content, dict):
         return {}

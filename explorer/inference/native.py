@@ -256,6 +256,15 @@ def _is_ours(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+def read_own(path: Path) -> bytes | None:
+    """What is in a file that nobody else can have written; None for any other, for what is no file, and for what cannot be read."""
+    try:
+        with open(path, "rb", opener=_at_once) as file:
+            return file.read() if _is_ours(os.fstat(file.fileno())) else None
+    except OSError:
+        return None
+
+
 class _ObjectFile:
     """One cached object: SHA-256 (32 bytes) of its key and the object code, then the object code.
 
@@ -273,12 +282,8 @@ class _ObjectFile:
         return hashlib.sha256(self.key.encode() + code).digest()
 
     def read(self) -> bytes | None:
-        if self.path is None:
-            return None
-        try:
-            with open(self.path, "rb", opener=_at_once) as file:
-                content = file.read() if _is_ours(os.fstat(file.fileno())) else b""
-        except OSError:
+        content = read_own(self.path) if self.path is not None else None
+        if self.path is None or content is None:
             return None
         code = content[32:]
         if not code or self._seal(code) != content[:32]:

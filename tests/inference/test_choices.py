@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import explorer
-from explorer.inference import choosing
+from explorer.inference import choosing, native
 from explorer.inference.choices import ChoiceCache, choice_cache
 from explorer.inference.execution import Execution
 
@@ -28,7 +30,9 @@ def test_answers_survive_the_process_and_those_of_another_are_kept(tmp_path: Pat
     assert (third.get("a"), third.get("b"), third.get("c")) == ("sparse", "dense", None)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": 3}', "\x00\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1, 2]", "3", "null", '{"a": 3}', '{"a": {"b": "c"}}', '{"a": "sparse", "b": "de', "\x00\xff", "[" * 100_000]
+)  # fmt: skip
 def test_a_file_that_is_no_list_of_answers_is_ignored_and_replaced(tmp_path: Path, content: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(content, encoding="utf-8")
@@ -36,6 +40,77 @@ def test_a_file_that_is_no_list_of_answers_is_ignored_and_replaced(tmp_path: Pat
     assert cache.get("a") is None
     cache.put({"a": "sparse"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "sparse"}
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def of_another_user(path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        pytest.skip("only root can give files away")
+
+
+def writable_by_all(path: Path) -> None:
+    path.chmod(0o666)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows knows neither pipes of this kind nor modes")
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("change", [pipe, of_another_user, writable_by_all])
+def test_what_is_no_file_or_another_could_have_written_is_neither_waited_for_nor_believed(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "choices.json"
+    ChoiceCache(path).put({"a": "sparse"})
+    assert ChoiceCache(path).get("a") == "sparse"
+    change(path)
+    cache = ChoiceCache(path)
+    assert cache.get("a") is None
+    cache.put({"b": "dense"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"b": "dense"}
+    assert ChoiceCache(path).get("b") == "dense"
+
+
+def test_a_folder_in_the_place_of_the_file_costs_nothing_but_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    path.mkdir()
+    cache = ChoiceCache(path)
+    cache.put({"a": "sparse"})
+    assert cache.get("a") == "sparse"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["choices.json"]
+    assert path.is_dir()
+
+
+def test_a_file_that_may_not_be_read_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "choices.json"
+    ChoiceCache(path).put({"a": "sparse"})
+
+    def refused(*_: object) -> int:  # root may read everything
+        raise PermissionError
+
+    monkeypatch.setattr(native, "_at_once", refused)
+    cache = ChoiceCache(path)
+    assert cache.get("a") is None
+    cache.put({"b": "dense"})
+    assert cache.get("b") == "dense"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows knows no pipes of this kind")
+@pytest.mark.timeout(60)
+def test_a_network_is_compiled_also_where_a_pipe_lies_in_the_place_of_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPLORER_CACHE", str(tmp_path))
+    os.mkfifo(tmp_path / "choices.json")
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 16, 1), torch.randn(1, 8, 16, 16)
+    layer.weight.data[torch.rand_like(layer.weight) < 0.5] = 0
+    assert torch.allclose(explorer.compile(layer, x)(x), layer(x), atol=1e-5)
+    assert (tmp_path / "choices.json").is_file()
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(tmp_path: Path) -> None:
