@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from explorer.inference.choices import ChoiceCache, choice_cache
 from explorer.inference.execution import Execution
 from explorer.inference.memory import Memory
 from explorer.inference.module import Mode, SparseModule
+from explorer.models import architectures
 from tests.inference.graphs import relative_error
 from tests.inference.test_kernels import runnable
 from tests.inference.test_networks import pruned
@@ -664,6 +667,60 @@ def test_the_head_takes_the_images_of_all_turns_at_once(
     assert rows["d"].macs == 11 * 150 * 7
     assert rows["b"].macs == 11 * 24 * 24 * 9 * 20
     assert all(row.ms >= 0 for row in rows.values())
+
+
+def native_calls(engine: SparseModule, x: Tensor) -> list[str]:
+    """The functions of the driver that one call of a network enters, by this thread."""
+    assert engine._network._runner is not None
+    state, entered = engine._network._runner._state, []
+    functions = {name: one for name, one in vars(state).items() if isinstance(one, ctypes._CFuncPtr)}  # type: ignore[attr-defined]
+    assert len(functions) > 1
+
+    def noted(name: str) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            if threading.current_thread() is threading.main_thread():
+                entered.append(name)
+            functions[name](*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in functions:
+            patch.setattr(state, name, noted(name))
+        engine(x)
+    return entered
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("make", [architectures.FashionResNet, lambda: architectures.mobilenet_v1(10, 1)])
+def test_an_inference_is_one_native_call(make: Callable[[], nn.Module], threads: int) -> None:
+    torch.manual_seed(0)
+    network, x = pruned(make(), 0.8).eval(), torch.randn(4, 1, 64, 64)
+    engine = explorer.compile(network, x, threads=threads)
+    assert engine.fallbacks == ()
+    wide = torch.zeros(4, 1, 64, 128)
+    wide[..., ::2] = x
+    engine(x[:1])  # finds out, once, what fewer images are
+    for some in (x, x[:1], x[:3], wide[..., ::2]):
+        assert len(native_calls(engine, some)) == 1
+        with torch.no_grad():
+            assert relative_error(engine(some), network(some)) < 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_in_turns_is_one_native_call_and_one_for_its_head(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
+    torch.manual_seed(0)
+    network, x = pruned(Classifier(), 0.6), torch.randn(8, 3, 16, 64)
+    engine = explorer.compile(network, x, threads=threads)
+    images = engine._network.plan.images
+    assert images < 8
+    engine(x[:1])
+    # The first layer reads the images where they are.
+    assert native_calls(engine, x) == ["run_turns", "run"]
+    assert len(native_calls(engine, x[:images])) == 1
 
 
 @pytest.mark.parametrize("pooled", [False, True])
