@@ -21,7 +21,10 @@ class Keywords:
 
     def __init__(self, module: nn.Module) -> None:
         self._name = type(module).__name__
-        self._signature = inspect.signature(module.forward)
+        try:
+            self._signature: inspect.Signature | None = inspect.signature(module.forward)
+        except (TypeError, ValueError):  # as of some that are written in C
+            self._signature = None
         self._count = 0
 
     def positional(self, given: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -37,6 +40,10 @@ class Keywords:
         EngineError
             When forward would not take them, or takes one of them by name only.
         """
+        if self._signature is None:
+            raise EngineError(
+                f"The forward of {self._name} does not tell the names of its arguments; pass them by position."
+            )
         try:
             bound = self._signature.bind(*given, **named)
         except TypeError as error:

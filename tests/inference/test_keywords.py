@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import explorer
 from explorer.errors import EngineError
+from explorer.inference.keywords import Keywords
 
 
 class Masked(nn.Module):
@@ -90,3 +91,20 @@ def test_what_is_taken_by_name_only_is_refused_with_a_way_out() -> None:
     given = values()
     with pytest.raises(EngineError, match=r"'mask' by name only.*Wrap it"):
         explorer.compile(OnlyByName(), given["x"], example_kwargs={"mask": given["mask"]})
+
+
+def test_a_forward_that_tells_no_names_takes_none(network: Masked) -> None:
+    class Nameless:
+        __signature__ = "none"
+
+        def __init__(self, forward: Any) -> None:
+            self._forward = forward
+
+        def __call__(self, *given: Tensor) -> Tensor:
+            answer: Tensor = self._forward(*given)
+            return answer
+
+    network.forward = Nameless(network.forward)  # type: ignore[method-assign,assignment]
+    names = Keywords(network)
+    with pytest.raises(EngineError, match="pass them by position"):
+        names.positional((), values())
