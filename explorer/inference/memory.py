@@ -92,8 +92,8 @@ class _CodeMemory(Memory):
 
 def _advise(pages: NDArray[np.uint8], advice: str) -> None:
     """Tell Linux what becomes of whole pages. Where it does not listen, as without huge pages, they stay as they are."""
-    if sys.platform == "linux" and len(pages):
-        madvise = ctypes.CDLL(None).madvise
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if madvise is not None and len(pages):
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         madvise(address(pages), len(pages), getattr(mmap, advice))
 
