@@ -75,6 +75,7 @@ def test_outputs_of_a_calibrated_network_depend_on_its_first_layer() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.usefixtures("short_turns")
 def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     small: LoadedModel, sparsity: float
 ) -> None:
@@ -99,6 +100,7 @@ def test_every_engine_is_timed_and_the_fastest_dense_one_is_the_measure(
     assert not any(one.failed for one in compared.absences)
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_with_patience_the_probe_is_timed_around_every_turn(small: LoadedModel) -> None:
     compared = engines.time_engines(
         small, small.example_input, sparsity=0.5, seconds=0.1, torch_compile=False, patience_s=0.5
@@ -108,6 +110,7 @@ def test_with_patience_the_probe_is_timed_around_every_turn(small: LoadedModel) 
 
 
 @pytest.mark.parametrize("can", [True, False])
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_float16_takes_part_where_the_cpu_computes_with_it(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch, can: bool
 ) -> None:
@@ -132,6 +135,7 @@ def test_float16_takes_part_where_the_cpu_computes_with_it(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_torch_compile_is_a_contestant_and_computes_the_pruned_network(small: LoadedModel) -> None:
     compared = engines.time_engines(small, small.example_input, sparsity=0.9, seconds=0.1)
     assert [one for one in compared.absences if one.contestant == engines.COMPILED] == []
@@ -142,6 +146,7 @@ def test_torch_compile_is_a_contestant_and_computes_the_pruned_network(small: Lo
         torch.testing.assert_close(call(), pruned(small.example_input), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_torch_compile_that_cannot_run_is_left_out_with_its_reason(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +175,7 @@ class Untraceable(nn.Module):
         return self.layers(x)
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_torch_jit_that_cannot_trace_the_network_is_named_with_its_reason() -> None:
     model = load_model(Untraceable().eval(), torch.randn(1, 8))
     compared = engines.time_engines(
@@ -182,6 +188,7 @@ def test_torch_jit_that_cannot_trace_the_network_is_named_with_its_reason() -> N
     assert "torch jit" not in timed
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_a_network_in_pairs_that_this_engine_cannot_take_does_not_end_the_run(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +224,7 @@ def test_onnxruntime_gives_torch_s_numbers(small: LoadedModel) -> None:
         torch.testing.assert_close(call(), small.module(small.example_input), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_an_engine_with_another_output_is_not_timed_but_named(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +250,7 @@ def test_an_engine_with_another_output_is_not_timed_but_named(
     assert differences["right"] == pytest.approx(5e-4, rel=0.01)
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_a_network_that_this_engine_cannot_take_is_a_result_too(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +263,7 @@ def test_a_network_that_this_engine_cannot_take_is_a_result_too(
     assert compared.absences == (engines.Absence(engines.ALL, "no such operator", failed=True),)
 
 
+@pytest.mark.usefixtures("short_turns", "without_onnxruntime")
 def test_an_engine_that_mixes_up_samples_or_leaves_them_out_is_not_timed(
     small: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
