@@ -180,7 +180,7 @@ def _step_times(network: Execution, example: tuple[Any, ...]) -> NDArray[np.floa
     """The fastest of a few runs of each step, in milliseconds (noise only ever adds)."""
     runs = []
     inputs, images = _of_a_turn(network, example)
-    with torch_threads(network.threads), torch.no_grad():
+    with torch_threads(network.torch_threads), torch.no_grad():
         start = time.perf_counter()
         for turn in range(_REPEATS + 1):
             network.run_together(inputs, images, [])
@@ -216,7 +216,7 @@ def _fastest_order(network: Execution, example: tuple[Any, ...], steps: Steps) -
     inputs, images = _of_a_turn(network, example)
     turns: list[NDArray[np.float64]] = []  # seconds of each order
     start = time.perf_counter()
-    with torch_threads(network.threads), torch.no_grad():
+    with torch_threads(network.torch_threads), torch.no_grad():
         while (
             len(turns) < _ORDER_TURNS
             or (len(turns) < _MOST_PASSES and not _is_calm(turns))

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from explorer.inference import fork
 from explorer.inference.abreast import Abreast, find
 from explorer.inference.choices import choice_cache
 from explorer.inference.graph import Graph, Ref, base_name, with_values
@@ -77,6 +78,10 @@ class Execution:
         Of each layer with weights, by its index in the graph: its kernel, and nonzeros / weights.
     tried : dict
         Of the same: how many kernels came into question when it was last chosen, and the milliseconds of each that was timed, then or earlier.
+    torch_threads : int
+        Threads that torch may have while it runs its part. One in a forked child: torch would wait for ever for others, which it had in the parent.
+    is_inherited : bool
+        Whether this is such a child.
     """
 
     def __init__(
@@ -84,6 +89,8 @@ class Execution:
     ) -> None:
         self.captured = replace(captured, constants=dict(captured.constants))
         self.isa, self.threads, self.mode = isa, threads, mode
+        self.torch_threads, self.is_inherited = threads, False
+        fork.revive_in_child(self)
         self.at_once: int | None = None
         self._abreast: Abreast | None = None
         self._in_head: frozenset[str] = frozenset()
@@ -112,6 +119,10 @@ class Execution:
         self.choices: dict[int, Choice] = {}
         self.densities: dict[int, float] = {}
         self.tried: dict[int, tuple[int, dict[str, float]]] = {}
+
+    def revive(self) -> None:
+        """In a forked child: torch's own threads are gone, and it does not know it."""
+        self.torch_threads, self.is_inherited = 1, True
 
     def _lowered(self) -> Graph:
         self.captured.derive()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ class SparseModule:
     """A compiled network. Made by `compile`.
 
     Threads may share it (calls take turns), a forked child may go on using it, and Ctrl-C leaves it usable. It cannot be pickled or copied: its code
-    and buffers belong to one process.
+    and buffers belong to one process. In a forked child, what torch does for it is done by one thread: torch by itself waits for ever in a child for threads that it had
+    in the parent, and `compile` lets it have some, unless ``torch.set_num_threads(1)`` came before.
 
     Attributes
     ----------
@@ -178,6 +180,9 @@ class SparseModule:
         if named:
             assert self.keywords is not None
             inputs = self.keywords.positional(inputs, named)
+        if self._network.is_inherited and torch.get_num_threads() > 1:
+            with torch_threads(1):
+                return self(*inputs)
         straight = self._network.straight
         if straight is not None and len(inputs) == 1:
             x = inputs[0]
@@ -287,7 +292,7 @@ class SparseModule:
             fresh = self._weights_of(module)
             # Before the weights are read: what changes them meanwhile is noticed.
             source = Source(module)
-        with self._lock.inside():
+        with self._lock.inside(), torch_threads(1) if self._network.is_inherited else nullcontext():
             # What the module answered for few samples was with the old weights.
             self._few.learn()
             before = self._network.state()
@@ -386,7 +391,7 @@ class SparseModule:
         """
         check_repeats(repeats)
         images, times = self._check(self._tensors(inputs)), []
-        with torch_threads(self.threads), torch.inference_mode():
+        with torch_threads(self._network.torch_threads), torch.inference_mode():
             for i in range(repeats + 5):
                 start = time.perf_counter()
                 self(*inputs)
@@ -428,5 +433,5 @@ class SparseModule:
         check_repeats(repeats)
         tensors = self._tensors(inputs)
         images = self._check(tensors)
-        with self._lock.inside(), torch_threads(self.threads), torch.inference_mode():
+        with self._lock.inside(), torch_threads(self._network.torch_threads), torch.inference_mode():
             return layer_timings(self._network, partial(self, *inputs), tensors, images, repeats)

@@ -290,6 +290,7 @@ def test_tensors_share_memory_only_when_their_gaps_coincide() -> None:
     [
         "calls",
         "forks",
+        "forks_with_torch",
         pytest.param("spawns", marks=pytest.mark.slow),
         "interrupts",
         "interrupts_anywhere",

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +138,42 @@ def forks() -> None:
         assert all(pool.map(in_pool, range(4)))
     check_loader(Ready(engine), "fork")
     assert right(engine, X)
+
+
+def forks_with_torch() -> None:
+    """In a forked child a module goes on working that lets torch copy, or compute, what torch would do with several threads: there are none of them in the child.
+
+    By itself torch would wait for them for ever, whoever had it use them in the parent.
+    """
+    torch.set_num_threads(2)
+    x = torch.randn(4, 4, 128, 128)
+    plain = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with_torch = nn.Sequential(plain[0], nn.Softplus(), plain[2]).eval()
+    for module, threads in itertools.product((plain, with_torch), (1, 2)):
+        with torch.no_grad():
+            wanted = module(x).numpy()
+        engine = explorer.compile(module, x, threads=threads)
+        assert len(engine.fallbacks) == (module is with_torch)
+
+        def child(engine: Any = engine, module: nn.Module = module, wanted: Any = wanted) -> bool:
+            def fine() -> bool:
+                # Not torch's own comparison, which waits.
+                answers = ((n, engine(x[:n]).numpy()) for n in (4, 1, 4))
+                return all(np.allclose(answer, wanted[:n], atol=1e-4) for n, answer in answers)
+
+            assert fine()
+            assert torch.get_num_threads() == 2
+            engine.benchmark(x, repeats=2, warn=False)
+            engine.profile(x, repeats=2)
+            engine.update_weights(module)
+            assert fine()
+            return in_child(fine) == 0
+
+        assert in_child(child) == 0, (engine.fallbacks, threads)
+        engine(x)
+        assert in_child(child) == 0, (engine.fallbacks, threads)
+        assert np.allclose(engine(x).numpy(), wanted, atol=1e-4)
+        assert torch.get_num_threads() == 2
 
 
 ENGINE: list[Any] = []
@@ -475,6 +512,7 @@ PROGRAMS = {
     for p in (
         calls,
         forks,
+        forks_with_torch,
         spawns,
         interrupts,
         interrupts_anywhere,
