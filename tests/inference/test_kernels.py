@@ -471,7 +471,8 @@ def test_additions_and_clamps_equal_their_numpy_twin(
     x, y = torch.randn(2, 2, channels, *size, generator=torch.Generator().manual_seed(0))
     engine = explorer.compile(Sum(high), (x, y), threads=threads)
     assert [row.kind for row in engine.profile(x, y, repeats=2) if row.kernel == "add"] == ["add"]
-    np.testing.assert_array_equal(engine(x, y).numpy(), pointwise.reference(x.numpy(), y.numpy(), 0.0, high))
+    wanted = pointwise.reference(x.numpy(), y.numpy(), low=0.0, high=high)
+    np.testing.assert_array_equal(engine(x, y).numpy(), wanted)
 
 
 @given(

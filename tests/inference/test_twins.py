@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import re
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from explorer.inference.native import Isa
 from explorer.inference.sparse_code import programs
 from explorer.inference.sparse_rows import SparseWeights
 from explorer.inference.taps import Taps
-from tests.inference.graphs import relative_error
+from tests.inference.graphs import kernel_classes, relative_error
 from tests.inference.test_partners import needs_code, random_rows
 
 TOLERANCE = 1e-5
@@ -385,6 +388,32 @@ def test_every_field_of_a_table_is_explained_below_it() -> None:
         if not {field, "_" + field.rpartition("_")[2]} & (everywhere | set(re.findall(r"\w+", text)))
     }
     assert not missing
+
+
+def twins_of(module: ModuleType, text: str) -> list[Any]:
+    """The functions that a text names as ``reference``, or ``other.reference``, each of which there is."""
+    names = re.findall(r"`((?:\w+\.)?(?:\w+_)?reference\w*)`", text)
+    found = []
+    for *other, name in (named.split(".") for named in names):
+        home = importlib.import_module(f"{kernels.__name__}.{other[0]}") if other else module
+        found.append(getattr(home, name))
+    return found
+
+
+def test_every_kernel_has_a_twin_that_its_text_names() -> None:
+    classes = kernel_classes()
+    assert len(classes) > 20
+    without, unnamed = set(), set()
+    for kernel in classes:
+        module = sys.modules[kernel.__module__]
+        named = twins_of(module, f"{module.__doc__} {kernel.__doc__}")
+        assert all(callable(twin) for twin in named)
+        if not named:
+            without.add(kernel.__name__)
+        own = {twin for name, twin in vars(module).items() if "reference" in name and callable(twin)}
+        unnamed |= {f"{kernel.__module__}: {twin.__name__}" for twin in own - {*named}}
+    assert not without
+    assert not unnamed
 
 
 def test_the_examples_of_the_page_about_kernels_run() -> None:

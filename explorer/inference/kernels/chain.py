@@ -1,14 +1,16 @@
 """Calls other kernels in a fixed order: the layers that `explorer.inference.depth_first` runs band by band.
 
 A job is one image. What each layer took is added up in the thread's scratch memory, beyond what the kernels
-use: layers take turns, and the caller's stamps know only the whole.
+use: layers take turns, and the caller's stamps know only the whole. The twin in Python is `reference`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Record, Value
 from explorer.inference.kernels.driver import KERNEL, cycles
@@ -63,3 +65,24 @@ class ChainKernel:
         f.loop(f.field(args, ARGUMENTS, "n_calls"), one_call, [cycles(f)])
         b.ret_void()
         return module, "chain"
+
+
+def reference(calls: NDArray[np.int64], image: int) -> list[tuple[int, int, int]]:
+    """The twin in Python: what a job calls, one after the other.
+
+    Parameters
+    ----------
+    calls : (n_calls, 6) int64
+        Rows of CALL.
+    image : int
+        The job.
+
+    Returns
+    -------
+    list of (kernel, arguments, job)
+    """
+    found = []
+    for kernel, arguments, first, jobs, jobs_per_image, _ in calls.tolist():
+        begin = image * jobs_per_image + first
+        found += [(kernel, arguments, job) for job in range(begin, begin + jobs)]
+    return found

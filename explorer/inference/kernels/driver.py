@@ -18,12 +18,13 @@ is, so that a helper that wakes up when its run is over, and another one is on, 
     clock()                     the counter that `stamps` are read from
 
 The caller writes the cycle counter into `stamps` when each step begins and ends: per-layer times measured
-inside the network.
+inside the network. The twin in Python, of a thread to whom nobody comes to help, is `reference`.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -322,3 +323,34 @@ class DriverKernel:
             elif self.entry == "answer":
                 _answer(module, run, isa)
         return module, self.entry
+
+
+def reference(
+    steps: Sequence[tuple[int, int, int, tuple[int, int, int] | None]], threads: int, me: int = 0
+) -> list[tuple[int, int, int]]:
+    """The twin in Python: what one thread calls in a run, one after the other, when no other takes a job.
+
+    Parameters
+    ----------
+    steps : sequence of (jobs, kernel, arguments, gaps)
+        As in STEP; `gaps` is a row of GAPS, (kernel, arguments, pieces), or None.
+    threads : int
+        The shares that the jobs of each step are dealt to.
+    me : int
+        Whose share comes first.
+
+    Returns
+    -------
+    list of (kernel, arguments, job)
+    """
+    found = []
+    for jobs, kernel, arguments, gaps in steps:
+        for k in range(threads):
+            whose = (me + k) % threads
+            low, high = jobs * whose // threads, jobs * (whose + 1) // threads
+            if gaps and low < high:
+                zero, where, pieces = gaps
+                mine = range(pieces * low // jobs, pieces * high // jobs)
+                found += [(zero, where, piece) for piece in mine]
+            found += [(kernel, arguments, job) for job in range(low, high)]
+    return found

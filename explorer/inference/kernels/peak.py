@@ -2,13 +2,17 @@
 
 fma    as many independent sums as registers allow, nothing else in the loop
 read   one pass over a buffer, vector by vector, into four sums
+
+The numpy twin is `reference`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from explorer.inference.kernels.builder import I64, PTR, VOID, Function, Value
 from explorer.inference.native import Isa
@@ -56,3 +60,11 @@ class PeakKernel:
         f.write(result, buffer, width, width)
         b.ret_void()
         return module, "peak"
+
+
+def reference(kind: str, buffer: NDArray[np.floating], rounds: int, isa: Isa) -> NDArray[np.float64]:
+    """The numpy twin: the vector that is left, (lanes,), of so many rounds over a buffer of whole vectors."""
+    vectors = buffer.reshape(-1, isa.lanes).astype(np.float64)
+    if kind == "fma":
+        return np.asarray(sums(isa) * rounds * vectors[0] ** 2)
+    return np.asarray(vectors[: READ_VECTORS * rounds].sum(0))

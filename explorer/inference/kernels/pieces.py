@@ -1,7 +1,7 @@
 """Calls another kernel for one of several pieces of an image, each with arguments of its own.
 
 See `explorer.inference.rows_apart`. Jobs of one piece follow one another, so that threads, each of which first
-takes neighbouring jobs, take pieces of their own.
+takes neighbouring jobs, take pieces of their own. The twin in Python is `reference`.
 """
 
 from __future__ import annotations
@@ -46,3 +46,10 @@ class PiecesKernel:
         b.call(kernel, [arguments, b.add(b.mul(image, jobs), mine), scratch])
         b.ret_void()
         return module, "pieces"
+
+
+def reference(job: int, pieces: int, jobs: int) -> tuple[int, int]:
+    """The twin in Python: the piece that a job is of, and the job of the kernel that it is with that piece's arguments."""
+    image, rest = divmod(job, pieces * jobs)
+    piece, mine = divmod(rest, jobs)
+    return piece, image * jobs + mine

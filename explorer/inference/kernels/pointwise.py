@@ -1,12 +1,13 @@
 """Element by element: an operand added or multiplied, a scale and a shift per channel, a clamp or an activation.
 
 For what no convolution could take along. The gaps of planes must be zero again: where a shift or an activation
-moves zero, they are masked.
+moves zero, they are masked. The numpy twin is `reference`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -109,6 +110,47 @@ class PointwiseKernel:
         return module, "pointwise"
 
 
-def reference(a: NDArray[np.float32], b: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-    """The numpy twin of an addition and its clamp: ``clip(a + b, low, high)``."""
-    return np.clip(a + b, np.float32(low), np.float32(high))
+def reference(
+    x: NDArray[np.float32],
+    other: NDArray[np.float32] | None = None,
+    *,
+    operand: str = "add",
+    scale: NDArray[np.float32] | None = None,
+    shift: NDArray[np.float32] | None = None,
+    low: float = -np.inf,
+    high: float = np.inf,
+    activation: Activation | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> NDArray[np.float32]:
+    """The numpy twin.
+
+    Parameters
+    ----------
+    x : (N, C) or (N, C, ...) float32
+    other : float32, optional
+        The second operand, "add"ed or, "mul", multiplied: of the same shape, or (N, C), one value for all pixels.
+    scale, shift : (C,) float32, optional
+        Applied after it.
+    low, high : float
+        Bounds of the result where there is no activation.
+    activation : Activation, optional
+    mask : (...) bool, optional
+        Where a result is kept; elsewhere it is zero.
+
+    Returns
+    -------
+    ndarray, float32
+        Of the shape of `x`.
+    """
+
+    def by_channel(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return values.reshape(*values.shape, *[1] * (x.ndim - 2))
+
+    y: NDArray[Any] = x
+    if other is not None:
+        other = other if other.ndim == x.ndim else by_channel(other)
+        y = y + other if operand == "add" else y * other
+    if scale is not None and shift is not None:
+        y = y * by_channel(scale) + by_channel(shift)
+    y = np.clip(y, np.float32(low), np.float32(high)) if activation is None else activation.reference(y)
+    return (y if mask is None else np.where(mask, y, 0)).astype(np.float32)
