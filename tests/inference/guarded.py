@@ -2,7 +2,8 @@
 
     python -m tests.inference.guarded end all       each buffer ends where a forbidden page begins
     python -m tests.inference.guarded start conv    each buffer begins where a forbidden page ends; only networks with "conv" in their name
-    python -m tests.inference.guarded end all fp16  in float16, emulated where the CPU cannot compute with it
+    python -m tests.inference.guarded end all avx2:fp32 avx512:fp16
+                                                    for these instruction sets and precisions; float16 is emulated where the CPU cannot compute with it
 
 What lies between a buffer and the end of its page is filled with a pattern that is checked after the runs, and that reads as NaN.
 Prefetches past the end are harmless, and stay so here: they never fault.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -109,9 +111,10 @@ class Guards:
             self.slack.append(slack)
         return inside, inside[start : start + wanted]
 
-    def check(self) -> None:
+    def check(self, kept: int = 0) -> None:
+        """Nothing was written around the buffers. The first `kept` of what lies there is looked at again next time."""
         assert all((slack == PATTERN).all() for slack in self.slack), "native code wrote past a buffer"
-        self.slack.clear()
+        del self.slack[kept:]
 
 
 class Residual(nn.Module):
@@ -314,26 +317,31 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     yield "line", lambda: nn.Sequential(nn.Conv1d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv1d(8, 4, 3)), (2, 3, 41)
 
 
-def check(
-    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], guards: Guards, precision: str
-) -> int:
-    """Run one network, sparse and dense, on one thread and on two, in each order; how many engines ran."""
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
-    takes_turns = name.startswith("turns")
-    execution._CACHED_BYTES = 1 if takes_turns else _CACHED_BYTES
+def made(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> tuple[nn.Module, torch.Tensor, Any] | None:
+    """A network with zeros among its weights, its input beside a forbidden page, and what torch answers; None where the image is smaller than the window."""
     torch.manual_seed(0)
-    network, memory = build().eval(), Memory()
-    x = torch.from_numpy(memory.zeros(prod(shape))).reshape(shape).copy_(torch.randn(shape))
+    network = build().eval()
+    x = torch.from_numpy(Memory().zeros(prod(shape))).reshape(shape).copy_(torch.randn(shape))
     for parameter in network.parameters():
-        parameter.data *= torch.rand_like(parameter) > (0.85 if takes_turns else 0.6)
+        parameter.data *= torch.rand_like(parameter) > (0.85 if name.startswith("turns") else 0.6)
         if "pairs" in name and parameter.dim() > 1:
             parameter.data[1::2] *= parameter.data[::2] != 0
             parameter.data[::2] *= parameter.data[1::2] != 0
     try:
         with torch.no_grad():
-            wanted = network(x)
+            return network, x, network(x)
     except RuntimeError:
-        return 0  # the image is smaller than the window
+        return None
+
+
+def check(
+    name: str, network: nn.Module, x: torch.Tensor, wanted: Any, guards: Guards, precision: str, kept: int
+) -> int:
+    """Run one network, sparse and dense, on one thread and on two, in each order; how many engines ran."""
+    tolerance, shape = 1e-4 if precision == "fp32" else 2e-2, x.shape
+    execution._CACHED_BYTES = 1 if name.startswith("turns") else _CACHED_BYTES
     ran = 0
     for mode, threads in (("sparse", 1), ("dense", 1), ("auto", 2)):
         engine = explorer.compile(network, x, sparse=mode, threads=threads, precision=precision)
@@ -366,7 +374,7 @@ def check(
                         order,
                         images,
                     )
-        guards.check()
+        guards.check(kept)
         ran += 1
     return ran
 
@@ -389,8 +397,8 @@ _offered = Plan.candidates
 _run_kernel = sparse_rows.run_kernel
 _CACHED_BYTES = execution._CACHED_BYTES
 
-COMPILED: set[type] = set()
-"""Kernels whose machine code was asked for, by what was about to call it."""
+COMPILED: dict[str, set[type]] = {}
+"""Kernels whose machine code was asked for, by what was about to call it, for each way."""
 
 
 def left_out(isa: native.Isa) -> dict[str, str]:
@@ -406,8 +414,19 @@ def left_out(isa: native.Isa) -> dict[str, str]:
     return found
 
 
-def main(side: str, pattern: str, precision: str = "fp32") -> None:
-    """Run all networks whose name holds `pattern` ("all": every one)."""
+def no_kernel_is_left_out(way: str) -> None:
+    name, _, precision = way.partition(":")
+    isa = native.host_isa(name)
+    isa = native.half_isa(isa, emulated=True) if precision == "fp16" else isa
+    assert isa is not None
+    peak_of(isa)  # which no network has
+    missing = {kernel.__name__ for kernel in kernel_classes() if kernel not in COMPILED[way]}
+    assert missing == {*left_out(isa)}, (way, missing, left_out(isa))
+
+
+def main(side: str, pattern: str, *ways: str) -> None:
+    """Run all networks whose name holds `pattern` ("all": every one), for each instruction set and precision, as in "avx2:fp32"."""
+    ways = ways or (f"{native.current_isa().name}:fp32",)
     compilation.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = candidates  # type: ignore[method-assign]
     choosing.larger_kernels = without_limit
@@ -415,7 +434,7 @@ def main(side: str, pattern: str, precision: str = "fp32") -> None:
     layout.worth_masks = lambda *_: True  # type: ignore[assignment]
     Plan._may_mask = lambda self, _, o: self._mode == "auto" and o.attributes["groups"] == 1  # type: ignore[method-assign]
     plan.l2_bytes = lambda: 0  # type: ignore[assignment]  # band by band where one thread has an image to itself
-    # torch takes most of the time: once for each network will do.
+    # torch takes most of the time: once for each network will do, whatever runs it.
     compilation.capture = lru_cache(maxsize=1)(compilation.capture)  # type: ignore[assignment,attr-defined]
     rows_apart._LEAST_VECTORS = 1
     # What was fastest in another run is not known here: each kernel is tried, and each order made ready. How long they take does not matter.
@@ -428,31 +447,35 @@ def main(side: str, pattern: str, precision: str = "fp32") -> None:
     make_key = native._key
 
     def key(isa: native.Isa, kernel: native.Kernel) -> str:
-        COMPILED.add(type(kernel))
+        COMPILED[way].add(type(kernel))
         return make_key(isa, kernel)
 
     native._key = key
     guards = Guards(side)
     guards.install()
     torch.set_num_threads(1)
-    ran = 0
+    ran = dict.fromkeys(ways, 0)
+    COMPILED.update((way, set()) for way in ways)
     for name, build, shape in cases():
-        if pattern == "all" or pattern in name:
-            sys.stdout.write(f"{name}\n")
+        if pattern != "all" and pattern not in name:
+            continue
+        guards.slack.clear()
+        case = made(name, build, shape)
+        kept = len(guards.slack)
+        for way in ways if case else ():
+            sys.stdout.write(f"{name}, {way}\n")
             sys.stdout.flush()  # the last line of a process that crashes says where
+            isa, _, precision = way.partition(":")
+            os.environ[native.ISA_VARIABLE] = isa
             try:
-                ran += check(name, build, shape, guards, precision)
+                ran[way] += check(name, *case, guards, precision, kept)
             except EngineError as error:
-                raise SystemExit(f"{name}: {error}") from error
-    assert ran, f"no network has {pattern!r} in its name"
-    if pattern == "all":
-        isa = native.current_isa()
-        isa = native.half_isa(isa, emulated=True) if precision == "fp16" else isa
-        assert isa is not None
-        peak_of(isa)  # which no network has
-        missing = {kernel.__name__ for kernel in kernel_classes() if kernel not in COMPILED}
-        assert missing == {*left_out(isa)}, (missing, left_out(isa))
-    sys.stdout.write(f"{ran} engines ran within their buffers\n")
+                raise SystemExit(f"{name}, {way}: {error}") from error
+    for way in ways:
+        assert ran[way], f"no network has {pattern!r} in its name"
+        if pattern == "all":
+            no_kernel_is_left_out(way)
+        sys.stdout.write(f"{ran[way]} engines of {way} ran within their buffers\n")
 
 
 if __name__ == "__main__":
