@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,16 @@ def same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     The networks of such tests take microseconds: other work can make it several times slower for a while.
     """
     monkeypatch.setattr("explorer.sensitivity.times._SAME_MACHINE", math.inf)
+
+
+@pytest.fixture(scope="module")
+def quick_latencies() -> Iterator[None]:
+    """Contestants are timed in short turns: for files of tests whose networks take microseconds, and which do not ask how many."""
+    from explorer.inference.timing import compare_latency
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compare_latency.__kwdefaults__, "slice_s", 0.0002)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -30,6 +30,8 @@ from explorer.pruning import PruningRun, StepEvent
 from explorer.sensitivity import SensitivityTable
 from tests.pruning.tiny import TinyNet, quadrants
 
+pytestmark = pytest.mark.usefixtures("quick_latencies")
+
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,33 +480,3 @@ def test_a_run_in_another_thread_is_followed_without_signals(tiny: None, tmp_pat
     worker.start()
     worker.join(240)
     assert codes == [0]
-
-
-@pytest.mark.slow
-def test_the_demo_is_pruned_headless_to_a_measured_speedup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # For time's sake half an epoch, where the whole run of six is within one point of the dense accuracy, and a fifth of the test images.
-    demo = load_data("demo:fashion")
-    few = torch.utils.data.TensorDataset(*demo.test_tensors(2000))
-    monkeypatch.setattr(explorer.study, "load_data", lambda _: dataclasses.replace(demo, test=few))
-    started = time.monotonic()
-    arguments = [
-        "--model",
-        "demo:fashion-resnet",
-        "--data",
-        "demo:fashion",
-        "--speedup",
-        "3",
-        "--epochs",
-        "0.5",
-        "--out",
-    ]
-    assert cli.main(["prune", *arguments, str(tmp_path / "run")]) == 0
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["seconds"]["run"] < time.monotonic() - started
-    assert result["pruned"]["speedup"] > 2.5
-    assert result["pruned"]["accuracy"] > result["dense"]["accuracy"] - 0.04
-    assert result["pruned"]["sparsity"] > 0.7
-    for layer in result["layers"].values():
-        assert 0.0 <= layer["achieved"] - layer["asked"] <= 1.0 / layer["n_params"]

@@ -25,6 +25,8 @@ from explorer.sensitivity import latency as latency_module
 from explorer.study import Study
 from tests.pruning.tiny import TinyNet, quadrants
 
+pytestmark = pytest.mark.usefixtures("quick_latencies")
+
 LEVELS = (0.5, 0.9)
 
 

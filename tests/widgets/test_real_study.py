@@ -17,6 +17,8 @@ from explorer.widgets.state import ExplorerState
 from tests.pruning.tiny import TinyNet, quadrants
 from tests.widgets.fake_study import FakeStudy
 
+pytestmark = pytest.mark.usefixtures("quick_latencies")
+
 
 @pytest.fixture(scope="module")
 def real_state() -> ExplorerState:

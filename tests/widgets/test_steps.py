@@ -15,6 +15,8 @@ from explorer.widgets.equalizer import Equalizer
 from explorer.widgets.jobs import InlineExecutor
 from tests.pruning.tiny import TinyNet, quadrants
 
+pytestmark = pytest.mark.usefixtures("quick_latencies")
+
 
 @pytest.fixture
 def study() -> explorer.Study:
