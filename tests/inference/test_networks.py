@@ -417,3 +417,22 @@ def test_a_sum_overwrites_an_operand_only_when_nobody_reads_it_afterwards(
         wanted = network(x)
     for _ in range(2):
         assert relative_error(engine(x), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_stack_traces_of_nodes_are_as_before_for_whoever_else_uses_torch(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    config = pytest.importorskip("torch.fx.config")
+    if not hasattr(config, "do_not_emit_stack_traces"):
+        pytest.skip("this version of torch always notes them")
+    monkeypatch.setattr(config, "do_not_emit_stack_traces", kept)
+    explorer.compile(nn.Linear(3, 2), torch.zeros(1, 3))
+    assert config.do_not_emit_stack_traces is kept
+    with pytest.raises(EngineError, match="could not capture"):
+        explorer.compile(Refused(), torch.ones(1, 3))
+    assert config.do_not_emit_stack_traces is kept
