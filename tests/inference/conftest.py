@@ -15,6 +15,7 @@ def chosen_after_one_look(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         return
     for name, value in (("_MOST_PASSES", 1), ("_REPEATS", 1), ("_ORDER_TURNS", 1), ("_ORDERS_S", 0.0)):
         monkeypatch.setattr(f"explorer.inference.choosing.{name}", value)
+    monkeypatch.setattr("explorer.inference.compilation._REPEATS", 1)
 
 
 @pytest.fixture
