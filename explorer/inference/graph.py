@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,11 +196,7 @@ class Graph:
         with torch.no_grad():
             for operation in self.derived if operations is None else operations:
                 if operation.output not in self.constants:
-                    args, kwargs = (
-                        with_values(part, lambda ref: self.constants[ref.name])
-                        for part in (operation.args, operation.kwargs)
-                    )
-                    self.constants[operation.output] = operation.target(*args, **kwargs)
+                    self.constants[operation.output] = computed(operation, self.constants)
 
     def readers(self) -> dict[str, list[Operation]]:
         """The operations that read each value, each of them once."""
@@ -255,6 +251,14 @@ def with_values(item: Any, value_of: Callable[[Ref], Any]) -> Any:
     if isinstance(item, dict):
         return {k: with_values(v, value_of) for k, v in item.items()}
     return item
+
+
+def computed(operation: Operation, values: Mapping[str, Any]) -> Any:
+    """What the torch form of an operation yields for these values of what it reads."""
+    args, kwargs = (
+        with_values(part, lambda ref: values[ref.name]) for part in (operation.args, operation.kwargs)
+    )
+    return operation.target(*args, **kwargs)
 
 
 def bound_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -169,10 +169,16 @@ def _reads_tiles(graph: Graph, tiled: Planes, operation: Operation, position: in
     return not operation.attributes.get("depthwise") and _writes_tiles(operation, tiled)
 
 
-_REARRANGED = {"to_tokens": "tokens", "to_planes": "planes"}
-"""Operations that change the family of their operand, and what they make of it."""
+_CHANGES = {
+    "plane_average": ("planes", "vectors"),
+    "flatten": ("planes", "vectors"),
+    "token": ("tokens", "vectors"),
+    "to_tokens": ("planes", "tokens"),
+    "to_planes": ("tokens", "planes"),
+}
+"""Operations that change the layout family: that of their operand, and that of their result."""
 
-VECTOR_MAKERS = ("plane_average", "flatten", "token")
+VECTOR_MAKERS = tuple(kind for kind, (_, made) in _CHANGES.items() if made == "vectors")
 """Operations that turn planes, or tokens, into vectors."""
 
 
@@ -266,17 +272,12 @@ class Plan:
             return "vectors" if is_vector and plain else "planes"
         if operation.kind == "linear":
             return "vectors" if len(shape) == 2 else "tokens"
-        if operation.kind in ("layer_norm", "attention", "to_planes", "token"):
+        if operation.kind in ("layer_norm", "attention"):
             return "tokens"
-        if operation.kind in (
-            "max_pool",
-            "average_pool",
-            "adaptive_average",
-            "plane_average",
-            "split",
-            "to_tokens",
-        ):
+        if operation.kind in ("max_pool", "average_pool", "adaptive_average", "split"):
             return "planes"
+        if operation.kind in _CHANGES and operation.kind != "flatten":
+            return _CHANGES[operation.kind][0]
         if operation.kind == "upsample":
             return None if self.isa.lanes % operation.attributes["scale"][1] else "planes"
         families = {self._family.get(self.root(name)) for name in operation.inputs}
@@ -342,9 +343,7 @@ class Plan:
 
     @staticmethod
     def _output_family(operation: Operation, family: str) -> str:
-        if operation.kind in _REARRANGED:
-            return _REARRANGED[operation.kind]
-        return "vectors" if operation.kind in VECTOR_MAKERS else family
+        return _CHANGES[operation.kind][1] if operation.kind in _CHANGES else family
 
     def _operands(self, operation: Operation, family: str) -> list[tuple[str, str]]:
         """The inputs of an operation that works in `family`, and the places where it reads them."""
@@ -421,11 +420,7 @@ class Plan:
 
     def step_family(self, operation: Operation) -> str:
         """The layout family of the operands of a native operation."""
-        if operation.kind in ("to_planes", "token"):
-            return "tokens"
-        if operation.kind in VECTOR_MAKERS or operation.kind == "to_tokens":
-            return "planes"
-        return self._family[operation.output]
+        return _CHANGES[operation.kind][0] if operation.kind in _CHANGES else self._family[operation.output]
 
     # ---- concatenations and slices
 

@@ -22,8 +22,8 @@ from explorer.inference.graph import (
     Ref,
     base_name,
     bound_arguments,
+    computed,
     drop_unread,
-    with_values,
 )
 from explorer.inference.moves import Moved, Source, is_move, move
 
@@ -202,20 +202,17 @@ def _constant(name: str, graph: Graph, producer: dict[str, Operation]) -> Tensor
     if name in graph.constants:
         return graph.constants[name]
     operation = producer.get(name)
-    if operation is None or operation.kind != "torch" or not is_spread(operation):
+    if operation is None or operation.kind != "torch" or not _is_spread(operation):
         return None
     parts = {n: _constant(n, graph, producer) for n in operation.references()}
     if not parts or any(value is None for value in parts.values()):
         return None
-    args, kwargs = (
-        with_values(part, lambda ref: parts[ref.name]) for part in (operation.args, operation.kwargs)
-    )
     with torch.no_grad():
-        value: Tensor = operation.target(*args, **kwargs)
+        value: Tensor = computed(operation, parts)
     return value
 
 
-def is_spread(operation: Operation) -> bool:
+def _is_spread(operation: Operation) -> bool:
     """Whether an operation gives each sample the same."""
     return is_move(operation) or base_name(operation.target) in ("expand", "expand_as")
 

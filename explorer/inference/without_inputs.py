@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from explorer.inference.graph import Graph, Operation, is_pure, with_values
+from explorer.inference.graph import Graph, computed, is_pure
 
 
 class WithoutInputs:
@@ -34,17 +34,10 @@ class WithoutInputs:
         if operation is not None and operation.kind == "torch" and is_pure(operation):
             parts = {ref: self.value(ref) for ref in operation.references()}
             if all(part is not None for part in parts.values()):
-                self._known[name] = self._computed(operation, parts)
+                with torch.no_grad():
+                    value = computed(operation, parts)
+                self._known[name] = value if isinstance(value, Tensor) else None
         return self._known[name]
-
-    @staticmethod
-    def _computed(operation: Operation, parts: dict[str, Tensor | None]) -> Tensor | None:
-        args, kwargs = (
-            with_values(part, lambda ref: parts[ref.name]) for part in (operation.args, operation.kwargs)
-        )
-        with torch.no_grad():
-            value = operation.target(*args, **kwargs)
-        return value if isinstance(value, Tensor) else None
 
 
 def lets_all_through(mask: Tensor) -> bool:
