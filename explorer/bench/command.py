@@ -199,6 +199,15 @@ def combinations(options: argparse.Namespace) -> Iterator[Combination]:
         yield Combination(name, sparsity, threads, batch_size)
 
 
+def _find_networks(names: Sequence[str]) -> None:
+    """Raise an error now for a network that cannot be loaded, rather than after the others have been measured."""
+    from explorer.bench.networks import NETWORKS, load_network
+
+    for name in names:
+        if name not in NETWORKS:
+            load_network(name)
+
+
 def _engines(options: argparse.Namespace) -> int:
     if options.data is not None:
         raise ExplorerError(
@@ -206,7 +215,6 @@ def _engines(options: argparse.Namespace) -> int:
         )
     kept, markdown = _files(options)
     from explorer.bench.foreign import installed_version, parse
-    from explorer.bench.networks import NETWORKS, load_network
     from explorer.bench.records import Results
     from explorer.bench.report import text
     from explorer.bench.surroundings import BUSY, machine
@@ -215,9 +223,7 @@ def _engines(options: argparse.Namespace) -> int:
     named = [name for name, _ in foreign]
     if len(named) != len(set(named)):
         raise EngineError("--engine names the same engine twice; one Python for each.")
-    for name in options.model:
-        if name not in NETWORKS:
-            load_network(name)
+    _find_networks(options.model)
     for name, python in foreign:
         installed_version(name, python)
 
@@ -406,12 +412,9 @@ def _kernels(options: argparse.Namespace) -> int:
 def _compile(options: argparse.Namespace) -> int:
     _refuse(options, (*_ENGINES_ONLY, *_TRAINED_ONLY, "images", "data"))
     from explorer.bench.compilation import measure_compilation
-    from explorer.bench.networks import NETWORKS, load_network
     from explorer.bench.surroundings import BUSY, summary
 
-    for name in options.model:
-        if name not in NETWORKS:
-            load_network(name)
+    _find_networks(options.model)
     print(
         f"{summary()}; seconds: median (fastest to slowest, and this project's limit where it has one)",
         flush=True,

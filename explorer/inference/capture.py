@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from explorer.errors import EngineError
 from explorer.inference.fork import EngineLock
-from explorer.inference.graph import TENSOR, Arguments, Graph, Operation, Ref, base_name
+from explorer.inference.graph import TENSOR, Arguments, Graph, Operation, Ref, base_name, is_pure
 from explorer.inference.in_place import (
     has_in_place,
     is_in_place,
@@ -354,6 +354,8 @@ class _Reader:
             before = _WRAPPERS[wrapper]
             self._meaning[node] = self._inline(args[before], args[before + 1 :], f"{inside}{node.name}.")
             return
+        if base_name(node.target) == "_assert_tensor_metadata":
+            return  # of types that cannot be others than those of the example
         self.remember(node, inside)
         operation = read_operator(node, inside + node.name, args, kwargs, self.graph)
         if _is_derived(node, operation, self.graph):
@@ -389,8 +391,7 @@ def _is_derived(node: torch.fx.Node, operation: Operation, graph: Graph) -> bool
     return (
         bool(names)
         and all(name in graph.constants for name in names)
-        and isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001 - its only name
-        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        and is_pure(operation)
         and not is_in_place(node.target)
         and base_name(node.target) not in _BY_LITERAL_SIZES
         and isinstance(node.meta.get("val"), Tensor)

@@ -243,6 +243,10 @@ class Execution:
         if self._runner is None or steps.scratch_bytes > self._runner.scratch_bytes:
             self._runner = Runner(self.isa, self.threads, len(steps.table), steps.scratch_bytes)
         self._runner.use(steps)
+        for one in self.plan.constant:
+            view = self.plan.places[one.place].view
+            assert view is not None
+            view.copy_(self.graph.constants[one.value])
         # Steps that ran before may be set for a smaller batch.
         self.steps, self._batch = steps, (0, 0)
         self._set_batch(self.plan.images, self.plan.images)

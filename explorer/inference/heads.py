@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 
+from explorer.inference.attention_masks import Mask, can_be_added, causal, make_readable
 from explorer.inference.graph import (
     Graph,
     Operation,
@@ -62,6 +63,9 @@ class _Attention:
         Whether the keys are (samples, heads, features, tokens).
     inside : frozenset of str
         What other operations yield on the way.
+    mask : Mask or None
+    none_is_zero : bool
+        Whether a query that may attend to no key gets zeros. A softmax gives NaN.
     """
 
     operation: Operation
@@ -70,6 +74,8 @@ class _Attention:
     scale: float
     across: bool = False
     inside: frozenset[str] = frozenset()
+    mask: Mask | None = None
+    none_is_zero: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,55 +120,99 @@ def _attentions(graph: Graph, known: WithoutInputs) -> dict[str, _Attention]:
         if operation.kind == "torch" and name == "scaled_dot_product_attention":
             one = _plain(operation, graph, known)
         elif operation.kind == "torch" and name == "matmul":
-            one = _spelled_out(operation, inner, graph)
+            one = _spelled_out(operation, inner, graph, known)
         if one is not None:
             found[operation.output] = one
     return found
 
 
 def _plain(operation: Operation, graph: Graph, known: WithoutInputs) -> _Attention | None:
-    """Attention as one operator, if there is no mask but one that lets all through, no dropout and nothing else unusual."""
+    """Attention as one operator, if there is no dropout and nothing else unusual."""
     bound = bound_arguments(operation.target, operation.args, operation.kwargs)
-    unusual = any(bound.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
     operands = [bound["query"], bound["key"], bound["value"]]
-    mask = bound.get("attn_mask")
-    if isinstance(mask, Ref) and not unusual:
-        value = known.value(mask.name)
-        mask = None if value is not None and lets_all_through(value) else mask
-    if unusual or mask is not None or not all(isinstance(o, Ref) for o in operands):
+    unusual = bound.get("dropout_p") or bound.get("enable_gqa")
+    if unusual or not all(isinstance(o, Ref) for o in operands):
         return None
     q, k, v = (o.name for o in operands)
     shape = _shape(*(graph.shapes.get(name, ()) for name in (q, k, v)))
     if shape is None or any(graph.dtypes[name] != torch.float32 for name in (q, k, v)):
         return None
+    mask = causal(shape[2], shape[3]) if bound.get("is_causal") else _mask(bound["attn_mask"], graph, known)
+    if mask is not None and not can_be_added(mask, shape[:4]):
+        return None
     scale = bound.get("scale")
-    return _Attention(operation, (q, k, v), shape, shape[4] ** -0.5 if scale is None else float(scale))
+    return _Attention(
+        operation,
+        (q, k, v),
+        shape,
+        shape[4] ** -0.5 if scale is None else float(scale),
+        mask=mask,
+        none_is_zero=True,
+    )
 
 
-def _spelled_out(operation: Operation, inner: dict[str, Operation], graph: Graph) -> _Attention | None:
+def _mask(ref: Ref | None, graph: Graph, known: WithoutInputs) -> Mask | None:
+    """What is known of a mask; None if there is none, or it lets everything through."""
+    if ref is None:
+        return None
+    value = known.value(ref.name)
+    if value is not None and lets_all_through(value):
+        return None
+    if value is None and ref.name in graph.constants:
+        # With other weights it may not let everything through.
+        value = graph.constants[ref.name].detach()
+    return Mask(ref.name, graph.shapes.get(ref.name, ()), graph.dtypes[ref.name], value)
+
+
+def _spelled_out(
+    operation: Operation, inner: dict[str, Operation], graph: Graph, known: WithoutInputs
+) -> _Attention | None:
     """Attention as a softmax of one product that is multiplied with the values; `inner`: what makes values that are read once."""
     weights, values = _factors(operation)
     softmax = inner.get(weights)
     if softmax is None or softmax.kind != "torch" or base_name(softmax.target) != "softmax":
         return None
     a = bound_arguments(softmax.target, softmax.args, softmax.kwargs)
-    scores, scale, inside = _unscaled(a["self"].name, inner)
+    summed, added = _without_mask(a["self"].name, inner, graph)
+    scores, scale, inside = _unscaled(summed, inner)
     product = inner.get(scores)
     if product is None or product.kind != "torch" or base_name(product.target) != "matmul":
         return None
     q, k, v = *_factors(product), values
     q_scale = k_scale = 1.0
-    inside = [*inside, weights, scores]
+    inside = [*inside, weights, scores, a["self"].name]
     # Some scale the queries, or both.
     (q, q_scale, of_q), (k, k_scale, of_k) = _unscaled(q, inner), _unscaled(k, inner)
     shapes = [graph.shapes.get(name, ()) for name in (q, k, v)]
     across = tuple(shapes[1][i] for i in (0, 1, 3, 2)) if len(shapes[1]) == 4 else ()
     shape = _shape(shapes[0], across, shapes[2])
     floats = all(graph.dtypes.get(name) == torch.float32 for name in (q, k, v))
-    if shape is None or not floats or a["dtype"] is not None or a["dim"] not in (-1, 3):
+    if shape is None or not floats or a["dtype"] not in (None, torch.float32) or a["dim"] not in (-1, 3):
+        return None
+    mask = _mask(added, graph, known)
+    if mask is not None and not can_be_added(mask, shape[:4]):
         return None
     every = frozenset([*inside, *of_q, *of_k])
-    return _Attention(operation, (q, k, v), shape, scale * q_scale * k_scale, across=True, inside=every)
+    return _Attention(
+        operation, (q, k, v), shape, scale * q_scale * k_scale, across=True, inside=every, mask=mask
+    )
+
+
+def _without_mask(name: str, inner: dict[str, Operation], graph: Graph) -> tuple[str, Ref | None]:
+    """The scores that a value is a sum of, and what is added to them; the value itself, and None, if it is none."""
+    operation = inner.get(name)
+    if operation is None or base_name(operation.target) != "add":
+        return name, None
+    a = bound_arguments(operation.target, operation.args, operation.kwargs)
+    for scores, mask in ((a["self"], a["other"]), (a["other"], a["self"])):
+        if not isinstance(scores, Ref) or not isinstance(mask, Ref) or a["alpha"] != 1:
+            continue
+        product = inner.get(_unscaled(scores.name, inner)[0])
+        is_product = product is not None and base_name(product.target) == "matmul"
+        floats = graph.dtypes.get(mask.name) == torch.float32
+        if is_product and floats and graph.shapes.get(scores.name) == graph.shapes.get(name):
+            return scores.name, mask
+    return name, None
 
 
 def _factors(product: Operation) -> tuple[str, str]:
@@ -322,6 +372,9 @@ class _Followed:
             followed = out in self._origins and is_move(operation)
             if not followed and not any(out in some for some in (self._operands, self._rows, self._inside)):
                 self._need([*operation.inputs, *operation.references()])
+            mask = self._attentions[out].mask if out in self._operands else None
+            if mask is not None and mask.value is None:
+                self._need([mask.name])
 
     def _need(self, names: list[str]) -> None:
         for name in names:
@@ -335,7 +388,14 @@ class _Followed:
         renamed = {name: origin.source for name, origin in self._origins.items() if origin.is_whole}
         for name, instead in self._makers.items():
             graph.shapes[name], graph.dtypes[name] = self._origins[instead].shape, torch.float32
-        graph.operations = [self._rewritten(o) for o in graph.operations if o.output not in self._inside]
+        masks: set[str] = set()
+        operations: list[Operation] = []
+        for operation in graph.operations:
+            if operation.output not in self._inside:
+                rewritten = self._rewritten(operation)
+                operations += self._add_mask(operation.output, rewritten, masks)
+                operations.append(rewritten)
+        graph.operations = operations
 
         def new(ref: Ref) -> Ref:
             return Ref(renamed.get(ref.name, ref.name))
@@ -373,8 +433,20 @@ class _Followed:
             "value_features": value_features,
             "operands": tuple(heads for _, heads in where),
             "scale": one.scale,
+            "none_is_zero": one.none_is_zero,
         }
         return attention
+
+    def _add_mask(self, out: str, attention: Operation, made: set[str]) -> list[Operation]:
+        """Let an attention, of the value `out` as it was, read its mask; the operations that are missing before it. `made`: what others made already."""
+        one = self._attentions.get(out)
+        if one is None or one.mask is None:
+            return []
+        mask, operations = make_readable(one.mask, attention.name, one.shape[:4], self._graph)
+        attention.inputs.append(mask)
+        missing = [operation for operation in operations if operation.output not in made]
+        made.update(operation.output for operation in missing)
+        return missing
 
 
 _TOKENS = 3

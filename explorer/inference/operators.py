@@ -375,6 +375,14 @@ def _same(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
         operation.kind, operation.inputs = "same", [next(iter(a.values())).name]
 
 
+def _converted(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
+    """A conversion to the type that a value has anyway, as libraries write it to be sure."""
+    name = next(iter(a.values())).name
+    is_strided = a.get("layout") in (None, torch.strided)
+    if is_strided and graph.dtypes.get(name) == graph.dtypes.get(operation.output):
+        operation.kind, operation.inputs = "same", [name]
+
+
 def _reshape(operation: Operation, a: dict[str, Any], graph: Graph) -> None:
     """Between (N, C) and (N, C, 1, 1), which are the same vectors; and images or lines of pixels to vectors."""
     name = next(iter(a.values())).name
@@ -440,6 +448,9 @@ _READERS: dict[str, Callable[[Operation, dict[str, Any], Graph], None]] = {
     "contiguous": _same,
     "detach": _same,
     "alias": _same,
+    "to": _converted,
+    "_to_copy": _converted,
+    "type_as": _converted,
     "flatten": _reshape,
     "view": _reshape,
     "reshape": _reshape,

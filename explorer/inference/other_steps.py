@@ -66,25 +66,42 @@ def norm_step(builder: StepBuilder, operation: Operation, place: Place, out: Pla
 
 
 def attention_step(builder: StepBuilder, operation: Operation, places: list[Place], out: Place) -> Row:
-    """Attention; the operands are heads in the channels of one place or several."""
+    """Attention; the operands are heads in the channels of one place or several, and perhaps what is added to the scores."""
     a, isa, lanes = operation.attributes, builder.plan.isa, builder.plan.isa.lanes
     queries, keys = a["tokens"]
     heads = (*a["operands"], Heads(0, a["value_features"]))
     values: dict[str, int] = {}
     tokens = (queries, keys, keys, queries)
-    for name, place, where, count in zip(("q", "k", "v", "out"), (*places, out), heads, tokens, strict=True):
+    for name, place, where, count in zip(
+        ("q", "k", "v", "out"), (*places[:3], out), heads, tokens, strict=True
+    ):
         layout = place.layout
         assert isinstance(layout, Planes)
         values[name] = place.address + where.first * layout.plane_bytes
         values[f"{name}_image"] = layout.element_bytes * count
         values[f"{name}_head"] = where.step * layout.plane_bytes
         values[f"{name}_plane"] = layout.plane_bytes
+    added = places[3].layout if len(places) > 3 else None
+    if isinstance(added, Planes):
+        samples, n_heads = added.shape[:2]
+        values |= {
+            "added": places[3].address,
+            "added_image": 4 * n_heads * queries if samples > 1 else 0,
+            "added_head": 4 * queries if n_heads > 1 else 0,
+            "added_key": added.plane_bytes,
+        }
     vectors = -(-queries // lanes)
     tile = min(range(1, min(4, vectors) + 1), key=lambda t: (-(-vectors // t) * (t + 1), -t))
     tiles = -(-vectors // tile)
     # It computes in float32: a vector of float16 fills two registers.
     rows = registers.dense_rows(tile * 4 // isa.element_bytes, isa, whole=True)
-    kernel = attention.AttentionKernel(tile, min(8, rows), queries % lanes != 0)
+    kernel = attention.AttentionKernel(
+        tile,
+        min(8, rows),
+        masked=queries % lanes != 0,
+        added=added is not None,
+        none_is_zero=added is not None and a["none_is_zero"],
+    )
     builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(keys, lanes))
     arguments = attention.ARGUMENTS.filled(
         heads=a["heads"],

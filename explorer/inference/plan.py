@@ -209,6 +209,8 @@ class Plan:
     head : int
         The first of the steps at the end that know vectors only (a classifier after pooling). In turns, the steps before it leave the vectors of each turn
         behind those of the turn before, and the head takes all of them at once: its weights, most of what it reads, come from afar once.
+    constant : list of ImportSegment
+        What is the same in each call, and has to be copied only when there are new weights.
     unclean : frozenset of str
         Places whose gaps must be zero, and in whose memory something else lies before them.
     """
@@ -231,6 +233,7 @@ class Plan:
         self.places: dict[str, Place] = {}
         self.native: list[int] = []  # indices into graph.operations, one per step
         self.segments: list[Segment] = []
+        self.constant: list[ImportSegment] = []
         self._alias: dict[str, str] = {}
         self._family: dict[str, str] = {}
         # place -> the place it is a range of, and its first channel there
@@ -331,7 +334,8 @@ class Plan:
             for name, place in self._operands(operation, family):
                 if place not in imported and place != self.root(name):
                     imported.add(place)
-                    self.segments.append(ImportSegment(name, place))
+                    where = self.constant if name in graph.constants else self.segments
+                    where.append(ImportSegment(name, place))
             self._family[operation.output] = self._output_family(operation, family)
             last = self.segments[-1] if self.segments else None
             step = len(self.native)
@@ -518,11 +522,14 @@ class Plan:
                 for place in ins[:1] if "one_value" in a else ins:
                     classes.tie(place, out)
         self._borrowed = self._readable_in_place(graph)
+        added = self._added_to_scores(graph)
         for place, (shape, images, channels, rows, columns, tokens) in sizes.items():
             sharing = self.threads_on_an_image(images)
             layout = classes.planes(place, shape, images, channels, rows, columns, self.isa, tokens, sharing)
             if place in self._borrowed:
                 layout = replace(layout, pitch=columns, plane=rows * columns, guard=0, element_bytes=4)
+            if place in added:
+                layout = replace(layout, element_bytes=4)  # scores are float32 whatever planes hold
             if self.abreast and self._is_late(place):
                 layout = replace(layout, abreast=self.abreast.images, slot=self.abreast.period)
                 assert layout.pitch == layout.abreast * layout.slot
@@ -538,6 +545,11 @@ class Plan:
             lanes, single = self.isa.lanes, self.isa.single.lanes
             stride = -(-linear_room(-(-shape[1] // single)) * single // lanes) * lanes
             self.places[place] = Place(Vectors(shape, shape[0], shape[1], stride))
+
+    def _added_to_scores(self, graph: Graph) -> set[str]:
+        """Where attention reads what it adds to its scores: torch makes it, see `explorer.inference.attention_masks`."""
+        attentions = [graph.operations[i] for i in self.native if graph.operations[i].kind == "attention"]
+        return {place for one in attentions for place in self.operands(one)[3:]}
 
     def threads_on_an_image(self, images: int) -> int:
         """Threads that share an image of so many, unless each has images of its own."""
@@ -623,7 +635,7 @@ class Plan:
 
     def _pinned(self, graph: Graph) -> set[str]:
         """Places that torch or the caller may see, or write."""
-        pinned = {s.place for s in self.segments if isinstance(s, ImportSegment)}
+        pinned = {s.place for s in (*self.segments, *self.constant) if isinstance(s, ImportSegment)}
         for segment in self.segments:
             if isinstance(segment, TorchSegment):
                 # torch may return a view of what it was given: such memory is never given away

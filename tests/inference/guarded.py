@@ -51,6 +51,7 @@ from explorer.inference.peak import peak_of
 from explorer.inference.plan import Choice, Plan
 from tests.inference.graphs import kernel_classes, without_limit
 from tests.inference.test_abreast import Stages
+from tests.inference.test_attention_masks import Biased, Masked
 from tests.inference.test_kernels import Rearranged
 from tests.inference.test_rearrange import TO_TOKENS, AndBack, Patches
 from tests.inference.test_tiles import Bottlenecks, Feedforward, Separable
@@ -302,6 +303,8 @@ def cases() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
         yield f"attention joint {tokens}", lambda: Chunks(24, 3), (2, tokens, 24)
         yield f"attention separate {tokens}", lambda: Separate(10, 2), (2, tokens, 10)
         yield f"attention by products {tokens}", lambda: SpelledOut("queries scaled"), (2, tokens, 24)
+        yield f"attention with a mask {tokens}", lambda: Masked("causal"), (2, tokens, 24)
+        yield f"attention with a bias {tokens}", lambda t=tokens: Biased(t), (2, tokens, 24)
         yield f"attention turned {tokens}", lambda: Own((2, 6), "residual", batch_first=True), (2, tokens, 12)
     for size in ((2, 2), (5, 9), (7, 30), (16, 16)):
         yield f"tokens of pixels {size}", lambda: AndBack(19, TO_TOKENS["permuted"]), (2, 2, *size)

@@ -24,6 +24,7 @@ from explorer.inference.pack import weight_words
 from explorer.models import architectures
 from tests.inference.graphs import conv_graph, preferring, relative_error, without_limit
 from tests.inference.test_activations import TORCH
+from tests.inference.test_attention_masks import Given
 from tests.inference.test_kernels import convolutions
 from tests.inference.test_networks import pruned, randomised
 
@@ -175,6 +176,17 @@ def test_tokens_agree_with_torch() -> None:
     compiled = half(network, x)
     assert compiled.fallbacks == ()
     assert relative_error(compiled(x), network(x)) < 4 * ROUNDING
+
+
+@pytest.mark.parametrize("lowest", [float("-inf"), float(np.finfo(np.float32).min)])
+def test_masks_are_added_as_float32(lowest: float) -> None:
+    torch.manual_seed(0)
+    network, x = Given().eval(), torch.randn(2, 37, 24)
+    mask = torch.randn(2, 1, 37, 37)
+    mask[:, :, :, 20:] = lowest
+    compiled = half(network, x, mask)
+    assert not any("attention" in name for name in compiled.fallbacks)
+    assert relative_error(compiled(x, mask), network(x, mask)) < 4 * ROUNDING
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])

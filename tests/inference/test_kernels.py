@@ -638,7 +638,11 @@ def other_kernels(isa: native.Isa) -> list[native.Kernel]:
         *(depthwise.DepthwiseKernel(windows[3], 1, True, a) for a in activations if a.is_short),
         *(pointwise.PointwiseKernel("add", affine=True, activation=a) for a in activations),
         *(winograd.WinogradKernel(taps, tile, 1, r) for taps in (3, 4) for tile, r in rows.items()),
-        *(attention.AttentionKernel(tile, min(8, r), True) for tile, r in rows.items()),
+        *(
+            attention.AttentionKernel(tile, min(8, r), True, added=added, none_is_zero=added)
+            for tile, r in rows.items()
+            for added in (False, True)
+        ),
         *(layer_norm.LayerNormKernel(tile, True) for tile in rows),
     ]
 
@@ -680,11 +684,13 @@ def test_one_load_brings_the_weights_of_two_nonzeros() -> None:
             assert len(broadcasts) == (n_weights if pairs else n_weights // 2), loop
 
 
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("cpu", ["avx2", "avx512"])
-def test_the_products_of_attention_stay_in_registers(cpu: str) -> None:
+def test_the_products_of_attention_stay_in_registers(cpu: str, added: bool) -> None:
     isa, triple, instruction, _ = CPUS[cpu]
     rows = registers.dense_rows(4, isa, whole=True)
-    text = native.assembly(isa, attention.AttentionKernel(4, rows, masked=False).build(isa)[0], triple)
+    kernel = attention.AttentionKernel(4, rows, masked=False, added=added, none_is_zero=added)
+    text = native.assembly(isa, kernel.build(isa)[0], triple)
     products = [
         loop
         for loop in innermost_loops(text)

@@ -7,8 +7,8 @@ The algorithm in plain words
   Tokens lie in the lanes and features in planes (see layout.py). A job is one head of one sample, and one tile: T
   vectors of neighbouring queries.
     scores   for R keys at a time: R x T sums in registers; for each feature: T loads of the queries serve R
-             keys, each broadcast. The scaled sums go to scratch, (keys, T * lanes) float32; the largest of each
-             query stays in registers.
+             keys, each broadcast. The scaled sums, and what a mask adds to them, go to scratch,
+             (keys, T * lanes) float32; the largest of each query stays in registers.
     softmax  each score becomes exp(score - largest), and is summed; nothing is ever summed across lanes.
     values   for R features at a time: R x T sums in registers; for each key: T loads of its weights serve R
              values. What leaves is divided by the sum of the weights.
@@ -37,6 +37,7 @@ ARGUMENTS = Record(
         *_OPERANDS,
         *(f"{name}_{step}" for name in _OPERANDS for step in ("image", "head", "plane")),
         "heads", "tiles", "queries", "keys", "features", "value_features", "last_tile", "scale",
+        "added", "added_image", "added_head", "added_key",
     )
 )  # fmt: skip
 """Attention of all heads of all samples. Job = (sample, head, tile), the tile changes fastest.
@@ -54,6 +55,10 @@ features          of a query and a key, of one head
 value_features    of a value, of one head
 last_tile         bytes from query 0 to the last tile, which overlaps its neighbour when tiles do not fit evenly
 scale             of the scores: the bits of a float32
+added             (samples, heads, keys, queries) float32, added to the scaled scores, where there is a mask
+added_image       bytes from one sample's to the next one's; 0 where it is the same for all
+added_head        bytes from one head's to the next one's; 0 where it is the same for all
+added_key         bytes from one key to the next
 """
 
 
@@ -69,11 +74,18 @@ class AttentionKernel:
         Keys, and then features, that share their loads (R).
     masked : bool
         Whether the last vector of a sample reaches into the next one, so that it must not be stored whole.
+    added : bool
+        Whether something is added to the scores: a mask of zeros and minus infinity, or a bias.
+    none_is_zero : bool
+        Whether a query yields zeros when all its scores are minus infinity, as torch's scaled_dot_product_attention
+        does. It yields NaN otherwise, as a softmax does.
     """
 
     tile: int
     rows: int
     masked: bool
+    added: bool = False
+    none_is_zero: bool = False
 
     def scratch_bytes(self, n_keys: int, lanes: int) -> int:
         """Bytes of scratch that a job needs: the scores of its tile."""
@@ -111,11 +123,21 @@ class _Generator:
             )
             for name in _OPERANDS
         )
-        largest = self._scores(f.at(q, position), k, scores)
+        added = self._added(image, head, position) if self.k.added else None
+        largest = self._scores(f.at(q, position), k, added, scores)
         sums = self._softmax(scores, largest)
         self._values(scores, v, f.at(out, position), sums, position)
         b.ret_void()
         return self.ir, "attention"
+
+    def _added(self, image: Value, head: Value, position: Value) -> Value:
+        """Where what is added to this job's scores begins."""
+        f, b = self.f, self.f.b
+        of_image = b.mul(image, self.field("added_image"))
+        of_head = b.mul(head, self.field("added_head"))
+        # `position` counts the bytes of queries, which may be float16.
+        of_query = b.mul(position, I64(4 // f.element_bytes))
+        return f.at(self.field("added", PTR), b.add(b.add(of_image, of_head), of_query))
 
     def _read(self, pointer: Value, vector: int) -> Value:
         return self.f.read(pointer, self.f.width * vector)
@@ -159,8 +181,8 @@ class _Generator:
         zeros = [f.constant(0.0)] * (tile * len(weights))
         return f.loop(count, one, [*pointers, *zeros])[2:]
 
-    def _scores(self, q: Value, k: Value, scores: Value) -> list[Value]:
-        """Write the scaled products of queries and keys; the largest of each query."""
+    def _scores(self, q: Value, k: Value, added: Value | None, scores: Value) -> list[Value]:
+        """Write the scaled products of queries and keys, and what is added to them; the largest of each query."""
         f, b, tile = self.f, self.f.b, self.k.tile
         scale = f.splat(f.to_float(self.field("scale")))
         steps = [self.field("q_plane"), self.field("k_plane")]
@@ -173,12 +195,20 @@ class _Generator:
             to = f.at(scores, b.mul(first, I64(self.score_row_bytes)))
             for i, total in enumerate(sums):
                 score = b.fmul(total, scale)
+                if added is not None:
+                    row = f.at(added, b.mul(b.add(first, I64(i // tile)), self.field("added_key")))
+                    score = b.fadd(score, f.load(row, f.vector, self.score_bytes * (i % tile)))
                 f.store(score, to, self.score_bytes * i, self.score_bytes)
                 larger = b.fcmp_ordered(">", score, largest[i % tile])
                 largest[i % tile] = b.select(larger, score, largest[i % tile])
             return largest
 
-        return self._groups(self.field("keys"), group, [f.constant(float("-inf"))] * tile)
+        largest = self._groups(self.field("keys"), group, [f.constant(float("-inf"))] * tile)
+        if not self.k.none_is_zero:
+            return largest
+        # Minus infinity less itself would be NaN; less this it stays what it is, of which the exponential is zero.
+        lowest = f.constant(float(np.finfo(np.float32).min))
+        return [b.select(b.fcmp_ordered("<", one, lowest), lowest, one) for one in largest]
 
     def _softmax(self, scores: Value, largest: list[Value]) -> list[Value]:
         """Scores become weights, in place; the sum of each query's weights."""
@@ -204,6 +234,12 @@ class _Generator:
         f, b, tile = self.f, self.f.b, self.k.tile
         v_plane, out_plane, keys = self.field("v_plane"), self.field("out_plane"), self.field("keys")
         shares = [b.fdiv(f.constant(1.0), total) for total in sums]
+        if self.k.none_is_zero:
+            zero = f.constant(0.0)
+            shares = [
+                b.select(b.fcmp_ordered("==", total, zero), zero, share)
+                for total, share in zip(sums, shares, strict=True)
+            ]
         inside = self._inside(position) if self.k.masked else []
 
         def group(rows: int, first: Value, _: list[Value]) -> list[Value]:
@@ -230,9 +266,22 @@ class _Generator:
 
 
 def reference(
-    q: NDArray[np.float32], k: NDArray[np.float32], v: NDArray[np.float32], scale: float
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    scale: float,
+    added: NDArray[np.float32] | None = None,
+    *,
+    none_is_zero: bool = False,
 ) -> NDArray[np.float32]:
-    """The numpy twin, in float64: q (..., Q, D), k (..., K, D), v (..., K, E) float32 -> (..., Q, E) float32."""
+    """The numpy twin, in float64: q (..., Q, D), k (..., K, D), v (..., K, E), added (..., Q, K) float32 -> (..., Q, E) float32."""
     scores = q.astype(np.float64) @ np.swapaxes(k.astype(np.float64), -1, -2) * scale
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return (weights / weights.sum(-1, keepdims=True) @ v.astype(np.float64)).astype(np.float32)
+    if added is not None:
+        scores = scores + added
+    largest = scores.max(-1, keepdims=True)
+    if none_is_zero:
+        largest = np.maximum(largest, np.finfo(np.float32).min)
+    weights = np.exp(scores - largest)
+    sums = weights.sum(-1, keepdims=True)
+    shares = np.divide(1.0, sums, out=np.zeros_like(sums), where=(sums != 0) | (not none_is_zero))
+    return (weights @ v.astype(np.float64) * shares).astype(np.float32)
