@@ -93,7 +93,7 @@ class _Origin:
 
 
 def find_attention(graph: Graph) -> None:
-    """Turn what fits into "attention" operations: inputs are the values that hold queries, keys and values.
+    """Turn what fits into "attention" operations: inputs are the values that hold queries, keys and values, and the mask if there is one.
 
     The result of one is (samples, tokens, heads * features), and torch's must not be needed in any other form. The same holds for linear layers whose rows
     are moved before them.
