@@ -1,6 +1,8 @@
 """Runs networks with every native buffer beside a page that nobody may touch: an access out of bounds ends the process.
 
     python -m tests.inference.guarded end all       each buffer ends where a forbidden page begins
+    python -m tests.inference.guarded end in-turns avx512:fp32 avx2:fp32 generic:fp32
+                                                    each network by the first of these, and by one of the others in turn
     python -m tests.inference.guarded start conv    each buffer begins where a forbidden page ends; only networks with "conv" in their name
     python -m tests.inference.guarded end all avx2:fp32 avx512:fp16
                                                     for these instruction sets and precisions; float16 is emulated where the CPU cannot compute with it
@@ -8,7 +10,7 @@
 What lies between a buffer and the end of its page is filled with a pattern that is checked after the runs, and that reads as NaN.
 Prefetches past the end are harmless, and stay so here: they never fault.
 
-Every kernel that a network could have is tried in it, and every order of its steps is run; with "all", no kernel may be left out.
+Every kernel that a network could have is tried in it, and every order of its steps is run; with "all" and "in-turns", no kernel may be left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -427,8 +429,17 @@ def no_kernel_is_left_out(way: str) -> None:
     assert missing == {*left_out(isa)}, (way, missing, left_out(isa))
 
 
+IN_TURNS = "in-turns"
+
+
+def ways_of(number: int, pattern: str, ways: Sequence[str]) -> Sequence[str]:
+    """By which of `ways` a network is run, of which there were so many before it."""
+    first, *others = ways
+    return [first, others[number % len(others)]] if pattern == IN_TURNS and others else ways
+
+
 def main(side: str, pattern: str, *ways: str) -> None:
-    """Run all networks whose name holds `pattern` ("all": every one), for each instruction set and precision, as in "avx2:fp32"."""
+    """Run all networks whose name holds `pattern` ("all" and "in-turns": every one), for each instruction set and precision, as in "avx2:fp32"."""
     ways = ways or (f"{native.current_isa().name}:fp32",)
     compilation.half_isa = partial(native.half_isa, emulated=True)  # type: ignore[assignment]
     Plan.candidates = candidates  # type: ignore[method-assign]
@@ -459,13 +470,13 @@ def main(side: str, pattern: str, *ways: str) -> None:
     torch.set_num_threads(1)
     ran = dict.fromkeys(ways, 0)
     COMPILED.update((way, set()) for way in ways)
-    for name, build, shape in cases():
-        if pattern != "all" and pattern not in name:
+    for number, (name, build, shape) in enumerate(cases()):
+        if pattern not in ("all", IN_TURNS) and pattern not in name:
             continue
         guards.slack.clear()
         case = made(name, build, shape)
         kept = len(guards.slack)
-        for way in ways if case else ():
+        for way in ways_of(number, pattern, ways) if case else ():
             sys.stdout.write(f"{name}, {way}\n")
             sys.stdout.flush()  # the last line of a process that crashes says where
             isa, _, precision = way.partition(":")
@@ -476,7 +487,7 @@ def main(side: str, pattern: str, *ways: str) -> None:
                 raise SystemExit(f"{name}, {way}: {error}") from error
     for way in ways:
         assert ran[way], f"no network has {pattern!r} in its name"
-        if pattern == "all":
+        if pattern in ("all", IN_TURNS):
             no_kernel_is_left_out(way)
         sys.stdout.write(f"{ran[way]} engines of {way} ran within their buffers\n")
 

@@ -135,7 +135,7 @@ SHAPES = {
 )
 @example(2, 33, "NHQK", True, False, 2)
 @example(3, 5, "N11K", False, True, 1)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=28, deadline=None)
 def test_a_mask_of_any_shape_is_added(
     samples: int, tokens: int, shape: str, boolean: bool, spelled_out: bool, threads: int
 ) -> None:

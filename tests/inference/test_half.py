@@ -87,7 +87,7 @@ def check_convolution(case: dict[str, Any]) -> None:
 
 
 @given(case=convolutions())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_convolution_is_as_exact_as_float16_sums_are(case: dict[str, Any]) -> None:
     check_convolution(case)
 

@@ -100,7 +100,7 @@ def convolutions(draw: st.DrawFn) -> dict:
 
 
 @given(case=convolutions(), isa=SOME_ISA)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_convolution_equals_torch(case: dict, isa: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(native.ISA_VARIABLE, isa)

@@ -28,7 +28,7 @@ pytestmark = needs_code
     capped=st.booleans(),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=45, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layer_equals_torch(
     inputs: int, outputs: int, images: int, threads: int, sparsity: float, capped: bool, seed: int
 ) -> None:

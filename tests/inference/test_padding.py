@@ -29,7 +29,7 @@ from tests.inference.test_operators import Function
     kind=st.sampled_from(["dense", "sparse", "grouped", "depthwise"]),
     before=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=45, deadline=None)
 def test_zeros_that_differ_from_side_to_side_are_the_padding_of_the_convolution(
     size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], dilation: int, sides: tuple[int, int, int, int],
     own: tuple[int, int], kind: str, before: bool,

@@ -46,7 +46,7 @@ def kernel_of(layer: nn.Module, x: torch.Tensor, **options: Any) -> str:
 
 
 @given(case=convolutions(), unbalanced=st.booleans())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_convolution_in_pairs_equals_torch(case: dict, unbalanced: bool) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     shape, outputs = (case["images"], case["channels"], *case["size"]), 2 * case["outputs"]

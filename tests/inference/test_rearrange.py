@@ -111,7 +111,7 @@ def check(
     size=st.tuples(st.integers(1, 20), st.integers(1, 37)),
     threads=st.integers(1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_pixels_and_tokens_change_places_as_in_torch(
     move: str, back: bool, images: int, channels: int, size: tuple[int, int], threads: int
 ) -> None:
@@ -137,7 +137,7 @@ def test_pixels_and_tokens_change_places_as_in_torch(
     behind=st.integers(0, 2),
     positions=st.sampled_from(["no", "tokens", "all"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_tokens_that_come_from_no_pixel_and_positions_come_along(
     size: tuple[int, int], images: int, before: int, behind: int, positions: str
 ) -> None:

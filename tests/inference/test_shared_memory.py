@@ -70,7 +70,7 @@ def take_all_for_unclean(monkeypatch: pytest.MonkeyPatch) -> None:
     size=st.sampled_from([2, 4]),
     pieces=st.integers(1, 3),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=35)
 def test_what_lies_around_pixels_is_zeroed_and_nothing_else(
     rows: int,
     columns: int,

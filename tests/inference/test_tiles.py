@@ -82,7 +82,7 @@ def in_tiles(engine: SparseModule) -> set[str]:
     pairs=st.booleans(),
     mode=st.sampled_from(["auto", "sparse"]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=28, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_bottlenecks_of_any_size_equal_torch(
     rows: int, columns: int, channels: int, narrow: int, images: int, threads: int, pairs: bool, mode: str
 ) -> None:
@@ -175,7 +175,7 @@ def test_the_phase_that_a_pointwise_convolution_reads_lies_in_tiles(
     images=st.integers(1, 3),
     threads=st.integers(1, 3),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=22, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_filters_of_each_channel_beside_pointwise_convolutions_equal_torch(
     rows: int, columns: int, size: int, padding: int, images: int, threads: int
 ) -> None:
@@ -210,7 +210,7 @@ class Feedforward(nn.Module):
     features=st.sampled_from([8, 33]),
     threads=st.integers(2, 3),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=22, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_tokens_in_any_number_equal_torch(tokens: int, samples: int, features: int, threads: int) -> None:
     torch.manual_seed(tokens)
     network, x = pruned(Feedforward(features, 40), 0.8), torch.randn(samples, tokens, features)

@@ -254,7 +254,7 @@ class AnyOrder(nn.Module):
     split=st.sampled_from(["unbind", "chunk", "contiguous"]),
 )
 @example((1, 4, 4, 4), [0, 1, 2], [2, 0, 3, 1, 4], [0, 2, 1, 3], "unbind")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=45, deadline=None)
 def test_axes_of_equal_sizes_are_not_taken_for_each_other(
     sizes: tuple[int, int, int, int], apart: list[int], parts: list[int], back: list[int], split: str
 ) -> None:
