@@ -68,20 +68,23 @@ def make_readable(mask: Mask, layer: str, sizes: Sizes, graph: Graph) -> tuple[s
     Returns
     -------
     str
-        The value that is to be read: for masks and sizes that are equal it is, too.
+        The value that is to be read: the same one for all attentions of these sizes with this mask.
     list of Operation
-        What makes it, in order, to be run before whatever reads it.
+        What makes it, in order, to be run before whatever reads it; none if it was asked for before.
     """
     queries, keys = sizes[2:]
+    out = f"{mask.name}.for {queries} x {keys}"
+    if out in graph.shapes:
+        return out, []
     made, last = [], mask.name
     if mask.dtype == torch.bool:
-        last = f"{mask.name}.numbers"
+        last = f"{out}, numbers"
         numbers = torch.ops.aten.where.Scalar
         made.append(Operation("torch", last, [], layer, numbers, (Ref(mask.name), 0.0, -float("inf"))))
         graph.shapes[last], graph.dtypes[last] = mask.shape, torch.float32
     # One sample, or one head, where a mask has no such axis.
     leading = [-1 if len(mask.shape) >= axes else 1 for axes in (4, 3)]
-    out, spread = f"{mask.name}.for {queries} x {keys}", torch.ops.aten.expand.default
+    spread = torch.ops.aten.expand.default
     made.append(Operation("torch", out, [], layer, spread, (Ref(last), [*leading, queries, keys])))
     samples, heads = (1, 1, *mask.shape[:-2])[-2:]
     graph.shapes[out], graph.dtypes[out] = (samples, heads, queries, keys), torch.float32

@@ -121,7 +121,7 @@ def _attentions(graph: Graph, known: WithoutInputs) -> dict[str, _Attention]:
             one = _plain(operation, graph, known)
         elif operation.kind == "torch" and name == "matmul":
             one = _spelled_out(operation, inner, graph, known)
-        if one is not None:
+        if one is not None and (one.mask is None or can_be_added(one.mask, one.shape[:4])):
             found[operation.output] = one
     return found
 
@@ -138,8 +138,6 @@ def _plain(operation: Operation, graph: Graph, known: WithoutInputs) -> _Attenti
     if shape is None or any(graph.dtypes[name] != torch.float32 for name in (q, k, v)):
         return None
     mask = causal(shape[2], shape[3]) if bound.get("is_causal") else _mask(bound["attn_mask"], graph, known)
-    if mask is not None and not can_be_added(mask, shape[:4]):
-        return None
     scale = bound.get("scale")
     return _Attention(
         operation,
@@ -190,8 +188,6 @@ def _spelled_out(
     if shape is None or not floats or a["dtype"] not in (None, torch.float32) or a["dim"] not in (-1, 3):
         return None
     mask = _mask(added, graph, known)
-    if mask is not None and not can_be_added(mask, shape[:4]):
-        return None
     every = frozenset([*inside, *of_q, *of_k])
     return _Attention(
         operation, (q, k, v), shape, scale * q_scale * k_scale, across=True, inside=every, mask=mask
@@ -388,12 +384,11 @@ class _Followed:
         renamed = {name: origin.source for name, origin in self._origins.items() if origin.is_whole}
         for name, instead in self._makers.items():
             graph.shapes[name], graph.dtypes[name] = self._origins[instead].shape, torch.float32
-        masks: set[str] = set()
         operations: list[Operation] = []
         for operation in graph.operations:
             if operation.output not in self._inside:
                 rewritten = self._rewritten(operation)
-                operations += self._add_mask(operation.output, rewritten, masks)
+                operations += self._add_mask(operation.output, rewritten)
                 operations.append(rewritten)
         graph.operations = operations
 
@@ -437,15 +432,13 @@ class _Followed:
         }
         return attention
 
-    def _add_mask(self, out: str, attention: Operation, made: set[str]) -> list[Operation]:
-        """Let an attention, of the value `out` as it was, read its mask; the operations that are missing before it. `made`: what others made already."""
+    def _add_mask(self, out: str, attention: Operation) -> list[Operation]:
+        """Let an attention, of the value `out` as it was, read its mask; the operations that are missing before it."""
         one = self._attentions.get(out)
         if one is None or one.mask is None:
             return []
-        mask, operations = make_readable(one.mask, attention.name, one.shape[:4], self._graph)
+        mask, missing = make_readable(one.mask, attention.name, one.shape[:4], self._graph)
         attention.inputs.append(mask)
-        missing = [operation for operation in operations if operation.output not in made]
-        made.update(operation.output for operation in missing)
         return missing
 
 

@@ -72,23 +72,22 @@ def attention_step(builder: StepBuilder, operation: Operation, places: list[Plac
     heads = (*a["operands"], Heads(0, a["value_features"]))
     values: dict[str, int] = {}
     tokens = (queries, keys, keys, queries)
-    for name, place, where, count in zip(
-        ("q", "k", "v", "out"), (*places[:3], out), heads, tokens, strict=True
-    ):
+    q, k, v, *masks = places
+    for name, place, where, count in zip(("q", "k", "v", "out"), (q, k, v, out), heads, tokens, strict=True):
         layout = place.layout
         assert isinstance(layout, Planes)
         values[name] = place.address + where.first * layout.plane_bytes
         values[f"{name}_image"] = layout.element_bytes * count
         values[f"{name}_head"] = where.step * layout.plane_bytes
         values[f"{name}_plane"] = layout.plane_bytes
-    added = places[3].layout if len(places) > 3 else None
-    if isinstance(added, Planes):
-        samples, n_heads = added.shape[:2]
+    for mask in masks:  # one, or none
+        assert isinstance(mask.layout, Planes)
+        samples, n_heads = mask.layout.shape[:2]
         values |= {
-            "added": places[3].address,
+            "added": mask.address,
             "added_image": 4 * n_heads * queries if samples > 1 else 0,
             "added_head": 4 * queries if n_heads > 1 else 0,
-            "added_key": added.plane_bytes,
+            "added_key": mask.layout.plane_bytes,
         }
     vectors = -(-queries // lanes)
     tile = min(range(1, min(4, vectors) + 1), key=lambda t: (-(-vectors // t) * (t + 1), -t))
@@ -99,8 +98,8 @@ def attention_step(builder: StepBuilder, operation: Operation, places: list[Plac
         tile,
         min(8, rows),
         masked=queries % lanes != 0,
-        added=added is not None,
-        none_is_zero=added is not None and a["none_is_zero"],
+        added=bool(masks),
+        none_is_zero=bool(masks) and a["none_is_zero"],
     )
     builder.scratch_bytes = max(builder.scratch_bytes, kernel.scratch_bytes(keys, lanes))
     arguments = attention.ARGUMENTS.filled(

@@ -19,6 +19,11 @@ from explorer.inference.module import Mode, SparseModule
 from explorer.inference.plan import Choice, Plan
 
 
+def operators_in_torch(engine: SparseModule) -> list[str]:
+    """The names of the operators that have no kernel, without their overloads."""
+    return [fallback.split(": ")[1].split(".")[0] for fallback in engine.fallbacks]
+
+
 def conv_graph(
     shape: tuple[int, ...],
     weight: torch.Tensor,

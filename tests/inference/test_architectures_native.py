@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import explorer
-from explorer.inference import native
-from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.graphs import operators_in_torch, relative_error
+from tests.inference.test_kernels import ISAS, run_by
 from tests.inference.test_networks import pruned
 
 
@@ -553,10 +552,6 @@ def build(name: str, sparsity: float) -> nn.Module:
     return pruned(network, sparsity)
 
 
-def operators(engine: explorer.inference.SparseModule) -> list[str]:
-    return [fallback.split(": ")[1].split(".")[0] for fallback in engine.fallbacks]
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -566,7 +561,7 @@ def test_an_architecture_equals_torch_and_falls_back_only_where_it_may(
     network, (_, shape, allowed) = build(name, sparsity), ARCHITECTURES[name]
     x = example(shape, images)
     engine = explorer.compile(network, x)
-    assert set(operators(engine)) <= allowed, engine.fallbacks
+    assert set(operators_in_torch(engine)) <= allowed, engine.fallbacks
     with torch.no_grad():
         for n in (images, 1):
             assert relative_error(engine(x[:n]), network(x[:n])) < 1e-4
@@ -581,7 +576,7 @@ def test_of_a_transformer_only_what_stands_before_and_behind_its_layers_runs_thr
         "bert": ["embedding", "zeros_like", "embedding", "add", "add"],
     }
     engine = explorer.compile(build(name, 0.9), example(ARCHITECTURES[name][1], 3))
-    assert operators(engine) == before[name]
+    assert operators_in_torch(engine) == before[name]
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512"])
@@ -589,9 +584,7 @@ def test_of_a_transformer_only_what_stands_before_and_behind_its_layers_runs_thr
 def test_an_architecture_equals_torch_on_narrower_vectors(
     name: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     network, x = build(name, 0.9), example(ARCHITECTURES[name][1], 2)
     engine = explorer.compile(network, x, threads=2)
     with torch.no_grad():

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import explorer
-from explorer.inference import native
 from explorer.inference.attention_masks import Mask, can_be_added, causal
 from explorer.inference.kernels import attention
-from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.graphs import operators_in_torch, relative_error
+from tests.inference.test_kernels import ISAS, run_by
 from tests.inference.test_partners import needs_code
 
 TOLERANCE = 2e-5
@@ -31,11 +30,15 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def attend(self, x: Tensor, **how: Any) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         n, t, _ = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(q, k, v, **how)
-        return self.out(mixed.transpose(1, 2).reshape(n, t, WIDTH))
+        return self.qkv(x).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def joined(self, mixed: Tensor) -> Tensor:
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def attend(self, x: Tensor, **how: Any) -> Tensor:
+        return self.joined(functional.scaled_dot_product_attention(*self.heads(x), **how))
 
 
 class Given(Attention):
@@ -53,12 +56,11 @@ class Products(Attention):
         self.mask_first = mask_first
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        n, t, _ = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.heads(x)
         scores = q @ k.mT * 0.4
         scores = mask + scores if self.mask_first else scores + mask
         weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
-        return self.out((weights @ v).transpose(1, 2).reshape(n, t, WIDTH))
+        return self.joined(weights @ v)
 
 
 class Masked(Attention):
@@ -108,10 +110,6 @@ def networks_answer_alike(
     return engine
 
 
-def in_torch(engine: explorer.inference.SparseModule) -> set[str]:
-    return {name.split(": ")[1].split(".")[0] for name in engine.fallbacks}
-
-
 SHAPES = {
     "keys": "1K",
     "queries and keys": "QK",
@@ -149,8 +147,9 @@ def test_a_mask_of_any_shape_is_added(
         mask = torch.where(mask, 0.0, -float("inf"))
     network = Products(mask_first=samples == 2) if spelled_out else Given()
     engine = networks_answer_alike(network, torch.randn(samples, tokens, WIDTH), mask, threads=threads)
-    assert in_torch(engine) <= {"where", "expand"}
-    assert in_torch(engine) >= ({"where"} if mask.dtype == torch.bool else set())
+    in_torch = set(operators_in_torch(engine))
+    assert in_torch <= {"where", "expand"}
+    assert in_torch >= ({"where"} if mask.dtype == torch.bool else set())
 
 
 @needs_code
@@ -219,9 +218,7 @@ def test_a_sample_that_is_all_padding_is_what_torch_makes_of_it(lowest: float) -
 def test_every_instruction_set_adds_a_mask_like_the_numpy_twin(
     isa: str, tokens: int, heads_share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
     network, x = Given().eval(), 3 * torch.randn(2, tokens, WIDTH)
     network.out = nn.Identity()  # type: ignore[assignment]
@@ -247,7 +244,7 @@ def test_what_is_no_such_mask_is_left_to_torch_and_right(kind: str) -> None:
     class Other(Attention):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             n, t, _ = x.shape
-            q, k, v = self.qkv(x).view(n, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.heads(x)
             scores = q @ k.mT
             if kind == "scaled afterwards":
                 scores = (scores + mask) / 2
@@ -257,7 +254,7 @@ def test_what_is_no_such_mask_is_left_to_torch_and_right(kind: str) -> None:
                 scores = (scores[:1] + mask.expand(n, 1, t, t)).float()
             else:
                 scores = scores + mask
-            return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, WIDTH))
+            return self.joined(scores.softmax(-1) @ v)
 
     torch.manual_seed(0)
     mask = torch.randn(5, 5)

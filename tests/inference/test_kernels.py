@@ -49,6 +49,13 @@ def runnable(isa: str) -> bool:
     return True
 
 
+def run_by(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine generate code for an instruction set; on a CPU that does not run it the test is skipped."""
+    if not runnable(isa):
+        pytest.skip(f"this CPU does not run {isa}")
+    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+
+
 def why_not(isa: str, precision: str) -> str:
     """Why a test of kernels in this precision, emulated where the CPU lacks it, cannot run; empty when it can."""
     if not runnable(isa):
@@ -140,9 +147,7 @@ def compare_with_torch(case: dict[str, Any], outputs: int, mode: Mode) -> None:
 def test_every_instruction_set_gives_the_numbers_of_the_numpy_twin(
     isa: str, mode: str, kernel: int, stride: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     generator = np.random.default_rng(0)
     x = generator.standard_normal((2, 8, 13, 11), np.float32)
     weight = generator.standard_normal((24, 8 // groups, kernel, kernel)).astype(np.float32)
@@ -326,9 +331,7 @@ def test_every_instruction_set_pools_like_the_numpy_twin(
 ) -> None:
     import explorer
 
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     x = torch.randn(2, 5, 11, 37, generator=torch.Generator().manual_seed(0)) - 1
     engine = explorer.compile(torch.nn.MaxPool2d(3, stride, 1), x)
     assert engine.isa == isa
@@ -800,9 +803,7 @@ def test_a_depthwise_convolution_equals_its_numpy_twin(
 def test_every_instruction_set_filters_channels_like_the_numpy_twin(
     isa: str, stride: int, kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     generator = np.random.default_rng(0)
     x = generator.standard_normal((1, 6, 23, 37)).astype(np.float32)
     weight = generator.standard_normal((6, 1, kernel, kernel)).astype(np.float32)

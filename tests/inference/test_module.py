@@ -28,7 +28,7 @@ from explorer.inference.memory import Memory
 from explorer.inference.module import Mode, SparseModule
 from explorer.models import architectures
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import runnable
+from tests.inference.test_kernels import run_by
 from tests.inference.test_networks import pruned
 from tests.inference.test_operators import Function
 
@@ -627,9 +627,7 @@ class Classifier(nn.Module):
 def test_the_head_takes_the_images_of_all_turns_at_once(
     isa: str, mode: Mode, threads: int, flat: bool, excited: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     monkeypatch.setattr("explorer.inference.execution._CACHED_BYTES", 1)
     torch.manual_seed(0)
     network, other = (pruned(Classifier(flat=flat, excited=excited), 0.6) for _ in range(2))

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import explorer
 from explorer.errors import EngineError
-from explorer.inference import SparseModule, native
-from tests.inference.graphs import relative_error
+from explorer.inference import SparseModule
+from tests.inference.graphs import operators_in_torch, relative_error
 from tests.inference.test_activations import TORCH
-from tests.inference.test_kernels import ISAS, TOLERANCE, runnable
+from tests.inference.test_kernels import ISAS, TOLERANCE, run_by
 
 
 class Function(nn.Module):
@@ -41,7 +41,7 @@ def check(
     """The engine's outputs are torch's: twice, since the second run finds memory that others have used, and for smaller batches."""
     module.eval()
     engine = explorer.compile(module, inputs, **options)
-    assert tuple(f.split(": ")[1].split(".")[0] for f in engine.fallbacks) == fallbacks
+    assert tuple(operators_in_torch(engine)) == fallbacks
     images = len(inputs[0])
     with torch.no_grad():
         for n in (images, images, 1, images):
@@ -75,9 +75,7 @@ def test_an_activation_between_layers_equals_torch_in_every_layout(kind: str, th
 def test_every_instruction_set_keeps_the_gaps_of_planes_zero(
     isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
 
     def forward(m: Any, x: Tensor) -> Tensor:
         y = torch.sigmoid(m.a(x)) + 1
@@ -95,9 +93,7 @@ def test_every_instruction_set_keeps_the_gaps_of_planes_zero(
 def test_short_activations_ride_on_convolutions_with_and_without_a_residual(
     size: tuple[int, int], mode: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
 
     def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
         y = F.hardswish(m.a(x))
@@ -486,9 +482,7 @@ def test_pooling_equals_torch_with_windows_cut_at_the_end(
 def test_depthwise_convolutions_of_all_sizes_equal_torch(
     size: int, stride: int, dilation: int, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     padding = dilation * (size - 1) // 2
     depthwise = nn.Conv2d(12, 12, size, stride, padding, dilation, 12)
     multiplied = nn.Conv2d(12, 24, size, stride, padding, dilation, 12)

@@ -13,9 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import explorer
-from explorer.inference import native
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_kernels import ISAS, run_by
 from tests.inference.test_operators import Function
 
 
@@ -143,9 +142,7 @@ def test_padding_may_be_read_by_a_recurrent_layer() -> None:
 def test_every_instruction_set_pads_each_side_alike(
     isa: str, stride: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
     for sides in ((0, 1, 0, 1), (2, 0, 1, 0)):
         network = nn.Sequential(

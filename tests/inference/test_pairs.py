@@ -21,7 +21,14 @@ from explorer.inference.plan import Plan
 from explorer.inference.sparse_rows import SparseWeights
 from explorer.masks import magnitude_mask, pair_mask
 from tests.inference.graphs import conv_graph, preferring, relative_error, usual_size
-from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, convolutions, innermost_loops, runnable
+from tests.inference.test_kernels import (
+    CPUS,
+    ISAS,
+    TOLERANCE,
+    convolutions,
+    innermost_loops,
+    run_by,
+)
 from tests.inference.test_partners import needs_code
 
 
@@ -86,9 +93,7 @@ def test_any_convolution_in_pairs_equals_torch(case: dict, unbalanced: bool) -> 
 def test_every_instruction_set_runs_pairs_with_a_residual_in_place(
     isa: str, size: tuple[int, int], kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
 
     class Residual(nn.Module):

@@ -21,7 +21,7 @@ from explorer.inference.pack import weight_words
 from explorer.inference.sparse_rows import Entries, SparseWeights, sparse_entries
 from explorer.masks import magnitude_mask
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, runnable
+from tests.inference.test_kernels import CPUS, ISAS, TOLERANCE, innermost_loops, run_by
 
 WIDE = native.Isa("test", 16, 32, "", "")
 needs_code = pytest.mark.skipif(
@@ -198,9 +198,7 @@ def test_what_two_rows_share_is_loaded_once() -> None:
 def test_every_instruction_set_takes_two_channels_at_once(
     isa: str, channels: int, size: tuple[int, int], kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, 61, kernel, stride, kernel // 2).eval()
     layer.weight.data *= magnitude_mask(layer.weight.data, 0.85)

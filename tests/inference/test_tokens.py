@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import explorer
-from explorer.inference import native
 from explorer.inference.kernels import attention, layer_norm
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, runnable
+from tests.inference.test_kernels import ISAS, run_by
 from tests.inference.test_networks import pruned
 
 TOLERANCE = 2e-5
@@ -148,9 +147,7 @@ def test_attention_between_linear_layers_is_native_and_equals_torch(
 def test_every_instruction_set_attends_like_the_numpy_twin(
     isa: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
     network = Chunks(24, 3).eval()
     x = 3 * torch.randn(2, tokens, 24)

@@ -15,7 +15,7 @@ import explorer
 from explorer.inference import native
 from explorer.inference.kernels import upsample
 from tests.inference.graphs import relative_error
-from tests.inference.test_kernels import ISAS, compute_in, runnable
+from tests.inference.test_kernels import ISAS, compute_in, run_by
 from tests.inference.test_partners import needs_code
 
 
@@ -62,9 +62,7 @@ def test_upsampling_equals_its_numpy_twin_and_the_twin_is_torchs(
 def test_what_lies_around_the_pixels_is_zero_for_the_convolution_that_follows(
     isa: str, scale: tuple[int, int], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not runnable(isa):
-        pytest.skip(f"this CPU does not run {isa}")
-    monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    run_by(isa, monkeypatch)
     torch.manual_seed(0)
     network, x = Decoder(scale).eval(), torch.randn(2, 3, *size)
     engine = explorer.compile(network, x, threads=2)
